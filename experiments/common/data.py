@@ -1,0 +1,126 @@
+"""Image data sets as tensors in memory: MNIST, CIFAR, scikit-learn's digits, or any ImageFolder tree."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+from tqdm import tqdm
+
+DatasetName = Literal["mnist", "cifar10", "cifar100", "digits", "folder"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A labelled set of images.
+
+    Attributes:
+        pixels: uint8 [n, channels, height, width].
+        labels: int64 [n].
+        classes: how many classes there are.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: int
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Images":
+        """The same images on a device."""
+        return Images(self.pixels.to(device), self.labels.to(device), self.classes)
+
+
+def _from_arrays(pixels: np.ndarray, labels: np.ndarray | list[int], classes: int) -> Images:
+    """Images from uint8 [n, h, w, c] and labels [n]."""
+    moved = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
+    return Images(moved.contiguous(), torch.as_tensor(labels, dtype=torch.int64), classes)
+
+
+def _read_folder(path: Path) -> Images:
+    folder = datasets.ImageFolder(str(path))
+    pixels = [np.asarray(image) for image, _ in tqdm(folder, desc=f"reading {path.name}", unit=" images", leave=False)]
+    return _from_arrays(np.stack(pixels), folder.targets, len(folder.classes))
+
+
+def _digits(seed: int = 0) -> tuple[Images, Images]:
+    """scikit-learn's 1,797 handwritten digits as 32x32 RGB; a fixed fifth is the test set."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)
+    pixels = torch.nn.functional.interpolate(small, size=32, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    labels = torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    test, train = order[: len(order) // 5], order[len(order) // 5 :]
+    return Images(pixels[train], labels[train], 10), Images(pixels[test], labels[test], 10)
+
+
+def load(name: DatasetName, path: Path, download: bool = False) -> tuple[Images, Images]:
+    """Training and test images.
+
+    Args:
+        name: `mnist`, `cifar10`, `cifar100` (torchvision's own files, or for CIFAR a tree
+            `train/<class>/*.png`, `test/<class>/*.png`), `digits` (ships with scikit-learn), or `folder`:
+            any such tree of equally sized images.
+        path: where the data set is, or is to be put.
+        download: let torchvision fetch it.
+
+    Raises:
+        FileNotFoundError: there is no data set at `path`.
+    """
+    if name == "digits":
+        return _digits()
+    if (path / "train").is_dir() and (path / "test").is_dir():
+        train, test = _read_folder(path / "train"), _read_folder(path / "test")
+        if train.classes != test.classes:
+            raise ValueError(f"{path}: train has {train.classes} classes and test has {test.classes}, expected the same")
+        return train, test
+    kinds = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+    if name not in kinds:
+        raise FileNotFoundError(f"{path} has no folders train/ and test/: --data must name an ImageFolder tree")
+    try:
+        sets = [kinds[name](str(path), train=train, download=download) for train in (True, False)]
+    except RuntimeError as error:
+        raise FileNotFoundError(f"no {name} at {path}: give --data, or --download to fetch it") from error
+    images = []
+    for part in sets:
+        pixels = np.asarray(part.data)
+        images.append(_from_arrays(pixels[..., None] if pixels.ndim == 3 else pixels, part.targets, len(part.classes)))
+    return images[0], images[1]
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """float32 [n, c, h, w] of uint8 pixels, with each channel's mean and deviation (in units of 0 to 1) taken out."""
+    return (pixels.float() / 255 - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+
+
+def statistics(images: Images) -> tuple[Tensor, Tensor]:
+    """Each channel's mean and standard deviation over all pixels, in units of 0 to 1: float32 [c], [c]."""
+    flat = images.pixels.transpose(0, 1).flatten(1).float() / 255
+    return flat.mean(1), flat.std(1)
+
+
+def augment(pixels: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Each image shifted by up to `shift` pixels both ways (edges reflected) and, with `flip`, mirrored half the time.
+
+    Works on whole batches where they lie: no worker processes.
+    """
+    n, _, height, width = pixels.shape
+    device = pixels.device
+    if shift:
+        padded = torch.nn.functional.pad(pixels.float(), (shift,) * 4, mode="reflect").to(pixels.dtype)
+        dy, dx = (torch.randint(2 * shift + 1, (n,), generator=generator).to(device) for _ in range(2))
+        rows = (dy[:, None] + torch.arange(height, device=device))[:, None, :, None]
+        columns = (dx[:, None] + torch.arange(width, device=device))[:, None, None, :]
+        channels = torch.arange(pixels.shape[1], device=device)[None, :, None, None]
+        pixels = padded[torch.arange(n, device=device)[:, None, None, None], channels, rows, columns]
+    if flip:
+        mirrored = (torch.rand(n, generator=generator) < 0.5).to(device)
+        pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(3), pixels)
+    return pixels

@@ -1,0 +1,88 @@
+"""The networks of the paper, as plain `nn.Sequential`s, with the layer shapes that give its parameter counts."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+#: Output channels of the 3x3 convolutions; 0 is a 2x2 max pooling (Simonyan & Zisserman 2015; Liu et al. 2017).
+VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+VGG19 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512)
+
+
+def scaled(width: int, multiplier: float) -> int:
+    """A layer's width under a width multiplier: rounded, at least 1."""
+    return max(1, round(width * multiplier))
+
+
+def _vgg_features(widths: tuple[int, ...], multiplier: float, bias: bool) -> tuple[list[nn.Module], int]:
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in widths:
+        if width == 0:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        out = scaled(width, multiplier)
+        layers += [nn.Conv2d(channels, out, 3, padding=1, bias=bias), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+        channels = out
+    return layers, channels
+
+
+def _assemble(features: nn.Module, classifier: nn.Module) -> nn.Module:
+    """Features, flatten, classifier; He initialisation (fan out) of convolutions, `1 / in` variance of the rest."""
+    model = nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0.0, (1.0 / module.in_features) ** 0.5)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def vgg16(classes: int, multiplier: float = 1.0) -> nn.Module:
+    """The paper's VGG-16 for 32x32 images: 13 convolutions with BatchNorm, then 512-4096-4096-classes.
+
+    33,646,666 parameters for 10 classes and 34,015,396 for 100; 6.65e8 FLOPs at 2 per multiply-add.
+    """
+    features, channels = _vgg_features(VGG16, multiplier, bias=True)
+    hidden = scaled(4096, multiplier)
+    classifier = nn.Sequential(
+        nn.Linear(channels, hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(hidden, classes),
+    )
+    return _assemble(nn.Sequential(*features), classifier)
+
+
+def vgg19(classes: int, multiplier: float = 1.0) -> nn.Module:
+    """Network slimming's VGG-19 for 32x32 images: 16 convolutions with BatchNorm, average pooling, one linear layer.
+
+    20.04 M parameters for 10 classes.
+    """
+    features, channels = _vgg_features(VGG19, multiplier, bias=False)
+    return _assemble(nn.Sequential(*features, nn.AvgPool2d(2)), nn.Linear(channels, classes))
+
+
+def dbn(widths: tuple[int, int, int] = (500, 500, 2000)) -> nn.Sequential:
+    """The paper's deep belief network for MNIST, 784-500-500-2000-10 with sigmoid units: 1,665,010 parameters."""
+    sizes = (784, *widths)
+    hidden = [
+        layer
+        for inputs, outputs in zip(sizes, sizes[1:], strict=False)
+        for layer in (nn.Linear(inputs, outputs), nn.Sigmoid())
+    ]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(widths[-1], 10))
+
+
+def mnist_cnn() -> nn.Sequential:
+    """The paper's small CNN for MNIST: 3x3 convolutions of 6, 6, 16, 16 and 120 channels, 120-10: 151,920 parameters."""
+    channels = ((1, 6), (6, 6), None, (6, 16), (16, 16), None, (16, 120), None)
+    layers: list[nn.Module] = []
+    for shape in channels:
+        layers += [nn.MaxPool2d(2)] if shape is None else [nn.Conv2d(*shape, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(120 * 9, 120), nn.ReLU(), nn.Linear(120, 10))

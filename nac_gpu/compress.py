@@ -1,0 +1,68 @@
+"""`compress`: plan, cluster, merge, rebuild."""
+
+from torch import nn
+
+from nac_gpu.clustering import METHODS, AssignmentMethod
+from nac_gpu.graph import ExampleInputs
+from nac_gpu.merge import Merger
+from nac_gpu.neurons import neuron_vectors
+from nac_gpu.plan import Plan, Width, prepare
+from nac_gpu.rebuild import rebuild, tensors
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    plan: Plan | None = None,
+    *,
+    width: Width | None = None,
+    method: str | AssignmentMethod = "ward",
+    fold: bool = True,
+    seed: int = 0,
+) -> nn.Module:
+    """A smaller copy of a trained model: similar neurons of every layer become one.
+
+    Layer by layer, in the order of the forward pass: the neurons' weights are clustered, each cluster becomes its
+    centroid, the outgoing connections are summed (Algorithm 1 of Wang et al. 2020). No data is needed. The copy is
+    dense and of the same classes; fine-tune it as any model. The original is not changed.
+
+    Args:
+        model: any module whose forward pass runs on the example inputs.
+        example_inputs: what the model is called with: a tensor, a sequence of arguments, or a mapping of keyword
+            arguments.
+        plan: made by `nac_gpu.plan` for this model; else give `width`.
+        width: as for `nac_gpu.plan`.
+        method: `"ward"` (agglomerative clustering), `"kmeans"`, `"random"`, or a function of the same signature;
+            a label of -1 removes a neuron instead of merging it.
+        fold: compare neurons as what they compute in eval mode, BatchNorm folded in; without, by their bare weights.
+        seed: of methods that draw numbers; the global random state is not touched.
+
+    Returns:
+        A new module: the original's device, dtype, mode, `requires_grad` and hooks, smaller tensors.
+
+    Raises:
+        ValueError: as `nac_gpu.plan`; also an unknown method, both or neither of `plan` and `width`, or a plan that
+            was made for another model.
+        TypeError: integer or complex weights.
+        RuntimeError: the forward pass fails on the example inputs.
+    """
+    if (plan is None) == (width is None):
+        raise ValueError("expected either a plan or width=, got " + ("neither" if plan is None else "both"))
+    if isinstance(method, str) and method not in METHODS:
+        raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}, or a function")
+    assign = METHODS[method] if isinstance(method, str) else method
+    made, groups = prepare(model, example_inputs, plan.widths if plan is not None else _given(width))
+    if plan is not None and [(g.name, g.before) for g in plan.groups] != [(g.name, g.before) for g in made.groups]:
+        raise ValueError("the plan was made for another model: its groups are not this model's; make it again")
+    merger = Merger(tensors(model))
+    for group, planned in zip(groups, made.groups, strict=True):
+        if planned.after == planned.before:
+            continue
+        points = neuron_vectors(merger.state, group, fold=fold)
+        merger.merge(group, assign(points, planned.after, seed=seed))
+    return rebuild(model, merger.finish())
+
+
+def _given(width: Width | None) -> Width:
+    assert width is not None, "checked by the caller"
+    return width

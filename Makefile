@@ -7,7 +7,8 @@ OUTPUT ?= runs/demo
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.experiments
-	$(BIN)/python experiments/vgg_cifar.py --preset demo --output $(OUTPUT)
+	$(BIN)/python experiments/vgg_cifar.py --dataset digits --multiplier 0.25 --width 0.4 --epochs 12 --finetune-epochs 6 \
+		--batch-size 64 --methods random l1 kmeans ward --finetune ward --output $(OUTPUT)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
@@ -15,7 +16,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

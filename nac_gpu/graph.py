@@ -115,7 +115,7 @@ class _Record(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.atoms = Atoms()
-        self.modules: list[str] = []
+        self.modules: list[str] = [type(model).__name__]  # that are running, the innermost last
         named = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(tensor): name for name, tensor in named}
         self._parameters = {id(tensor) for _, tensor in model.named_parameters()}
@@ -124,7 +124,7 @@ class _Record(TorchDispatchMode):
             self.atoms,
             name_of=lambda tensor: self._names.get(id(tensor)),
             labels_of=self.labels_of,
-            module=lambda: self.modules[-1] if self.modules else "",
+            module=lambda: self.modules[-1],
         )
 
     def labels_of(self, tensor: Tensor) -> Labels:
@@ -187,7 +187,7 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     Raises:
         RuntimeError: the forward pass failed; names the module, with the original error as its cause.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules() if module is not model}
     mode = _Record(model)
 
     def enter(module: nn.Module, _: Any) -> None:
@@ -203,16 +203,17 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
         with evaluating(model), mode:
             output = call(model, example_inputs)
     except Exception as error:
-        where = mode.modules[-1] if mode.modules and mode.modules[-1] else type(model).__name__
         raise RuntimeError(
-            f"the example inputs do not fit the forward pass: {where} raised {type(error).__name__}: {error}; "
-            f"expected inputs with which model(...) runs, got {_describe(example_inputs)}"
+            f"the example inputs do not fit the forward pass: {mode.modules[-1]} raised {type(error).__name__}: "
+            f"{error}; expected inputs with which model(...) runs, got {_describe(example_inputs)}"
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
-    mode.modules.clear()
-    mode.rules.freeze([t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)], "model output")
+    for tensor in pytree.tree_leaves(output):
+        if isinstance(tensor, Tensor):
+            for plane in mode.labels_of(tensor).planes:
+                mode.atoms.freeze(plane, "model output")
     return _groups(mode.atoms, mode.rules)
 
 
@@ -250,7 +251,7 @@ def _groups(atoms: Atoms, rules: Rules) -> Graph:
         if root not in reasons and root not in consumed:
             reasons[root] = "nothing reads these channels"
         if root in reasons:
-            key = (production.module, reasons[root])
+            key = (_layer(_slot_at(atoms.slots, int(production.atoms[0]))), reasons[root])
             alone[key] = alone.get(key, 0) + 1
         else:
             signature = tuple(slot_of[torch.tensor(members[root])].tolist())
@@ -301,9 +302,15 @@ def _group(
             folded.add(behind)
         bias = None if production.bias is None else _slot_at(slots, int(production.bias[0])).tensor
         norm = norms.get(behind) if behind is not None else None
-        producers[slot.tensor] = Producer(member, production.module, bias, norm)
+        producers[slot.tensor] = Producer(member, _layer(slot), bias, norm)
     free = tuple(norm for number, norm in norms.items() if number not in folded)
-    return Group(made.module, len(neurons), tuple(members.values()), tuple(producers.values()), free)
+    first = _slot_at(slots, int(made.atoms[0]))
+    return Group(_layer(first), len(neurons), tuple(members.values()), tuple(producers.values()), free)
+
+
+def _layer(slot: Slot) -> str:
+    """The layer that a weight belongs to; a parameter of another name stands for itself."""
+    return slot.tensor.removesuffix(".weight")
 
 
 def _slot_at(slots: list[Slot], atom: int) -> Slot:

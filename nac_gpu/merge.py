@@ -82,14 +82,14 @@ class Merger:
         like = weight.new_empty(0, dtype=working_dtype(weight))
         source, target = (index.to(weight.device) for index in _spread(producer.member.index, home))
         part = torch.zeros(size, dtype=like.dtype, device=weight.device)
-        part[producer.member.index.flatten().to(weight.device)] = (
-            share.repeat_interleave(producer.member.index.shape[1]).to(part)
-        )
+        part[producer.member.index.flatten().to(weight.device)] = share.repeat_interleave(
+            producer.member.index.shape[1]
+        ).to(part)
 
         def total(values: Tensor) -> Tensor:
             return torch.zeros_like(values).index_add_(0, target, values[source])
 
-        slope, offset, mean = norm_scale(self.state, norm, size, like)
+        slope, _, mean = norm_scale(self.state, norm, size, like)
         signed = total(part * slope)
         merged_slope = torch.where(signed < 0, -1, 1) * total(part * slope.abs())
         scale = torch.zeros_like(slope)

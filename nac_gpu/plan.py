@@ -114,7 +114,8 @@ def prepare(model: nn.Module, example_inputs: ExampleInputs, width: Width) -> tu
     if not graph.groups:
         raise ValueError(f"nothing to compress: {_reasons(graph)}")
     groups = tuple(
-        GroupPlan(group.name, group.layers, group.size, after) for group, after in zip(graph.groups, widths, strict=True)
+        GroupPlan(group.name, group.layers, group.size, after)
+        for group, after in zip(graph.groups, widths, strict=True)
     )
     small = rebuild(model, shrunk(tensors(model), graph.groups, widths))
     made = Plan(groups, graph.left_alone, cost(model, example_inputs), cost(small, example_inputs))

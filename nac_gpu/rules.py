@@ -23,14 +23,17 @@ MOVEMENT = frozenset(
 )
 PERMUTATION = frozenset("permute transpose t unsqueeze movedim swapaxes".split())  # need no expanded plane
 IDENTITY = frozenset("alias detach clone contiguous _to_copy lift_fresh lift_fresh_copy dropout alpha_dropout".split())
-ELEMENTWISE = frozenset("hardswish _prelu_kernel prelu rrelu celu masked_fill threshold glu_jvp".split())
-REDUCTIONS = frozenset("sum mean amax amin max min var std var_mean std_mean logsumexp prod linalg_vector_norm norm".split())
+ELEMENTWISE = frozenset("hardswish _prelu_kernel prelu rrelu celu masked_fill threshold".split())  # lack the tag
+REDUCTIONS = frozenset(
+    "sum mean amax amin max min var std var_mean std_mean logsumexp prod linalg_vector_norm norm".split()
+)
 ALONG_DIM = frozenset("_softmax _log_softmax softmax log_softmax cumsum cumprod sort topk".split())
 SPATIAL = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample", "fractional_max_pool")
 BATCH_NORM = frozenset(
     """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
     miopen_batch_norm _batch_norm_with_update batch_norm_with_update _batch_norm_no_update batch_norm""".split()
 )
+PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1, "matmul": 0}  # where the factors start
 VALUE_FREE = frozenset(
     """zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full
     new_empty_strided sym_size sym_numel sym_stride is_same_size""".split()
@@ -44,12 +47,10 @@ class Production:
     Attributes:
         atoms: int64 [channels], the atoms of the weight that name the channels.
         bias: int64 [channels] atoms of the bias added in the same operation, or None.
-        module: name of the module in which it happened.
     """
 
     atoms: Tensor
     bias: Tensor | None
-    module: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class Rules:
         self._labels_of = labels_of
         self._module = module
 
-    def apply(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Labels]:
+    def apply(
+        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> list[Labels]:
         """The labels of the outputs (one for each tensor in `out`, in order)."""
         tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
@@ -133,9 +136,8 @@ class Rules:
             return self._batch_norm
         if any(name.lstrip("_").startswith(prefix) for prefix in SPATIAL):
             return self._spatial
-        products = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1, "matmul": 0}
-        if name in products:
-            return lambda args, kwargs, outputs, func: self._product(args, kwargs, outputs, products[name])
+        if name in PRODUCTS:
+            return lambda args, kwargs, outputs, func: self._product(args, kwargs, outputs, PRODUCTS[name])
         special = {"convolution": self._convolution, "embedding": self._embedding, "copy": self._copy}
         if name in special:
             return special[name]
@@ -145,13 +147,12 @@ class Rules:
 
     def freeze(self, tensors: Sequence[Tensor], reason: str) -> None:
         """Freeze every label of these tensors, with the running module's name in the reason."""
-        where = f" in {self._module()}" if self._module() else ""
         for tensor in tensors:
             for plane in self._labels_of(tensor).planes:
-                self.atoms.freeze(plane, reason + where)
+                self._freeze_plane(plane, reason)
 
     def _freeze_plane(self, plane: Tensor, reason: str) -> None:
-        self.atoms.freeze(plane, f"{reason} in {self._module()}" if self._module() else reason)
+        self.atoms.freeze(plane, f"{reason} in {self._module()}")
 
     def along(self, tensor: Tensor, dim: int) -> Tensor | None:
         """The atoms along one dimension, int64 [size]; None if unlabelled, or if they differ elsewhere too (frozen)."""
@@ -325,7 +326,7 @@ class Rules:
     def _produce(self, atoms: Tensor, bias: Tensor | None) -> int:
         self.atoms.role(atoms[atoms >= 0], MEAN)
         bias_atoms = self.along(bias, -1) if bias is not None and self._labels_of(bias).parameter else None
-        self.productions.append(Production(atoms, bias_atoms, self._module()))
+        self.productions.append(Production(atoms, bias_atoms))
         return len(self.productions) - 1
 
     def _convolution(self, args: Any, kwargs: Any, outputs: list[Tensor], func: Any) -> list[Labels]:

@@ -34,7 +34,9 @@ def copy_neurons(state: Mapping[str, Tensor], group: Group, labels: Tensor) -> d
         if member.role == "mean":
             read = torch.arange(state[member.tensor].shape[member.dim])
             read[member.index.flatten()] = member.index[home].flatten()
-            copies[member.tensor] = copies[member.tensor].index_select(member.dim, read.to(copies[member.tensor].device))
+            copies[member.tensor] = copies[member.tensor].index_select(
+                member.dim, read.to(copies[member.tensor].device)
+            )
     return copies
 
 

@@ -54,7 +54,9 @@ def _digits(seed: int = 0) -> tuple[Images, Images]:
 
     digits = load_digits()
     small = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)
-    pixels = torch.nn.functional.interpolate(small, size=32, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    pixels = (
+        torch.nn.functional.interpolate(small, size=32, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    )
     labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
@@ -79,7 +81,9 @@ def load(name: DatasetName, path: Path, download: bool = False) -> tuple[Images,
     if (path / "train").is_dir() and (path / "test").is_dir():
         train, test = _read_folder(path / "train"), _read_folder(path / "test")
         if train.classes != test.classes:
-            raise ValueError(f"{path}: train has {train.classes} classes and test has {test.classes}, expected the same")
+            raise ValueError(
+                f"{path}: train has {train.classes} classes and test has {test.classes}, expected the same"
+            )
         return train, test
     kinds = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
     if name not in kinds:

@@ -42,7 +42,7 @@ class _SmallConv3x3(torch.autograd.Function):
         return grad_images, grad_weight.permute(0, 3, 1, 2), rows.sum(1) if ctx.has_bias else None
 
 
-class fast_weight_gradients(TorchFunctionMode):  # noqa: N801 -- used as a context manager, like torch.no_grad
+class fast_weight_gradients(TorchFunctionMode):
     """Within this context, 3x3 convolutions of small images under CPU autocast take their weight gradient by GEMM."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,5 +1,6 @@
 """The networks of the paper, as plain `nn.Sequential`s, with the layer shapes that give its parameter counts."""
 
+import itertools
 from collections import OrderedDict
 
 from torch import nn
@@ -72,15 +73,13 @@ def dbn(widths: tuple[int, int, int] = (500, 500, 2000)) -> nn.Sequential:
     """The paper's deep belief network for MNIST, 784-500-500-2000-10 with sigmoid units: 1,665,010 parameters."""
     sizes = (784, *widths)
     hidden = [
-        layer
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False)
-        for layer in (nn.Linear(inputs, outputs), nn.Sigmoid())
+        layer for inputs, outputs in itertools.pairwise(sizes) for layer in (nn.Linear(inputs, outputs), nn.Sigmoid())
     ]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(widths[-1], 10))
 
 
 def mnist_cnn() -> nn.Sequential:
-    """The paper's small CNN for MNIST: 3x3 convolutions of 6, 6, 16, 16 and 120 channels, 120-10: 151,920 parameters."""
+    """The paper's CNN for MNIST: 3x3 convolutions of 6, 6, 16, 16 and 120 channels, 120-10; 151,920 parameters."""
     channels = ((1, 6), (6, 6), None, (6, 16), (16, 16), None, (16, 120), None)
     layers: list[nn.Module] = []
     for shape in channels:

@@ -50,7 +50,7 @@ class Precision:
     def best(device: str | None = None, bfloat16: bool | None = None) -> "Precision":
         """CUDA if there is any; bfloat16 wherever the hardware multiplies it (CUDA, or a CPU with AMX)."""
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        fast = place.type == "cuda" or torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+        fast = place.type == "cuda" or (torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported())
         return Precision(place, fast if bfloat16 is None else bfloat16)
 
     @contextlib.contextmanager
@@ -154,7 +154,9 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, map_location=precision.device, weights_only=True)
         if state["recipe"] != asdict(recipe):
-            raise ValueError(f"{checkpoint} was made with {state['recipe']}, not {asdict(recipe)}: remove it to start anew")
+            raise ValueError(
+                f"{checkpoint} was made with {state['recipe']}, not {asdict(recipe)}: remove it to start anew"
+            )
         model.load_state_dict(state["model"])
         errors = state["errors"]
         if len(errors) < recipe.epochs:

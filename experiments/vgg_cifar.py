@@ -1,0 +1,291 @@
+"""VGG on CIFAR: train, compress, fine-tune. The shape of Tables 4 and 5 of the paper.
+
+    python experiments/vgg_cifar.py --data PATH                      # VGG-16, CIFAR-10, the paper's budget
+    python experiments/vgg_cifar.py --network vgg19 --dataset cifar100 --data PATH --width 0.5
+    python experiments/vgg_cifar.py --dataset digits --multiplier 0.25 --width 0.4   # a minute or two, needs no data
+
+Every method gets the same trained network, the same widths and the same fine-tuning; the test images choose nothing.
+A run that was stopped goes on where it was: checkpoints after every epoch in --output, results after every row.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+import nac_gpu as nac
+from common.data import DatasetName, Images, load, statistics
+from common.models import vgg16, vgg19
+from common.results import Measured, Results, mean_sd, table
+from common.training import Precision, Recipe, error_rate, fit
+
+Method = Literal["random", "l1", "kmeans", "ward"]
+
+#: Neurons kept in the 13 convolutions and 2 hidden linear layers of VGG-16 at the paper's budget (2.37 M parameters,
+#: 3.72e8 FLOPs, CIFAR-10). The paper gives only these totals.
+PAPER_VGG16 = (56, 64, 120, 128, 232, 208, 200, 208, 136, 112, 88, 88, 112, 104, 104)
+
+
+@dataclass
+class Options:
+    """Train a VGG, compress it with each method, fine-tune, print and keep the table."""
+
+    dataset: DatasetName = "cifar10"
+    """What to learn; `folder` is any tree train/<class>/*.png, test/<class>/*.png of small square images."""
+    data: Path = Path("data")
+    """Where the data set is, or is downloaded to."""
+    download: bool = False
+    """Let torchvision fetch the data set."""
+    network: Literal["vgg16", "vgg19"] = "vgg16"
+    """VGG-16 with two hidden linear layers (33.65 M parameters), or network slimming's VGG-19 (20.04 M)."""
+    multiplier: float = 1.0
+    """Width multiplier of every layer."""
+    width: str = "paper"
+    """Neurons kept: a share such as 0.5, or `paper`, the preset for VGG-16 at 2.37 M parameters."""
+    methods: tuple[Method, ...] = ("random", "l1", "kmeans", "ward")
+    """How neurons are chosen: merged at random, L1 filter pruning, merged by k-means, merged by Ward (NAC)."""
+    finetune: tuple[Method, ...] = ("kmeans", "ward")
+    """Methods whose result is fine-tuned."""
+    control: bool = False
+    """Also fine-tune the uncompressed network, to tell compression from longer training."""
+    epochs: int = 20
+    """Training epochs."""
+    finetune_epochs: int = 8
+    """Fine-tuning epochs."""
+    learning_rate: float = 0.1
+    """Largest learning rate of the training."""
+    finetune_rate: float = 0.02
+    """Largest learning rate of the fine-tuning."""
+    batch_size: int = 256
+    """Images per step."""
+    seeds: tuple[int, ...] = (0,)
+    """One whole run each."""
+    device: str | None = None
+    """`cuda` or `cpu`; the default is CUDA where there is one."""
+    output: Path = Path("runs/vgg")
+    """Checkpoints."""
+    results: Path | None = None
+    """The JSON file (a PNG is put beside it); by default in --output."""
+
+
+def recipe(options: Options) -> Recipe:
+    """How the network is trained from scratch."""
+    mirrored = options.dataset not in ("digits", "mnist")
+    return Recipe(
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        warmup=0.2,
+        label_smoothing=0.1,
+        shift=4 if mirrored else 2,
+        flip=mirrored,
+    )
+
+
+def finetune_recipe(options: Options) -> Recipe:
+    """The same, shorter and gentler."""
+    return replace(recipe(options), epochs=options.finetune_epochs, learning_rate=options.finetune_rate, warmup=0.1)
+
+
+def l1_filters(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int = 0) -> Tensor:
+    """L1 filter pruning (Li et al. 2017): the k neurons with the largest sum of absolute weights stay, unmerged.
+
+    Args:
+        points: neurons, [n, d], BatchNorm not folded in.
+        k: how many stay.
+        weights: not used.
+        seed: not used.
+
+    Returns:
+        Labels, int64 [n]: 0 to k - 1 for those that stay, in order, -1 for those that are removed.
+    """
+    labels = torch.full((len(points),), -1, dtype=torch.int64, device=points.device)
+    kept = points.abs().sum(1).topk(k).indices.sort().values
+    labels[kept] = torch.arange(k, device=points.device)
+    return labels
+
+
+def widths(model: nn.Module, options: Options) -> nac.Width:
+    """What --width means for this network."""
+    if options.width != "paper":
+        return float(options.width)
+    if options.network != "vgg16":
+        sys.exit("--width paper is for --network vgg16; give a share, such as --width 0.5")
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)][:-1]
+    return {layer: max(1, round(kept * options.multiplier)) for layer, kept in zip(layers, PAPER_VGG16, strict=True)}
+
+
+def compressed(model: nn.Module, example: Tensor, kept: nac.Width, method: Method) -> nn.Module:
+    """The network with fewer neurons, chosen by a method."""
+    if method == "l1":
+        return nac.compress(model, example, width=kept, method=l1_filters, fold=False)
+    return nac.compress(model, example, width=kept, method=method)
+
+
+@dataclass
+class Run:
+    """One seed."""
+
+    options: Options
+    seed: int
+    train: Images
+    test: Images
+    precision: Precision
+    results: Results
+
+    def checkpoint(self, name: str) -> Path:
+        """Where a training is kept."""
+        o = self.options
+        return o.output / f"{o.network}-x{o.multiplier:g}-{o.dataset}-seed{self.seed}-{name}.pt"
+
+    def fit(self, model: nn.Module, how: Recipe, name: str) -> float:
+        """Train, and give the last test error in percent."""
+        label = f"{name} (seed {self.seed})"
+        checkpoint = self.checkpoint(name)
+        errors = fit(
+            model, self.train, self.test, how, self.precision, seed=self.seed, label=label, checkpoint=checkpoint
+        )
+        return errors[-1]
+
+    def error(self, model: nn.Module) -> float:
+        """Test error in percent."""
+        mean, std = statistics(self.train)
+        device = self.precision.device
+        return error_rate(model, self.test.to(device), (mean.to(device), std.to(device)), self.precision)
+
+    def baseline(self) -> nn.Module:
+        """The trained network."""
+        torch.manual_seed(self.seed)
+        build = {"vgg16": vgg16, "vgg19": vgg19}[self.options.network]
+        model = build(self.train.classes, self.options.multiplier)
+        self.fit(model, recipe(self.options), "baseline")
+        return model
+
+    def __call__(self) -> None:
+        """Train, compress with every method, fine-tune; every figure goes to the results."""
+        options = self.options
+        model = self.baseline()
+        example = torch.zeros(1, *self.train.pixels.shape[1:], device=self.precision.device)
+        kept = widths(model, options)
+        plan = nac.plan(model, example, width=kept)
+        print(plan)
+
+        def measured(network: nn.Module, error: float, **more: float) -> Measured:
+            return asdict(nac.cost(network, example)) | {"error": error, **more}
+
+        self.results.measure("baseline", self.seed, lambda: measured(model, self.error(model)))
+        self.results.measure("widths", self.seed, lambda: {"before": before(plan), "after": plan.widths})
+        for method in options.methods:
+            self.results.measure(method, self.seed, self._compress(model, example, kept, method, measured))
+            if method in options.finetune:
+                self.results.measure(
+                    f"{method}, fine-tuned", self.seed, self._finetune(model, example, kept, method, measured)
+                )
+        if options.control:
+
+            def longer() -> Measured:
+                again = self.baseline()
+                return measured(again, self.fit(again, finetune_recipe(options), "control"))
+
+            self.results.measure("baseline, fine-tuned", self.seed, longer)
+
+    def _compress(
+        self, model: nn.Module, example: Tensor, kept: nac.Width, method: Method, measured: Callable[..., Measured]
+    ) -> Callable[[], Measured]:
+        def make() -> Measured:
+            small = compressed(model, example, kept, method)
+            return measured(small, self.error(small))
+
+        return make
+
+    def _finetune(
+        self, model: nn.Module, example: Tensor, kept: nac.Width, method: Method, measured: Callable[..., Measured]
+    ) -> Callable[[], Measured]:
+        def make() -> Measured:
+            small = compressed(model, example, kept, method)
+            return measured(small, self.fit(small, finetune_recipe(self.options), method))
+
+        return make
+
+
+def before(plan: nac.Plan) -> dict[str, int]:
+    """Neurons of every group before compression."""
+    return {group.name: group.before for group in plan.groups}
+
+
+def show(results: Results) -> str:
+    """The table: a row a method; errors in percent, mean and spread over the seeds."""
+    rows = []
+    for name in results.rows():
+        if name == "widths" or name.endswith(", fine-tuned"):
+            continue
+        parameters, flops = (results.values(name, column)[0] for column in ("parameters", "flops"))
+        tuned = results.values(f"{name}, fine-tuned", "error")
+        rows.append(
+            [name, f"{parameters / 1e6:.3g} M", f"{flops:.3g}", mean_sd(results.values(name, "error")), mean_sd(tuned)]
+        )
+    return table(["method", "parameters", "FLOPs", "error %", "fine-tuned %"], rows)
+
+
+def draw(results: Results, path: Path) -> None:
+    """A picture: neurons per layer before and after, and the errors of the methods."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entry = next(iter(results.seeds.values()))["rows"]["widths"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    places = range(len(entry["before"]))
+    left.bar(places, list(entry["before"].values()), color="#c8d3e0", label="before")
+    left.bar(places, list(entry["after"].values()), color="#2f6da8", label="after")
+    left.set(title="neurons per layer", yscale="log", xlabel="layer", xticks=list(places))
+    left.set_xticklabels([str(place + 1) for place in places])
+    left.legend(frameon=False)
+    names = [n for n in results.rows() if n != "widths" and not n.endswith(", fine-tuned")]
+    for offset, suffix, colour, label in (
+        (-0.2, "", "#e0a458", "not fine-tuned"),
+        (0.2, ", fine-tuned", "#2f6da8", "fine-tuned"),
+    ):
+        values = [results.values(name + suffix, "error") for name in names]
+        heights = [sum(v) / len(v) if v else 0.0 for v in values]
+        bars = right.bar([i + offset for i in range(len(names))], heights, 0.4, color=colour, label=label)
+        right.bar_label(bars, [f"{h:.1f}" if v else "" for h, v in zip(heights, values, strict=True)], fontsize=8)
+    right.set(title="test error, %", xticks=list(range(len(names))))
+    right.set_xticklabels(names)
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(options: Options) -> None:
+    """Run every seed, print the table, write the JSON and the picture."""
+    precision = Precision.best(options.device)
+    train, test = load(options.dataset, options.data, options.download)
+    path = options.results or options.output / f"{options.network}-x{options.multiplier:g}-{options.dataset}.json"
+    configuration = {
+        "dataset": options.dataset,
+        "network": options.network,
+        "multiplier": options.multiplier,
+        "width": options.width,
+        "training": asdict(recipe(options)),
+        "fine-tuning": asdict(finetune_recipe(options)),
+        "arithmetic": "bfloat16 autocast" if precision.bfloat16 else "float32",
+    }
+    results = Results(path, configuration, precision.device)
+    for seed in options.seeds:
+        Run(options, seed, train, test, precision, results)()
+    print(f"\n{show(results)}\n")
+    draw(results, path.with_suffix(".png"))
+    print(f"written: {path} and {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main(cast(Options, tyro.cli(Options, description=__doc__)))

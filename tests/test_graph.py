@@ -1,0 +1,228 @@
+"""The record: groups, what is left alone and why, and that nothing of the model changes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from networks import Conv1dNet, NormedMLP, Residual, network
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nac_gpu.graph import evaluating, record
+
+
+class Net(nn.Module):
+    """Two layers with something in between."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], width: int = 8, read: int | None = None) -> None:
+        super().__init__()
+        self.make = nn.Conv2d(3, width, 3, padding=1)
+        self.read = nn.Conv2d(read or width, 4, 1)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.between(self.make(x)))
+
+
+def reasons(model: nn.Module, *shape: int) -> dict[str, str]:
+    return {alone.layer: alone.reason for alone in record(model, torch.randn(*shape)).left_alone}
+
+
+def test_groups_follow_the_forward_pass_not_the_module_order() -> None:
+    graph = record(Conv1dNet(), torch.randn(2, 5, 9))
+    assert [(g.name, g.size) for g in graph.groups] == [("first", 12), ("second", 9)]
+    assert [(a.layer, a.size, a.reason) for a in graph.left_alone] == [("head", 4, "model output")]
+
+
+def test_members_and_roles_of_a_group() -> None:
+    group = record(Conv1dNet(), torch.randn(2, 5, 9)).groups[1]
+    members = {(m.tensor, m.dim): m.role for m in group.members}
+    assert members == {
+        ("second.weight", 0): "mean",
+        ("second.bias", 0): "mean",
+        ("norm.weight", 0): "mean",
+        ("norm.bias", 0): "mean",
+        ("norm.running_mean", 0): "mean",
+        ("norm.running_var", 0): "mean",
+        ("head.weight", 1): "sum",
+    }
+    (producer,) = group.producers
+    assert producer.layer == "second"
+    assert producer.bias == "second.bias"
+    assert producer.norm is not None
+    assert producer.norm.mean == "norm.running_mean"
+    assert producer.norm.eps == 1e-5
+    assert group.norms == ()
+
+
+def test_a_flattened_channel_is_a_block_of_columns() -> None:
+    group = record(network("cnn")[0], torch.randn(1, 1, 28, 28)).groups[4]
+    member = next(m for m in group.members if m.role == "sum")
+    assert member.index.shape == (120, 9)
+    assert torch.equal(member.index, torch.arange(120 * 9).reshape(120, 9))
+
+
+def test_a_residual_stream_is_one_group_with_all_it_touches() -> None:
+    graph = record(Residual(), torch.randn(1, 3, 8, 8))
+    (group,) = graph.groups
+    assert group.layers == ("stem", "block", "depthwise")
+    assert {m.tensor for m in group.members} >= {"act.weight", "block.weight", "head.weight", "depthwise.weight"}
+    head = next(m for m in group.members if m.tensor == "head.weight")
+    assert head.index.tolist() == [[i, i + 10] for i in range(10)]
+
+
+def test_batchnorm_is_folded_only_where_it_alone_reads_the_bare_result() -> None:
+    folded, free = record(NormedMLP(), torch.randn(4, 7)).groups
+    assert folded.producers[0].norm is not None
+    assert free.producers[0].norm is None
+    assert [norm.weight for norm in free.norms] == ["after.weight"]
+
+
+class ReadsTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.norm, self.read = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.make(x)
+        return self.read(self.norm(x) + x)
+
+
+def test_a_bare_result_that_something_else_reads_too_is_not_folded() -> None:
+    (group,) = record(ReadsTwice(), torch.randn(3, 4)).groups
+    assert group.producers[0].norm is None
+    assert len(group.norms) == 1
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (lambda x: F.softmax(x, 1), "softmax is taken over channels in Net"),
+        (lambda x: x.cumsum(1), "cumsum is taken over channels in Net"),
+        (lambda x: x - x.mean(1, keepdim=True), "mean is taken over channels in Net"),
+        (lambda x: x + torch.arange(8.0).view(1, 8, 1, 1), "values that differ between them"),
+        (lambda x: torch.einsum("nchw,cd->ndhw", x, torch.eye(8)), "multiplied by values that are not a parameter"),
+        (lambda x: F.layer_norm(x, x.shape[1:]), "operation native_layer_norm is not known in Net"),
+        (lambda x: F.group_norm(x, 2), "operation native_group_norm is not known in Net"),
+        (lambda x: x.view(-1, 2, 4, 6, 6).sum(2).repeat(1, 4, 1, 1), "channels are regrouped in Net"),
+        (lambda x: torch.fft.fft2(x).real, "operation _fft_"),
+        (lambda x: torch.zeros_like(x).copy_(x), "values are written in place"),
+    ],
+    ids=["softmax", "cumsum", "mean", "constant", "matrix", "layernorm", "groupnorm", "regroup", "unknown", "copy"],
+)
+def test_what_mixes_channels_is_left_alone_with_the_reason(between: Callable[[Tensor], Tensor], reason: str) -> None:
+    found = reasons(Net(between), 1, 3, 6, 6)
+    assert reason in found["make"]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: F.softmax(x, 2),
+        lambda x: x.cumsum(3).abs().sqrt(),
+        lambda x: x.flip(1).roll(3, 1),
+        lambda x: x[:, torch.randperm(8, generator=torch.Generator().manual_seed(0))],
+        lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(),
+        lambda x: F.interpolate(F.adaptive_avg_pool2d(x, 2), scale_factor=3),
+        lambda x: torch.where(x > 0, x, torch.zeros_like(x)).clamp_(max=3),
+        lambda x: x.flatten(2).transpose(1, 2).contiguous().mT.unflatten(2, (6, 6)),
+        lambda x: x.add_(1).mul_(2).relu_(),
+        lambda x: torch.stack([x, 2 * x]).amax(0),
+    ],
+    ids=["softmax", "cumsum", "flip", "index", "gate", "resample", "where", "transpose", "in_place", "stack"],
+)
+def test_what_keeps_channels_apart_is_a_group(between: Callable[[Tensor], Tensor]) -> None:
+    graph = record(Net(between), torch.randn(1, 3, 6, 6))
+    assert [(g.name, g.size) for g in graph.groups] == [("make", 8)]
+
+
+def test_split_channels_with_different_readers_are_different_groups() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.a, self.b = nn.Linear(4, 10), nn.Linear(6, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.make(x).relu().split([6, 4], dim=1)
+            return self.a(left) + self.b(right)
+
+    graph = record(Split(), torch.randn(2, 4))
+    assert [(g.name, g.size) for g in graph.groups] == [("make", 6), ("make#2", 4)]
+
+
+def test_tied_weights_that_make_and_read_are_left_alone() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.code = nn.Linear(6, 5, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.code(F.linear(self.code(x), self.code.weight.t())), self.code.weight.t())
+
+    found = {(alone.size, alone.reason) for alone in record(Tied(), torch.randn(2, 6)).left_alone}
+    assert found == {
+        (5, "its weight both makes and reads these channels"),
+        (6, "reads values that are not channels in code"),
+    }
+
+
+def test_channels_that_nothing_reads() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aux, self.out = nn.Linear(3, 5), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.aux(x)
+            return self.out(x)
+
+    assert reasons(Unread(), 2, 3) == {"aux": "nothing reads these channels", "out": "model output"}
+
+
+def test_the_model_is_as_it_was_also_when_the_pass_fails() -> None:
+    model, inputs = network("normed_mlp")
+    model.train()
+    model.norm.eval()  # type: ignore[union-attr]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    wrong = torch.randn(2, 3)
+    random_state = torch.get_rng_state()
+    record(model, inputs)
+    with pytest.raises(RuntimeError):
+        record(model, wrong)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_failing_pass_names_the_module_and_keeps_the_cause() -> None:
+    model, _ = network("cnn")
+    with pytest.raises(
+        RuntimeError, match=r"do not fit the forward pass: 0 raised RuntimeError.*got \(1, 2, 28, 28\)"
+    ) as e:
+        record(model, torch.randn(1, 2, 28, 28))
+    assert isinstance(e.value.__cause__, RuntimeError)
+
+
+def test_inputs_as_sequence_and_mapping() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 7), nn.Linear(7, 2)
+
+        def forward(self, x: Tensor, scale: Tensor, *, shift: float = 0.0) -> dict[str, Tensor]:
+            return {"y": self.b(self.a(x).relu() * scale + shift)}
+
+    x, scale = torch.randn(2, 3), torch.tensor(2.0)
+    for inputs in ((x, scale), {"x": x, "scale": scale, "shift": 1.0}):
+        assert [g.name for g in record(Two(), inputs).groups] == ["a"]
+
+
+def test_evaluating_restores_every_mode() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    model[1].eval()
+    with evaluating(model):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+    assert [model.training, model[0].training, model[1].training] == [True, True, False]

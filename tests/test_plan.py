@@ -1,0 +1,161 @@
+"""Plans: widths, what they say, JSON, refusals."""
+
+import pytest
+import torch
+from networks import network
+from torch import Tensor, nn
+
+import nac_gpu as nac
+
+
+def test_counts_of_the_papers_networks() -> None:
+    from common.models import dbn, mnist_cnn, vgg16, vgg19
+
+    image = torch.zeros(1, 3, 32, 32)
+    assert nac.cost(vgg16(10), image).parameters == 33_646_666
+    assert nac.cost(vgg16(10), image).flops == pytest.approx(6.65e8, rel=2e-3)
+    assert nac.cost(vgg16(100), image).parameters == 34_015_396
+    assert nac.cost(vgg19(10), image).parameters == pytest.approx(20.04e6, rel=1e-3)
+    digit = torch.zeros(1, 1, 28, 28)
+    assert nac.cost(dbn(), digit).parameters == 1_665_010
+    assert nac.cost(mnist_cnn(), digit).parameters == 151_920
+
+
+@pytest.mark.parametrize(("widths", "parameters"), [((300, 300, 1000), 636_810), ((200, 100, 100), 188_210)])
+def test_compressed_sizes_of_the_dbn(widths: tuple[int, int, int], parameters: int) -> None:
+    model, inputs = network("dbn")
+    plan = nac.plan(model, inputs, width=dict(zip(("1", "3", "5"), widths, strict=True)))
+    assert plan.before.parameters == 1_665_010
+    assert plan.after.parameters == parameters
+    assert sum(p.numel() for p in nac.compress(model, inputs, plan, method="random").parameters()) == parameters
+
+
+def test_the_papers_budget_for_vgg16() -> None:
+    import vgg_cifar
+    from common.models import vgg16
+
+    model = vgg16(10)
+    plan = nac.plan(model, torch.zeros(1, 3, 32, 32), width=vgg_cifar.widths(model, vgg_cifar.Options()))
+    assert plan.after.parameters <= 2.37e6
+    assert plan.after.flops <= 3.72e8
+
+
+def test_one_share_for_all() -> None:
+    plan = nac.plan(*network("cnn"), width=0.5)
+    assert [(g.before, g.after) for g in plan.groups] == [(6, 3), (6, 3), (16, 8), (16, 8), (120, 60), (120, 60)]
+
+
+def test_widths_by_name_pattern_count_and_share() -> None:
+    model, inputs = network("vgg19")
+    plan = nac.plan(model, inputs, width={"features.0": 5, "features.4*": 0.25})
+    after = {g.name: g.after for g in plan.groups if g.after != g.before}
+    assert after == {"features.0": 5, "features.40": 16, "features.43": 16, "features.46": 16, "features.49": 16}
+
+
+def test_the_width_of_a_shared_group_can_be_given_by_any_of_its_layers() -> None:
+    plan = nac.plan(*network("residual"), width={"block": 4})
+    assert plan.widths == {"stem": 4}
+    with pytest.raises(ValueError, match=r"stem and block share their neurons \(group stem\).*got 3 and 4"):
+        nac.plan(*network("residual"), width={"stem": 3, "block": 4})
+
+
+def test_it_prints_as_a_table_with_what_is_left_alone() -> None:
+    text = str(nac.plan(*network("cnn"), width={"2": 5, "5": 12, "7": 12, "10": 80, "14": 60}))
+    assert "group  neurons    kept  layers" in text
+    assert "10         120      80  10" in text
+    assert "left alone: 16 (10): model output" in text
+    assert "parameters: 151,920 -> 54,785 (36.1 %)" in text
+
+
+def test_json_round_trip() -> None:
+    plan = nac.plan(*network("residual"), width=0.5)
+    assert nac.Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"groups": [{"name": 1}], "left_alone": []}'])
+def test_json_that_is_no_plan(text: str) -> None:
+    with pytest.raises(ValueError, match="not the JSON of a plan"):
+        nac.Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        ({"5": 0}, "5: cannot keep 0 of 16 neurons, expected 1 to 16"),
+        ({"5": -3}, "5: cannot keep -3 of 16 neurons"),
+        ({"5": 17}, "5: cannot keep 17 of 16 neurons"),
+        ({"5": 0.0}, r"5: cannot keep the share 0\.0"),
+        ({"5": 1.5}, r"5: cannot keep the share 1\.5"),
+        ({"5": float("nan")}, "5: cannot keep the share nan"),
+        ({"5": True}, "5: width is True, expected a number of neurons"),
+        ({"5": "half"}, "5: width is 'half'"),
+        ({"nosuch": 3}, "unknown layer 'nosuch' in the widths, expected one of: 0, 2, 5, 7, 10, 14"),
+        ({"16": 3}, "16 cannot be compressed: model output; take it out of the widths"),
+        (0.0, r"cannot keep the share 0\.0"),
+        (2, r"cannot keep the share 2\.0"),
+    ],
+    ids=str,
+)
+def test_impossible_widths(width: nac.Width, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nac.plan(*network("cnn"), width=width)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float) -> None:
+    model, inputs = network("cnn")
+    with torch.no_grad():
+        model[5].weight[0, 0] = value
+    with pytest.raises(ValueError, match=r"5\.weight has 9 values that are NaN or infinite"):
+        nac.plan(model, inputs, width=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_not_floating(dtype: torch.dtype) -> None:
+    model, inputs = network("cnn")
+    model[5].weight = nn.Parameter(torch.zeros(16, 6, 3, 3, dtype=dtype), requires_grad=False)
+    with pytest.raises(TypeError, match=rf"5\.weight is {str(dtype)[6:]}, expected a floating type"):
+        nac.plan(model, inputs, width=0.5)
+
+
+def test_nothing_to_compress() -> None:
+    with pytest.raises(ValueError, match=r"nothing to compress: 0 \(3\): model output"):
+        nac.plan(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4), width=0.5)
+    with pytest.raises(ValueError, match="nothing to compress: no Linear or convolution"):
+        nac.plan(nn.Sequential(nn.ReLU()), torch.randn(2, 4), width=0.5)
+
+
+class WritesItsSize(nn.Module):
+    """The width of a layer is written into the forward pass, where no record can see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 12), nn.Linear(12, 10), nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu().view(-1, 12)
+        return self.last(self.second(x).relu())
+
+
+def test_a_group_whose_trial_fails_is_left_alone_and_the_others_are_not() -> None:
+    plan = nac.plan(WritesItsSize(), torch.randn(2, 4), width=0.5)
+    assert plan.widths == {"second": 5}
+    failed = next(a for a in plan.left_alone if a.layer == "first")
+    assert "the smaller network does not run: RuntimeError" in failed.reason
+
+
+class DividesByItsSize(nn.Module):
+    """Runs at any width, but computes something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.last(x / x.shape[1])
+
+
+def test_a_group_whose_function_depends_on_its_size_is_left_alone() -> None:
+    with pytest.raises(ValueError, match=r"merging identical neurons changed the outputs \(relative error"):
+        nac.plan(DividesByItsSize(), torch.randn(2, 4), width=0.5)

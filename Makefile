@@ -13,7 +13,7 @@ demo: $(VENV)/.experiments
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.lint build/types/nac_gpu/kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -23,6 +23,11 @@ $(VENV)/.%: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
+
+build/types/nac_gpu/kernels: # pyright cannot see that kernels/ is installed as nac_gpu.kernels
+	mkdir -p build/types/nac_gpu
+	touch build/types/nac_gpu/__init__.py
+	ln -sfn ../../../kernels $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .coverage

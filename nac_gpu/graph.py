@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from nac_gpu.labels import MEAN, SUM, Atoms, Labels, Slot
 from nac_gpu.rules import Normalisation, Production, Rules
@@ -142,7 +142,7 @@ class _Record(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
             labels = self.rules.apply(func, args, kwargs, out)
             for tensor, found in zip(outputs, labels, strict=True):

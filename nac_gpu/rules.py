@@ -109,8 +109,9 @@ class Rules:
             return nothing
         moved = name in MOVEMENT or name in IDENTITY or name in ("cat", "stack")
         if not moved:
-            for source in {self._labels_of(value).source for value in labelled} - {None}:
-                self.uses[source] = self.uses.get(source, 0) + 1  # pyright: ignore[reportArgumentType]
+            for source in {self._labels_of(value).source for value in labelled}:
+                if source is not None:
+                    self.uses[source] = self.uses.get(source, 0) + 1
         rule = self._rule(name, func)
         if rule is None:
             self.freeze(labelled, f"operation {name} is not known")
@@ -380,14 +381,15 @@ class Rules:
         channels = self.along(images, 1)
         names: list[str | None] = []
         for tensor in tensors:
-            name = None if tensor is None else self._name_of(tensor)
-            if tensor is not None and name is None:
+            if tensor is None:
+                names.append(None)
+                continue
+            name = self._name_of(tensor)
+            if name is None:
                 self.freeze([images], "a normalisation's parameters are computed")
                 self.freeze([t for t in tensors if t is not None], "a normalisation's parameters are computed")
                 return [Labels()] * len(outputs)
             names.append(name)
-            if name is None:
-                continue
             atoms = self.atoms.of(name, 0, tensor.shape[0])
             if channels is None:
                 self._freeze_plane(atoms, "normalises values that are not channels")

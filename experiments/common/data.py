@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,10 @@ class Images:
         """The same images on a device."""
         return Images(self.pixels.to(device), self.labels.to(device), self.classes)
 
+    def part(self, start: int, stop: int) -> "Images":
+        """Images from `start` up to `stop`."""
+        return Images(self.pixels[start:stop], self.labels[start:stop], self.classes)
+
 
 def _from_arrays(pixels: np.ndarray, labels: np.ndarray | list[int], classes: int) -> Images:
     """Images from uint8 [n, h, w, c] and labels [n]."""
@@ -44,7 +48,8 @@ def _from_arrays(pixels: np.ndarray, labels: np.ndarray | list[int], classes: in
 
 def _read_folder(path: Path) -> Images:
     folder = datasets.ImageFolder(str(path))
-    pixels = [np.asarray(image) for image, _ in tqdm(folder, desc=f"reading {path.name}", unit=" images", leave=False)]
+    places = tqdm(range(len(folder)), desc=f"reading {path.name}", unit=" images", leave=False)
+    pixels = [np.asarray(folder[place][0]) for place in places]
     return _from_arrays(np.stack(pixels), folder.targets, len(folder.classes))
 
 
@@ -52,11 +57,10 @@ def _digits(seed: int = 0) -> tuple[Images, Images]:
     """scikit-learn's 1,797 handwritten digits as 32x32 RGB; a fixed fifth is the test set."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     small = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)
-    pixels = (
-        torch.nn.functional.interpolate(small, size=32, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
-    )
+    large = torch.nn.functional.interpolate(small, size=32, mode="bilinear")
+    pixels = large.round().to(torch.uint8).expand(-1, 3, -1, -1)
     labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     test, train = order[: len(order) // 5], order[len(order) // 5 :]

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode
 
 LARGEST_IMAGE = 16  # positions (4x4); above, oneDNN is as fast or faster
@@ -32,7 +33,7 @@ class _SmallConv3x3(torch.autograd.Function):
         height, width = images.shape[2:]
         grad_images = None
         if ctx.needs_input_grad[0]:
-            grad_images = torch.nn.grad.conv2d_input(images.shape, weight, grad, padding=1)
+            grad_images = conv2d_input(images.shape, weight, grad, padding=1)
         padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         rows = grad.permute(1, 0, 2, 3).reshape(outputs, -1)
         grad_weight = weight.new_empty(outputs, 3, 3, inputs)

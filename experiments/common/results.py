@@ -1,0 +1,148 @@
+"""What an experiment measured: kept per seed in one JSON file, summed up as mean and spread, printed as a table."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Measured = dict[str, Any]
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """Hardware and versions that a measurement depends on; nothing that names the machine.
+
+    Args:
+        device: where the arithmetic was done.
+    """
+    found: dict[str, str | int] = {"processor": _processor(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found | {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "nac_gpu": _version("nac_gpu"),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def _processor() -> str:
+    """The CPU's name as its maker gives it, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "from source"
+
+
+def write_json(value: object, path: Path) -> None:
+    """Write a file that is either the old one or the whole new one, whenever the process is stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Results:
+    """The measurements of one experiment, by seed and row, in a JSON file that is written after every one of them.
+
+    A run that was stopped goes on with what is missing, and another run with other seeds adds to the file.
+
+    Attributes:
+        seeds: seed -> `{"environment": ..., "rows": {row: {column: value}}}`.
+    """
+
+    def __init__(self, path: Path, configuration: Mapping[str, Any], device: torch.device) -> None:
+        """Open the file, or begin it.
+
+        Args:
+            path: the JSON file.
+            configuration: recipes and sizes; only measurements made with the same ones are kept together.
+            device: where the arithmetic is done.
+
+        Raises:
+            ValueError: the file holds measurements of another configuration.
+        """
+        self.path = path
+        self.configuration = json.loads(json.dumps(configuration))  # tuples become lists, as they do in the file
+        self.environment = environment(device)
+        self.seeds: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["configuration"] != self.configuration:
+                raise ValueError(
+                    f"{path} was measured with {stored['configuration']}, not {self.configuration}: "
+                    "remove it or give another --results"
+                )
+            self.seeds = stored["seeds"]
+
+    def measure(self, row: str, seed: int, make: Callable[[], Measured]) -> Measured:
+        """The values of a row for a seed: from the file if they are there, else measured by `make` and written."""
+        entry = self.seeds.setdefault(str(seed), {"environment": self.environment, "rows": {}})
+        if row not in entry["rows"]:
+            entry["rows"][row] = make()
+            self.write()
+        return entry["rows"][row]
+
+    def values(self, row: str, column: str) -> list[float]:
+        """A column of a row, one value per seed that has it."""
+        rows = (entry["rows"].get(row, {}) for entry in self.seeds.values())
+        return [values[column] for values in rows if column in values]
+
+    def rows(self) -> list[str]:
+        """Names of the rows, in the order in which they were first measured."""
+        return list(dict.fromkeys(row for entry in self.seeds.values() for row in entry["rows"]))
+
+    def summary(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Row -> column -> mean and sample standard deviation over the seeds, and how many there are."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for row in self.rows():
+            entries = [entry["rows"][row] for entry in self.seeds.values() if row in entry["rows"]]
+            numbers = [column for column, value in entries[0].items() if isinstance(value, int | float)]
+            found[row] = {column: spread(self.values(row, column)) for column in numbers}
+        return found
+
+    def write(self) -> None:
+        """Write the file anew, summary first."""
+        write_json({"configuration": self.configuration, "summary": self.summary(), "seeds": self.seeds}, self.path)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and sample standard deviation (0 for a single value), and the number of values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "sd": deviation, "n": len(values)}
+
+
+def mean_sd(values: Sequence[float], digits: int = 2) -> str:
+    """`1.03 ± 0.02`: mean and sample standard deviation; a single value alone; a dash for none."""
+    if not values:
+        return "-"
+    found = spread(values)
+    mean = f"{found['mean']:.{digits}f}"
+    return f"{mean} ± {found['sd']:.{digits}f}" if len(values) > 1 else mean
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = zip(row, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        return "| " + " | ".join(padded) + " |"
+
+    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(cells[0]), line(ruler), *(line(row) for row in cells[1:])])

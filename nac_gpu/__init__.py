@@ -1,0 +1,32 @@
+"""Neuron agglomerative clustering: make a trained PyTorch model smaller by merging similar neurons.
+
+small = nac_gpu.compress(model, example_inputs, width=0.5)
+labels = nac_gpu.ward_linkage(points).cut(10)
+"""
+
+from nac_gpu.clustering import METHODS, AssignmentMethod, kmeans, random, ward
+from nac_gpu.compress import compress
+from nac_gpu.cost import Cost, cost
+from nac_gpu.graph import LeftAlone
+from nac_gpu.linkage import Dendrogram, ward_linkage
+from nac_gpu.plan import GroupPlan, Plan, Width, plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "AssignmentMethod",
+    "Cost",
+    "Dendrogram",
+    "GroupPlan",
+    "LeftAlone",
+    "Plan",
+    "Width",
+    "compress",
+    "cost",
+    "kmeans",
+    "plan",
+    "random",
+    "ward",
+    "ward_linkage",
+]

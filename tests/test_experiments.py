@@ -1,0 +1,208 @@
+"""What the experiments share, and the VGG experiment from end to end on a few small images."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import vgg_cifar
+from common.data import Images, augment, load, normalise, statistics
+from common.fast_conv import fast_weight_gradients
+from common.results import Results
+from common.training import Precision, Recipe, error_rate, fit
+
+CPU = Precision(torch.device("cpu"), bfloat16=False)
+RECIPE = Recipe(epochs=3, learning_rate=0.05, batch_size=16, shift=1, flip=True)
+
+
+def blobs(n: int, seed: int, size: int = 8) -> Images:
+    """Two classes of images: dark and bright."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 2
+    noise = torch.randint(0, 60, (n, 3, size, size), generator=generator)
+    return Images((noise + 120 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels, 2)
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), nn.Linear(512, 2)
+    )
+
+
+def test_fit_learns() -> None:
+    model = small_network()
+    errors = fit(model, blobs(128, 0), blobs(64, 1), RECIPE, CPU, seed=0, label="test")
+    assert errors[-1] == 0
+    assert not model.training
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stopped = small_network(), small_network()
+    expected = fit(whole, blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=3, label="whole")
+    checkpoint = tmp_path / "run.pt"
+    epochs = 0
+
+    def stop_in_the_third_epoch(*_: object) -> float:
+        nonlocal epochs
+        epochs += 1
+        if epochs == 3:
+            raise KeyboardInterrupt
+        return error_rate(*_)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.training.error_rate", stop_in_the_third_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            fit(stopped, blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=3, label="stopped", checkpoint=checkpoint)
+    resumed = small_network()
+    found = fit(resumed, blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=3, label="resumed", checkpoint=checkpoint)
+    assert found == expected
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    loaded = small_network()
+    assert (
+        fit(loaded, blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=3, label="again", checkpoint=checkpoint) == expected
+    )
+    assert torch.equal(loaded[0].weight, whole[0].weight)
+    with pytest.raises(ValueError, match="was made with"):
+        other = replace(RECIPE, epochs=4)
+        fit(loaded, blobs(64, 0), blobs(32, 1), other, CPU, seed=3, label="other", checkpoint=checkpoint)
+
+
+def test_error_rate_counts_and_keeps_the_mode() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).train()
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.copy_(torch.tensor([1.0, 0.0]))
+    images = blobs(10, 0)
+    assert error_rate(model, images, statistics(images), CPU) == 50
+    assert model.training
+
+
+def test_fast_weight_gradients_are_the_gradients() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(5, 7, 3, padding=1)
+    images = torch.randn(6, 5, 4, 4, requires_grad=True)
+    grads = []
+    for context in (fast_weight_gradients(), torch.enable_grad()):
+        with context, torch.autocast("cpu", torch.bfloat16):
+            out = layer(images)
+        assert out.dtype == torch.bfloat16
+        grads.append(torch.autograd.grad(out.float().square().sum(), [images, layer.weight, layer.bias]))
+    for fast, plain in zip(*grads, strict=True):
+        assert torch.allclose(fast, plain, rtol=0.02, atol=0.02 * float(plain.abs().max()))
+
+
+def test_fast_weight_gradients_take_only_what_they_are_for() -> None:
+    applies = fast_weight_gradients._applies
+    images, weight = torch.zeros(1, 2, 4, 4), torch.zeros(3, 2, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert applies(images, weight, None, (1, 1), (1, 1), (1, 1), 1)
+        assert not applies(torch.zeros(1, 2, 8, 8), weight, None, (1, 1), (1, 1), (1, 1), 1)
+        assert not applies(images, weight, None, (2, 2), (1, 1), (1, 1), 1)
+        with torch.no_grad():
+            assert not applies(images, weight, None, (1, 1), (1, 1), (1, 1), 1)
+    assert not applies(images, weight, None, (1, 1), (1, 1), (1, 1), 1)
+
+
+def test_augmented_images_are_shifted_and_mirrored_originals() -> None:
+    images = blobs(20, 0).pixels
+    found = augment(images, 2, True, torch.Generator().manual_seed(0))
+    assert found.shape == images.shape
+    assert found.dtype == torch.uint8
+    padded = nn.functional.pad(images.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
+    windows = padded.unfold(2, 8, 1).unfold(3, 8, 1)  # [n, c, 5, 5, 8, 8]
+    for i, image in enumerate(found):
+        candidates = windows[i].permute(1, 2, 0, 3, 4).reshape(25, 3, 8, 8)
+        assert any(torch.equal(image, c) or torch.equal(image, c.flip(2)) for c in candidates)
+    assert not torch.equal(found, images)
+    assert augment(images, 0, False, torch.Generator()) is images
+
+
+def test_normalised_images_have_mean_zero_and_deviation_one() -> None:
+    images = blobs(50, 0)
+    pixels = normalise(images.pixels, *statistics(images))
+    assert torch.allclose(pixels.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(pixels.std((0, 2, 3)), torch.ones(3), atol=1e-4)
+
+
+def test_digits_ship_with_scikit_learn() -> None:
+    train, test = load("digits", Path("nowhere"))
+    assert (len(train), len(test)) == (1438, 359)
+    assert train.pixels.shape[1:] == (3, 32, 32)
+    assert train.pixels.max() == 255
+
+
+def write_tree(path: Path, classes: int = 2, size: int = 32) -> None:
+    """An ImageFolder tree of dark and bright images."""
+    for split, count in (("train", 24), ("test", 8)):
+        images = blobs(count, len(split), size)
+        for i, (pixels, label) in enumerate(zip(images.pixels, images.labels.tolist(), strict=True)):
+            folder = path / split / f"class{label % classes}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())).save(folder / f"{i}.png")
+
+
+def test_an_image_folder_tree_and_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folders train/ and test/"):
+        load("folder", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no cifar10 at .*: give --data, or --download"):
+        load("cifar10", tmp_path)
+    write_tree(tmp_path)
+    train, test = load("folder", tmp_path)
+    assert (len(train), len(test), train.classes) == (24, 8, 2)
+    assert sorted(train.labels.tolist()) == [0] * 12 + [1] * 12
+    assert train.pixels[train.labels == 1].float().mean() > train.pixels[train.labels == 0].float().mean() + 100
+    (tmp_path / "train" / "class2").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "train" / "class2" / "0.png")
+    with pytest.raises(ValueError, match="train has 3 classes and test has 2"):
+        load("folder", tmp_path)
+
+
+def test_l1_filters_keep_the_largest() -> None:
+    points = torch.tensor([[1.0, -1], [0, 0.5], [-3, 0], [0.1, 0]])
+    assert vgg_cifar.l1_filters(points, 2).tolist() == [0, -1, 1, -1]
+
+
+@pytest.mark.parametrize("network", ["vgg16", "vgg19"])
+def test_the_vgg_experiment_from_end_to_end(network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "data")
+    options = vgg_cifar.Options(
+        dataset="folder",
+        data=tmp_path / "data",
+        network="vgg16" if network == "vgg16" else "vgg19",
+        multiplier=0.0625,
+        width="paper" if network == "vgg16" else "0.5",
+        finetune=("ward",),
+        control=True,
+        epochs=2,
+        finetune_epochs=1,
+        batch_size=8,
+        device="cpu",
+        output=tmp_path / "runs",
+        results=tmp_path / "results.json",
+    )
+    vgg_cifar.main(options)
+    printed = capsys.readouterr().out
+    assert "left alone: classifier" in printed
+    for method in ("baseline", "random", "l1", "kmeans", "ward"):
+        assert f"| {method} " in printed
+    rows = json.loads((tmp_path / "results.json").read_text())["seeds"]["0"]["rows"]
+    assert rows["ward"]["parameters"] == rows["l1"]["parameters"] < rows["baseline"]["parameters"]
+    assert rows["ward, fine-tuned"]["flops"] == rows["ward"]["flops"] < rows["baseline"]["flops"]
+    assert rows["baseline, fine-tuned"]["parameters"] == rows["baseline"]["parameters"]
+    assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
+    before = (tmp_path / "results.json").read_bytes()
+    vgg_cifar.main(options)  # everything is there: nothing is trained or measured again
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_results_of_another_configuration_are_not_mixed(tmp_path: Path) -> None:
+    Results(tmp_path / "r.json", {"epochs": 1}, torch.device("cpu")).measure("row", 0, lambda: {"error": 1.0})
+    with pytest.raises(ValueError, match="was measured with"):
+        Results(tmp_path / "r.json", {"epochs": 2}, torch.device("cpu"))

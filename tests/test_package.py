@@ -1,0 +1,50 @@
+"""The package as a user meets it."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nac_gpu as nac
+
+
+def test_importing_needs_torch_and_numpy_only_and_starts_nothing() -> None:
+    code = """
+import sys
+blocked = ("triton", "scipy", "sklearn", "torchvision", "matplotlib", "tqdm", "tyro")
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import torch
+import nac_gpu, nac_gpu.kernels
+assert not torch.cuda.is_initialized()
+assert nac_gpu.ward_linkage(torch.rand(5, 2)).cut(2).max() == 1
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", nac.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    thing = getattr(nac, name)
+    if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+        return
+    assert thing.__doc__
+    if inspect.isclass(thing):
+        for attribute, value in vars(thing).items():
+            if not attribute.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+                assert value.__doc__, attribute
+
+
+def test_the_types_are_shipped() -> None:
+    assert (Path(nac.__file__).parent / "py.typed").exists()
+
+
+def test_the_readmes_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0]
+    exec(compile(code, "README.md", "exec"), {})
+    assert "parameters: 85,002 -> " in capsys.readouterr().out

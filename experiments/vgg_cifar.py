@@ -49,6 +49,8 @@ class Options:
     """Neurons kept: a share such as 0.5, or `paper`, the preset for VGG-16 at 2.37 M parameters."""
     methods: tuple[Method, ...] = ("random", "l1", "kmeans", "ward")
     """How neurons are chosen: merged at random, L1 filter pruning, merged by k-means, merged by Ward (NAC)."""
+    rule: Literal["restored", "centroid"] = "restored"
+    """What a merged channel with BatchNorm deviates by: as its members did, or (the paper) as their mean does."""
     finetune: tuple[Method, ...] = ("kmeans", "ward")
     """Methods whose result is fine-tuned."""
     control: bool = False
@@ -120,11 +122,11 @@ def widths(model: nn.Module, options: Options) -> nac.Width:
     return {layer: max(1, round(kept * options.multiplier)) for layer, kept in zip(layers, PAPER_VGG16, strict=True)}
 
 
-def compressed(model: nn.Module, example: Tensor, kept: nac.Width, method: Method) -> nn.Module:
+def compressed(model: nn.Module, example: Tensor, kept: nac.Width, method: Method, options: Options) -> nn.Module:
     """The network with fewer neurons, chosen by a method."""
     if method == "l1":
         return nac.compress(model, example, width=kept, method=l1_filters, fold=False)
-    return nac.compress(model, example, width=kept, method=method)
+    return nac.compress(model, example, width=kept, method=method, rule=options.rule)
 
 
 @dataclass
@@ -198,7 +200,7 @@ class Run:
         self, model: nn.Module, example: Tensor, kept: nac.Width, method: Method, measured: Callable[..., Measured]
     ) -> Callable[[], Measured]:
         def make() -> Measured:
-            small = compressed(model, example, kept, method)
+            small = compressed(model, example, kept, method, self.options)
             return measured(small, self.error(small))
 
         return make
@@ -207,7 +209,7 @@ class Run:
         self, model: nn.Module, example: Tensor, kept: nac.Width, method: Method, measured: Callable[..., Measured]
     ) -> Callable[[], Measured]:
         def make() -> Measured:
-            small = compressed(model, example, kept, method)
+            small = compressed(model, example, kept, method, self.options)
             return measured(small, self.fit(small, finetune_recipe(self.options), method))
 
         return make
@@ -275,6 +277,7 @@ def main(options: Options) -> None:
         "network": options.network,
         "multiplier": options.multiplier,
         "width": options.width,
+        "rule": options.rule,
         "training": asdict(recipe(options)),
         "fine-tuning": asdict(finetune_recipe(options)),
         "arithmetic": "bfloat16 autocast" if precision.bfloat16 else "float32",

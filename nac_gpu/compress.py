@@ -1,10 +1,12 @@
 """`compress`: plan, cluster, merge, rebuild."""
 
+from typing import get_args
+
 from torch import nn
 
 from nac_gpu.clustering import METHODS, AssignmentMethod
 from nac_gpu.graph import ExampleInputs
-from nac_gpu.merge import Merger
+from nac_gpu.merge import Merger, Rule
 from nac_gpu.neurons import neuron_vectors
 from nac_gpu.plan import Plan, Width, prepare
 from nac_gpu.rebuild import rebuild, tensors
@@ -18,6 +20,7 @@ def compress(
     width: Width | None = None,
     method: str | AssignmentMethod = "ward",
     fold: bool = True,
+    rule: Rule = "restored",
     seed: int = 0,
 ) -> nn.Module:
     """A smaller copy of a trained model: similar neurons of every layer become one.
@@ -35,6 +38,8 @@ def compress(
         method: `"ward"` (agglomerative clustering), `"kmeans"`, `"random"`, or a function of the same signature;
             a label of -1 removes a neuron instead of merging it.
         fold: compare neurons as what they compute in eval mode, BatchNorm folded in; without, by their bare weights.
+        rule: how much a merged channel with BatchNorm deviates: `"restored"`, as the merged ones did in the mean,
+            which is much better without fine-tuning; or `"centroid"`, the paper's rule, as their mean does.
         seed: of methods that draw numbers; the global random state is not touched.
 
     Returns:
@@ -50,11 +55,13 @@ def compress(
         raise ValueError("expected either a plan or width=, got " + ("neither" if plan is None else "both"))
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}, or a function")
+    if rule not in get_args(Rule):
+        raise ValueError(f"unknown rule {rule!r}, expected one of {', '.join(get_args(Rule))}")
     assign = METHODS[method] if isinstance(method, str) else method
     made, groups = prepare(model, example_inputs, plan.widths if plan is not None else _given(width))
     if plan is not None and [(g.name, g.before) for g in plan.groups] != [(g.name, g.before) for g in made.groups]:
         raise ValueError("the plan was made for another model: its groups are not this model's; make it again")
-    merger = Merger(tensors(model))
+    merger = Merger(tensors(model), rule)
     for group, planned in zip(groups, made.groups, strict=True):
         if planned.after == planned.before:
             continue

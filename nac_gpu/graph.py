@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from nac_gpu.labels import MEAN, SUM, Atoms, Labels, Slot
-from nac_gpu.rules import Normalisation, Production, Rules
+from nac_gpu.notes import Call, Normalisation, Notes, Production
+from nac_gpu.rules import apply
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -114,14 +115,13 @@ class _Record(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.atoms = Atoms()
         self.modules: list[str] = [type(model).__name__]  # that are running, the innermost last
         named = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(tensor): name for name, tensor in named}
         self._parameters = {id(tensor) for _, tensor in model.named_parameters()}
         self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is held, so that its id stays its own
-        self.rules = Rules(
-            self.atoms,
+        self.notes = Notes(
+            Atoms(),
             name_of=lambda tensor: self._names.get(id(tensor)),
             labels_of=self.labels_of,
             module=lambda: self.modules[-1],
@@ -135,7 +135,7 @@ class _Record(TorchDispatchMode):
             for dim, size in enumerate(tensor.shape):
                 shape = [1] * tensor.ndim
                 shape[dim] = size
-                planes.append(self.atoms.of(self._names[key], dim, size).reshape(shape))
+                planes.append(self.notes.atoms.of(self._names[key], dim, size).reshape(shape))
             self._labels[key] = (tensor, Labels(tuple(planes), parameter=True))
         return self._labels[key][1] if key in self._labels else Labels()
 
@@ -144,7 +144,7 @@ class _Record(TorchDispatchMode):
         out = func(*args, **kwargs)
         with _disable_current_modes():
             outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
-            labels = self.rules.apply(func, args, kwargs, out)
+            labels = apply(self.notes, Call(func, args, kwargs, outputs))
             for tensor, found in zip(outputs, labels, strict=True):
                 if found.planes or id(tensor) in self._labels:
                     self._labels[id(tensor)] = (tensor, found)
@@ -213,8 +213,8 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     for tensor in pytree.tree_leaves(output):
         if isinstance(tensor, Tensor):
             for plane in mode.labels_of(tensor).planes:
-                mode.atoms.freeze(plane, "model output")
-    return _groups(mode.atoms, mode.rules)
+                mode.notes.atoms.freeze(plane, "model output")
+    return _groups(mode.notes)
 
 
 def _describe(inputs: ExampleInputs) -> str:
@@ -224,8 +224,9 @@ def _describe(inputs: ExampleInputs) -> str:
     )
 
 
-def _groups(atoms: Atoms, rules: Rules) -> Graph:
+def _groups(notes: Notes) -> Graph:
     """Classes of atoms with the same signature are the neurons of one group."""
+    atoms = notes.atoms
     classes, roles = atoms.classes(), atoms.roles()
     reasons: dict[int, str] = {}
     for frozen, reason in atoms.frozen():
@@ -242,7 +243,7 @@ def _groups(atoms: Atoms, rules: Rules) -> Graph:
     for atom, root in zip(used.tolist(), classes[used].tolist(), strict=True):
         members.setdefault(root, []).append(atom)
     made: dict[int, Production] = {}
-    for production in rules.productions:
+    for production in notes.productions:
         for root in classes[production.atoms[production.atoms >= 0]].tolist():
             made.setdefault(root, production)
     neurons: dict[tuple[int, ...], list[int]] = {}
@@ -251,13 +252,13 @@ def _groups(atoms: Atoms, rules: Rules) -> Graph:
         if root not in reasons and root not in consumed:
             reasons[root] = "nothing reads these channels"
         if root in reasons:
-            key = (_layer(_slot_at(atoms.slots, int(production.atoms[0]))), reasons[root])
+            key = (_layer(atoms.slot_at(int(production.atoms[0]))), reasons[root])
             alone[key] = alone.get(key, 0) + 1
         else:
             signature = tuple(slot_of[torch.tensor(members[root])].tolist())
             neurons.setdefault(signature, []).append(root)
     groups = tuple(
-        _group(signature, torch.tensor([members[root] for root in roots]), atoms.slots, roles, rules, made[roots[0]])
+        _group(signature, torch.tensor([members[root] for root in roots]), roles, notes, made[roots[0]])
         for signature, roots in neurons.items()
     )
     return Graph(_unique_names(groups), tuple(LeftAlone(layer, size, why) for (layer, why), size in alone.items()))
@@ -274,37 +275,36 @@ def _unique_names(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     return tuple(named)
 
 
-def _group(
-    signature: tuple[int, ...], neurons: Tensor, slots: list[Slot], roles: Tensor, rules: Rules, made: Production
-) -> Group:
+def _group(signature: tuple[int, ...], neurons: Tensor, roles: Tensor, notes: Notes, made: Production) -> Group:
     """A group from its neurons' atoms, int64 [n, atoms of each], columns ordered by slot as in the signature."""
     columns = torch.tensor(signature)
     members = {}
     for number in dict.fromkeys(signature):
-        slot, positions = slots[number], neurons[:, columns == number] - slots[number].first
+        slot = notes.atoms.slots[number]
+        positions = neurons[:, columns == number] - slot.first
         role = "sum" if int(roles[slot.first + int(positions[0, 0])]) == SUM else "mean"
         members[number] = Member(slot.tensor, slot.dim, role, positions)
     by_tensor = {member.tensor: member for member in members.values() if member.role == "mean"}
     norms = {
         number: Norm(*norm.tensors, norm.eps)
-        for number, norm in enumerate(rules.normalisations)
+        for number, norm in enumerate(notes.normalisations)
         if any(name in by_tensor for name in norm.tensors)
     }
     producers: dict[str, Producer] = {}
     folded: set[int] = set()
-    for number, production in enumerate(rules.productions):
-        slot = _slot_at(slots, int(production.atoms[0]))
+    for number, production in enumerate(notes.productions):
+        slot = notes.atoms.slot_at(int(production.atoms[0]))
         member = by_tensor.get(slot.tensor)
         if member is None or member.dim != slot.dim or slot.tensor in producers:
             continue
-        behind = _only_norm(number, slot, rules, slots)
+        behind = _only_norm(number, slot, notes)
         if behind is not None:
             folded.add(behind)
-        bias = None if production.bias is None else _slot_at(slots, int(production.bias[0])).tensor
+        bias = None if production.bias is None else notes.atoms.slot_at(int(production.bias[0])).tensor
         norm = norms.get(behind) if behind is not None else None
         producers[slot.tensor] = Producer(member, _layer(slot), bias, norm)
     free = tuple(norm for number, norm in norms.items() if number not in folded)
-    first = _slot_at(slots, int(made.atoms[0]))
+    first = notes.atoms.slot_at(int(made.atoms[0]))
     return Group(_layer(first), len(neurons), tuple(members.values()), tuple(producers.values()), free)
 
 
@@ -313,16 +313,12 @@ def _layer(slot: Slot) -> str:
     return slot.tensor.removesuffix(".weight")
 
 
-def _slot_at(slots: list[Slot], atom: int) -> Slot:
-    return next(slot for slot in slots if slot.first <= atom < slot.first + slot.size)
-
-
-def _only_norm(number: int, slot: Slot, rules: Rules, slots: list[Slot]) -> int | None:
+def _only_norm(number: int, slot: Slot, notes: Notes) -> int | None:
     """The one BatchNorm behind a production, if its weight is used once and nothing else reads the bare result."""
-    same = [p for p in rules.productions if _slot_at(slots, int(p.atoms[0])) == slot]
-    behind: list[tuple[int, Normalisation]] = [(i, n) for i, n in enumerate(rules.normalisations) if n.source == number]
-    if len(same) > 1 or len(behind) != 1 or rules.uses.get(number, 0) != 1:
+    same = [p for p in notes.productions if notes.atoms.slot_at(int(p.atoms[0])) == slot]
+    behind: list[tuple[int, Normalisation]] = [(i, n) for i, n in enumerate(notes.normalisations) if n.source == number]
+    if len(same) > 1 or len(behind) != 1 or notes.uses.get(number, 0) != 1:
         return None
     index, norm = behind[0]
-    used = [n for n in rules.normalisations if n.tensors == norm.tensors]
-    return index if len(used) == 1 and torch.equal(norm.channels, rules.productions[number].atoms) else None
+    used = [n for n in notes.normalisations if n.tensors == norm.tensors]
+    return index if len(used) == 1 and torch.equal(norm.channels, notes.productions[number].atoms) else None

@@ -87,12 +87,9 @@ class Atoms:
         slot = self.slot(tensor, dim, size)
         return torch.arange(slot.first, slot.first + size)
 
-    def slot_of(self, atoms: Tensor) -> Slot | None:
-        """The slot of which these atoms [size] are the whole range, in order; None if they are anything else."""
-        for slot in self.slots:
-            if slot.size == len(atoms) and bool((atoms == torch.arange(slot.first, slot.first + slot.size)).all()):
-                return slot
-        return None
+    def slot_at(self, atom: int) -> Slot:
+        """The slot that an atom lies in."""
+        return next(slot for slot in self.slots if slot.first <= atom < slot.first + slot.size)
 
     def unite(self, left: Tensor, right: Tensor) -> None:
         """Atoms that must share one assignment, elementwise: both int64 [m], no `NONE` among them."""

@@ -4,18 +4,24 @@ For clusters p of neurons j:
 
 - producers keep the centroid, `W_p = mean_j W_j`, `b_p = mean_j b_j` (the paper's P_l);
 - consumers keep the sum, Eq. (9): `W[:, p] = sum_j W[:, j]`;
-- a BatchNorm right behind a producer is part of the neuron: the merged layer computes, in eval mode, the centroid of
-  what the members compute, `mean_j (a_j z_j + c_j)`, and the statistics are those that the merged channel will have:
-  the mean exactly (it is linear), the variance from the members' deviations and the cosines between their weights.
+- a BatchNorm right behind a producer is part of the neuron. The merged channel is the centroid of what the members
+  compute in eval mode, `mean_j (a_j z_j + c_j)`, and its statistics are those that it will have: the mean exactly (it
+  is linear), the variance from the members' deviations and the cosines between their weights. A mean of channels that
+  differ deviates less than each of them; by the rule `"restored"` (the default) BatchNorm scales it up to the members'
+  mean deviation, by the rule `"centroid"`, the paper's, it stays as small as it is.
 
 A neuron with label -1 is removed together with its connections: pruning, the baseline that merging is compared to.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nac_gpu.graph import Group, Norm, Producer
 from nac_gpu.neurons import norm_scale, working_dtype
+
+Rule = Literal["restored", "centroid"]
 
 
 class Merger:
@@ -27,10 +33,12 @@ class Merger:
     Args:
         state: parameters and buffers by name. They are not changed; merged ones are replaced in the merger's own
             `state`.
+        rule: how the deviation of a merged channel with BatchNorm is chosen.
     """
 
-    def __init__(self, state: dict[str, Tensor]) -> None:
+    def __init__(self, state: dict[str, Tensor], rule: Rule = "restored") -> None:
         self.state = dict(state)
+        self._rule = rule
         self._dropped: dict[tuple[str, int], Tensor] = {}
 
     def merge(self, group: Group, labels: Tensor) -> None:
@@ -109,14 +117,17 @@ class Merger:
             flat = weight.movedim(producer.member.dim, 0).reshape(size, -1).to(like.dtype)
             directions = flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny)
             merged = total((q * variance.sqrt())[:, None] * directions).square().sum(1)
-            if norm.weight is None:  # the slope can only be kept by the variance
+            if norm.weight is None and self._rule == "centroid":  # the slope can only be kept by the variance
                 merged = merged_slope.square().reciprocal() - norm.eps
             merged = torch.where(alone, variance, merged)
             deviation = torch.sqrt(merged + norm.eps)
             self._put(norm.variance, merged, source, target)
         if norm.weight is not None:
             old = self.state[norm.weight].to(like.dtype)
-            self._put(norm.weight, torch.where(alone, old, merged_slope * deviation), source, target)
+            gain = merged_slope * deviation
+            if self._rule == "restored" and norm.variance is not None:
+                gain = torch.where(signed < 0, -1, 1) * total(part * old.abs())
+            self._put(norm.weight, torch.where(alone, old, gain), source, target)
         if norm.mean is not None:
             self._put(norm.mean, total(q * mean), source, target)
         if norm.bias is not None:  # offset + slope * mean is the BatchNorm's own bias

@@ -66,11 +66,24 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
 
 def in_float64(model: nn.Module, example_inputs: ExampleInputs) -> tuple[nn.Module, ExampleInputs]:
     """A copy of the model and its inputs in float64."""
-    double = copy.deepcopy(model).double()
-    moved = pytree.tree_map(
-        lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, example_inputs
-    )
-    return double, moved
+
+    def double(value: object) -> object:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return copy.deepcopy(model).double(), pytree.tree_map(double, example_inputs)
+
+
+def lively(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """The tensor, or random numbers of its shape where it holds one constant.
+
+    Zero-initialised heads, layer scales of 1e-6 and inputs of zeros hide what merging does; none may make the trial
+    vacuous.
+    """
+    if tensor.numel() < 2 or not tensor.is_floating_point() or not bool((tensor == tensor.flatten()[0]).all()):
+        return tensor
+    fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
+    drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+    return drawn / fan_in**0.5
 
 
 def failure(
@@ -80,13 +93,15 @@ def failure(
 
     Args:
         model: in float64; not changed.
-        example_inputs: in float64.
+        example_inputs: in float64; inputs and parameters that hold one constant are replaced by random ones.
         groups: to merge, all at once.
         widths: clusters of each.
         seed: of the choice of copies.
     """
     generator = torch.Generator().manual_seed(seed)
-    copies = tensors(model)
+    parameters = {name for name, _ in model.named_parameters()}
+    copies = {name: lively(t, generator) if name in parameters else t for name, t in tensors(model).items()}
+    example_inputs = pytree.tree_map(lambda v: lively(v, generator) if isinstance(v, Tensor) else v, example_inputs)
     labels = [random_labels(group.size, width, generator) for group, width in zip(groups, widths, strict=True)]
     for group, chosen in zip(groups, labels, strict=True):
         copies = copy_neurons(copies, group, chosen)

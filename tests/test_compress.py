@@ -174,6 +174,8 @@ def test_misuse() -> None:
         nac.compress(model, inputs, plan, width=0.5)
     with pytest.raises(ValueError, match="unknown method 'kmean', expected one of ward, kmeans, random, or a function"):
         nac.compress(model, inputs, width=0.5, method="kmean")
+    with pytest.raises(ValueError, match="unknown rule 'mean', expected one of restored, centroid"):
+        nac.compress(model, inputs, width=0.5, rule="mean")  # type: ignore[arg-type]
     other, other_inputs = network("vgg16")
     with pytest.raises(ValueError, match=r"unknown layer|another model"):
         nac.compress(other, other_inputs, plan)

@@ -69,8 +69,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pyte
         fit(loaded, blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=3, label="again", checkpoint=checkpoint) == expected
     )
     assert torch.equal(loaded[0].weight, whole[0].weight)
+    other = replace(RECIPE, epochs=4)
     with pytest.raises(ValueError, match="was made with"):
-        other = replace(RECIPE, epochs=4)
         fit(loaded, blobs(64, 0), blobs(32, 1), other, CPU, seed=3, label="other", checkpoint=checkpoint)
 
 
@@ -151,7 +151,7 @@ def write_tree(path: Path, classes: int = 2, size: int = 32) -> None:
 def test_an_image_folder_tree_and_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folders train/ and test/"):
         load("folder", tmp_path)
-    with pytest.raises(FileNotFoundError, match="no cifar10 at .*: give --data, or --download"):
+    with pytest.raises(FileNotFoundError, match=r"no cifar10 at .*: give --data, or --download"):
         load("cifar10", tmp_path)
     write_tree(tmp_path)
     train, test = load("folder", tmp_path)

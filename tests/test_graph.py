@@ -226,3 +226,22 @@ def test_evaluating_restores_every_mode() -> None:
         assert not model.training
         assert not torch.is_grad_enabled()
     assert [model.training, model[0].training, model[1].training] == [True, True, False]
+
+
+def test_channels_used_as_indices_are_left_alone() -> None:
+    class Indexed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.table, self.out = nn.Linear(4, 6), nn.Embedding(9, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.table(self.make(x).abs().clamp(max=8).long()))
+
+    graph = record(Indexed(), torch.randn(2, 4))
+    assert [g.name for g in graph.groups] == ["table"]
+    assert graph.left_alone[0].reason == "channels are used as indices in table"
+
+
+def test_reading_other_numbers_from_the_bits_is_not_movement() -> None:
+    found = reasons(Net(lambda x: x.view(torch.int32).view(torch.float32) * 1.0), 1, 3, 6, 6)
+    assert "operation view is not known" in found["make"]

@@ -8,12 +8,12 @@ from networks import LARGE, NETWORKS, network
 
 from nac_gpu import compress
 from nac_gpu.graph import record
-from nac_gpu.merge import Merger
+from nac_gpu.merge import Merger, Rule
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.trial import copy_neurons, in_float64, outputs, random_labels, relative_error
 
 
-def check(name: str, seed: int, share: float) -> None:
+def check(name: str, seed: int, share: float, rule: Rule = "restored") -> None:
     """Copies of random neurons, in every group at once, merge with no change; making the copies changed much."""
     model, inputs = in_float64(*network(name))
     groups = record(model, inputs).groups
@@ -23,7 +23,7 @@ def check(name: str, seed: int, share: float) -> None:
     copies = tensors(model)
     for group, chosen in zip(groups, labels, strict=True):
         copies = copy_neurons(copies, group, chosen)
-    merger = Merger(copies)
+    merger = Merger(copies, rule)
     for group, chosen in zip(groups, labels, strict=True):
         merger.merge(group, chosen)
     expected = outputs(rebuild(model, copies), inputs)
@@ -39,9 +39,14 @@ def test_copies_merge_with_no_change(name: str) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(name=st.sampled_from(list(NETWORKS)), seed=st.integers(0, 2**31), share=st.floats(0.01, 0.95))
-def test_random_choices_of_copies(name: str, seed: int, share: float) -> None:
-    check(name, seed, share)
+@given(
+    name=st.sampled_from(list(NETWORKS)),
+    seed=st.integers(0, 2**31),
+    share=st.floats(0.01, 0.95),
+    rule=st.sampled_from(["restored", "centroid"]),
+)
+def test_random_choices_of_copies(name: str, seed: int, share: float, rule: Rule) -> None:
+    check(name, seed, share, rule)
 
 
 @pytest.mark.parametrize("method", ["ward", "kmeans"])

@@ -6,7 +6,7 @@ from networks import network, randomised
 from torch import Tensor, nn
 
 from nac_gpu.graph import Group, record
-from nac_gpu.merge import Merger
+from nac_gpu.merge import Merger, Rule
 from nac_gpu.neurons import neuron_vectors
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.trial import outputs
@@ -17,9 +17,9 @@ def two_layers() -> tuple[nn.Module, Tensor]:
     return randomised(model), torch.randn(4, 5, dtype=torch.float64)
 
 
-def merged(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[nn.Module, Group]:
+def merged(model: nn.Module, inputs: Tensor, labels: Tensor, rule: Rule = "centroid") -> tuple[nn.Module, Group]:
     group = record(model, inputs).groups[0]
-    merger = Merger(tensors(model))
+    merger = Merger(tensors(model), rule)
     merger.merge(group, labels)
     return rebuild(model, merger.finish()), group
 
@@ -35,10 +35,11 @@ def test_producers_keep_the_mean_and_consumers_the_sum() -> None:
     assert torch.equal(small[2].bias, model[2].bias)
 
 
-def test_clusters_of_one_are_bitwise_unchanged() -> None:
+@pytest.mark.parametrize("rule", ["restored", "centroid"])
+def test_clusters_of_one_are_bitwise_unchanged(rule: Rule) -> None:
     model, inputs = network("vgg16")
     labels = torch.tensor([0, 1, 0, 2, 3, 4, 5, 6])
-    small, group = merged(model, inputs, labels)
+    small, group = merged(model, inputs, labels, rule)
     alone = torch.tensor([3, 4, 5, 6, 7])
     for member in group.members:
         before = model.state_dict()[member.tensor].index_select(member.dim, alone)
@@ -85,6 +86,26 @@ def test_statistics_after_merging_are_those_of_the_merged_channel() -> None:
         channels = small[0](inputs)
     assert torch.allclose(small[1].running_mean, channels.mean(0), atol=0.02)
     assert torch.allclose(small[1].running_var, channels.var(0), rtol=0.02)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_restored_channels_deviate_as_their_members_did(affine: bool) -> None:
+    """White inputs again: after BatchNorm, a channel's deviation is its gain, and the mean its bias."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, affine=affine), nn.Linear(6, 2)).double()
+    if affine:
+        randomised(model)
+    model[1].running_mean.copy_(model[0].bias.detach())
+    model[1].running_var.copy_(model[0].weight.detach().square().sum(1))
+    inputs = torch.randn(200_000, 5, dtype=torch.float64, generator=generator)
+    labels = torch.tensor([0, 0, 1, 2, 1, 0])
+    small, _ = merged(model.eval(), inputs[:2], labels, "restored")
+    with torch.no_grad():
+        before, after = model[:2](inputs), small[:2](inputs)
+    for cluster in range(3):
+        members = before[:, labels == cluster]
+        assert after[:, cluster].std() == pytest.approx(float(members.std(0).mean()), rel=0.01)
+        assert after[:, cluster].mean() == pytest.approx(float(members.mean()), abs=0.01)
 
 
 def test_a_channel_that_batchnorm_switches_off_stays_off() -> None:

@@ -159,3 +159,49 @@ class DividesByItsSize(nn.Module):
 def test_a_group_whose_function_depends_on_its_size_is_left_alone() -> None:
     with pytest.raises(ValueError, match=r"merging identical neurons changed the outputs \(relative error"):
         nac.plan(DividesByItsSize(), torch.randn(2, 4), width=0.5)
+
+
+class HidesBehindZeros(nn.Module):
+    """The example inputs are zeros, and so is the head: without care the trial would see no difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 12), nn.Linear(12, 2)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu().view(-1, 3, 4).sum(1).repeat(1, self.first.out_features // 4) / 2)
+
+
+class AddsItsInput(nn.Module):
+    """Channels meet the network's input, which is different for each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu() + x)
+
+
+@pytest.mark.parametrize("build", [HidesBehindZeros, AddsItsInput])
+def test_example_inputs_of_zeros_hide_nothing(build: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match="nothing to compress: first"):
+        nac.plan(build(), torch.zeros(2, 12), width=0.5)
+
+
+def test_the_trial_is_not_vacuous_behind_a_head_of_zeros() -> None:
+    """A wrong rule would be caught by the trial alone."""
+    from nac_gpu.graph import Group, Member, record
+    from nac_gpu.trial import failure, in_float64
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.init.zeros_(model[2].weight)
+    double, inputs = in_float64(model, torch.zeros(2, 6))
+    (group,) = record(double, inputs).groups
+    assert failure(double, inputs, [group], [4]) is None
+    wrong = tuple(Member(m.tensor, m.dim, "mean", m.index) for m in group.members)
+    broken = Group(group.name, group.size, wrong, group.producers, group.norms)
+    message = failure(double, inputs, [broken], [4])
+    assert message is not None
+    assert "changed the outputs" in message

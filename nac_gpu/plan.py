@@ -153,7 +153,8 @@ def resolve(graph: Graph, width: Width) -> list[int]:
         return [_neurons(group.name, group.size, float(width)) for group in graph.groups]
     chosen: dict[str, tuple[str, int]] = {}
     for pattern, value in width.items():
-        matches = [g for g in graph.groups if _matches(g, pattern)]
+        exact = [group for group in graph.groups if group.name == pattern]
+        matches = exact or [group for group in graph.groups if _matches(group, pattern)]
         if not matches:
             raise ValueError(_unknown(graph, pattern))
         for group in matches:

@@ -94,6 +94,18 @@ class Sequence(nn.Module):
         return self.last(x).sum(1)
 
 
+class Split(nn.Module):
+    """One layer whose channels go to two readers: two groups with one layer's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.a, self.b = nn.Linear(4, 10), nn.Linear(6, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.make(x).relu()
+        return self.a(hidden[:, : self.a.in_features]) + self.b(hidden[:, -self.b.in_features :])
+
+
 def images(*shape: int) -> Tensor:
     """Random float images."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
@@ -109,6 +121,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "normed_mlp": (NormedMLP, (5, 7)),
     "residual": (Residual, (2, 3, 8, 8)),
     "sequence": (Sequence, (2, 4, 6)),
+    "split": (Split, (5, 4)),
 }
 
 #: Large ones, for the test that matters most only.

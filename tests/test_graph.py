@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import Conv1dNet, NormedMLP, Residual, network
+from networks import Conv1dNet, NormedMLP, Residual, Split, network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -137,15 +137,6 @@ def test_what_keeps_channels_apart_is_a_group(between: Callable[[Tensor], Tensor
 
 
 def test_split_channels_with_different_readers_are_different_groups() -> None:
-    class Split(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.make, self.a, self.b = nn.Linear(4, 10), nn.Linear(6, 2), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            left, right = self.make(x).relu().split([6, 4], dim=1)
-            return self.a(left) + self.b(right)
-
     graph = record(Split(), torch.randn(2, 4))
     assert [(g.name, g.size) for g in graph.groups] == [("make", 6), ("make#2", 4)]
 

@@ -59,6 +59,14 @@ def test_the_width_of_a_shared_group_can_be_given_by_any_of_its_layers() -> None
         nac.plan(*network("residual"), width={"stem": 3, "block": 4})
 
 
+def test_groups_of_one_layer_are_told_apart_by_name() -> None:
+    model, inputs = network("split")
+    plan = nac.plan(model, inputs, width={"make": 4, "make#2": 3})
+    assert plan.widths == {"make": 4, "make#2": 3}
+    small = nac.compress(model, inputs, plan)
+    assert (small.make.out_features, small.a.in_features, small.b.in_features) == (7, 4, 3)
+
+
 def test_it_prints_as_a_table_with_what_is_left_alone() -> None:
     text = str(nac.plan(*network("cnn"), width={"2": 5, "5": 12, "7": 12, "10": 80, "14": 60}))
     assert "group  neurons    kept  layers" in text

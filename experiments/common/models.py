@@ -28,9 +28,11 @@ def _vgg_features(widths: tuple[int, ...], multiplier: float, bias: bool) -> tup
     return layers, channels
 
 
-def _assemble(features: nn.Module, classifier: nn.Module) -> nn.Module:
-    """Features, flatten, classifier; He initialisation (fan out) of convolutions, `1 / in` variance of the rest."""
-    model = nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier))
+def _initialised(model: nn.Sequential) -> nn.Sequential:
+    """He initialisation (fan out) of convolutions, variance `1 / in` in linear layers, zero biases.
+
+    PyTorch's own leaves narrow ReLU networks without BatchNorm dead for some seeds.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -39,6 +41,10 @@ def _assemble(features: nn.Module, classifier: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
     return model
+
+
+def _assembled(features: nn.Module, classifier: nn.Module) -> nn.Sequential:
+    return _initialised(nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier)))
 
 
 def vgg16(classes: int, multiplier: float = 1.0) -> nn.Module:
@@ -57,7 +63,7 @@ def vgg16(classes: int, multiplier: float = 1.0) -> nn.Module:
         nn.Dropout(),
         nn.Linear(hidden, classes),
     )
-    return _assemble(nn.Sequential(*features), classifier)
+    return _assembled(nn.Sequential(*features), classifier)
 
 
 def vgg19(classes: int, multiplier: float = 1.0) -> nn.Module:
@@ -66,7 +72,7 @@ def vgg19(classes: int, multiplier: float = 1.0) -> nn.Module:
     20.04 M parameters for 10 classes.
     """
     features, channels = _vgg_features(VGG19, multiplier, bias=False)
-    return _assemble(nn.Sequential(*features, nn.AvgPool2d(2)), nn.Linear(channels, classes))
+    return _assembled(nn.Sequential(*features, nn.AvgPool2d(2)), nn.Linear(channels, classes))
 
 
 def dbn(widths: tuple[int, int, int] = (500, 500, 2000)) -> nn.Sequential:
@@ -84,4 +90,4 @@ def mnist_cnn() -> nn.Sequential:
     layers: list[nn.Module] = []
     for shape in channels:
         layers += [nn.MaxPool2d(2)] if shape is None else [nn.Conv2d(*shape, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(120 * 9, 120), nn.ReLU(), nn.Linear(120, 10))
+    return _initialised(nn.Sequential(*layers, nn.Flatten(), nn.Linear(120 * 9, 120), nn.ReLU(), nn.Linear(120, 10)))

@@ -260,7 +260,7 @@ def draw(results: Results, path: Path) -> None:
         right.bar_label(bars, [f"{h:.1f}" if v else "" for h, v in zip(heights, values, strict=True)], fontsize=8)
     right.set(title="test error, %", xticks=list(range(len(names))))
     right.set_xticklabels(names)
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="upper left")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -7,7 +7,7 @@ OUTPUT ?= runs/demo
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.experiments
-	$(BIN)/python experiments/vgg_cifar.py --dataset digits --multiplier 0.25 --width 0.4 --epochs 12 --finetune-epochs 6 \
+	$(BIN)/python experiments/vgg_cifar.py --dataset digits --multiplier 0.25 --width 0.4 --epochs 12 --finetune-epochs 6 --finetune-rate 0.02 \
 		--batch-size 64 --methods random l1 kmeans ward --finetune ward --output $(OUTPUT)
 
 test: $(VENV)/.test

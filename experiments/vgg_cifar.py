@@ -57,11 +57,11 @@ class Options:
     """Also fine-tune the uncompressed network, to tell compression from longer training."""
     epochs: int = 20
     """Training epochs."""
-    finetune_epochs: int = 8
+    finetune_epochs: int = 6
     """Fine-tuning epochs."""
     learning_rate: float = 0.1
     """Largest learning rate of the training."""
-    finetune_rate: float = 0.02
+    finetune_rate: float = 0.04
     """Largest learning rate of the fine-tuning."""
     batch_size: int = 256
     """Images per step."""

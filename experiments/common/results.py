@@ -6,11 +6,12 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import nac_gpu
 
 Measured = dict[str, Any]
 
@@ -27,7 +28,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
     return found | {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "nac_gpu": _version("nac_gpu"),
+        "nac_gpu": nac_gpu.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
@@ -38,13 +39,6 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "from source"
 
 
 def write_json(value: object, path: Path) -> None:

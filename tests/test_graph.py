@@ -107,8 +107,22 @@ def test_a_bare_result_that_something_else_reads_too_is_not_folded() -> None:
         (lambda x: x.view(-1, 2, 4, 6, 6).sum(2).repeat(1, 4, 1, 1), "channels are regrouped in Net"),
         (lambda x: torch.fft.fft2(x).real, "operation _fft_"),
         (lambda x: torch.zeros_like(x).copy_(x), "values are written in place"),
+        (lambda x: torch.zeros(1, 16, 6, 6)[:, :8].add_(x), "channels meet values that differ"),
+        (lambda x: F.conv2d(x, torch.ones(8, 1, 1, 1), groups=8), "a convolution's kernel is not a parameter"),
+        (lambda x: x + F.conv2d(x[:, :, :1, :1], x.flip(1).expand(8, 8, 6, 6)[:, :, :1, :1]), "not a parameter"),
+        (lambda x: torch.bmm(x[0], x[0].mT)[None] * 1.0, "channels are spread over a batch of matrix products"),
+        (lambda x: (x.flatten(2).mT @ x.flatten(2)).sum() + x, "multiplied by values that are not a parameter"),
+        (lambda x: torch.cat([x, x.flip(1)], 0).sum(0, keepdim=True), "joined along another dimension"),
+        (lambda x: F.batch_norm(x, torch.zeros(8), torch.ones(8)), "a normalisation's parameters are computed"),
+        (
+            lambda x: F.max_pool1d(x.flatten(2).mT, 2, padding=0).repeat(1, 1, 2).mT.unflatten(2, (6, 6)),
+            "over channels",
+        ),
     ],
-    ids=["softmax", "cumsum", "mean", "constant", "matrix", "layernorm", "groupnorm", "regroup", "unknown", "copy"],
+    ids=[
+        *("softmax", "cumsum", "mean", "constant", "matrix", "layernorm", "groupnorm", "regroup", "unknown", "copy"),
+        *("add_to_view", "kernel", "made_kernel", "batched", "attention", "join", "computed_norm", "pooled"),
+    ],
 )
 def test_what_mixes_channels_is_left_alone_with_the_reason(between: Callable[[Tensor], Tensor], reason: str) -> None:
     found = reasons(Net(between), 1, 3, 6, 6)
@@ -236,3 +250,31 @@ def test_channels_used_as_indices_are_left_alone() -> None:
 def test_reading_other_numbers_from_the_bits_is_not_movement() -> None:
     found = reasons(Net(lambda x: x.view(torch.int32).view(torch.float32) * 1.0), 1, 3, 6, 6)
     assert "operation view is not known" in found["make"]
+
+
+def test_layers_that_are_not_known_yet_are_left_alone_with_the_reason() -> None:
+    grouped = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 4, 1))
+    found = reasons(grouped, 1, 3, 4, 4)
+    assert found["0"] == "grouped convolutions are not known yet in 1"
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    graph = record(attention, torch.randn(2, 5, 8))
+    assert [(g.name, g.size) for g in graph.groups] == [("linear1", 16)]
+
+
+def test_normalised_inputs_are_not_channels() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    assert [g.name for g in record(model, torch.randn(2, 3, 4, 4)).groups] == ["1"]
+
+
+def test_transposed_convolutions_and_matrix_vector_products() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.read = nn.ConvTranspose2d(3, 8, 2, stride=2), nn.Conv2d(8, 6, 1)
+            self.out = nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.mv(self.read(self.up(x).relu()).mean((2, 3)), self.out)
+
+    graph = record(Decoder(), torch.randn(2, 3, 4, 4))
+    assert [(g.name, g.size) for g in graph.groups] == [("up", 8), ("read", 6)]

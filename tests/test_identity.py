@@ -19,7 +19,7 @@ def check(name: str, seed: int, share: float, rule: Rule = "restored") -> None:
     groups = record(model, inputs).groups
     assert groups
     generator = torch.Generator().manual_seed(seed)
-    labels = [random_labels(g.size, max(1, round(share * g.size)), generator) for g in groups]
+    labels = [random_labels(g.size, max(1, min(g.size - 1, round(share * g.size))), generator) for g in groups]
     copies = tensors(model)
     for group, chosen in zip(groups, labels, strict=True):
         copies = copy_neurons(copies, group, chosen)

@@ -27,8 +27,9 @@ from common.training import Precision, Recipe, error_rate, fit
 Method = Literal["random", "l1", "kmeans", "ward"]
 
 #: Neurons kept in the 13 convolutions and 2 hidden linear layers of VGG-16 at the paper's budget (2.37 M parameters,
-#: 3.72e8 FLOPs, CIFAR-10). The paper gives only these totals.
-PAPER_VGG16 = (56, 64, 120, 128, 232, 208, 200, 208, 136, 112, 88, 88, 112, 104, 104)
+#: 3.72e8 FLOPs, CIFAR-10). The paper gives only these totals; of four allocations within them, this one had the lowest
+#: error on training images after merging, before fine-tuning.
+PAPER_VGG16 = (64, 64, 128, 128, 240, 216, 208, 208, 120, 96, 80, 80, 112, 80, 80)
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Options:
     """Also fine-tune the uncompressed network, to tell compression from longer training."""
     epochs: int = 20
     """Training epochs."""
-    finetune_epochs: int = 6
+    finetune_epochs: int = 5
     """Fine-tuning epochs."""
     learning_rate: float = 0.1
     """Largest learning rate of the training."""

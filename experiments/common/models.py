@@ -31,7 +31,7 @@ def _vgg_features(widths: tuple[int, ...], multiplier: float, bias: bool) -> tup
 def _initialised(model: nn.Sequential) -> nn.Sequential:
     """He initialisation (fan out) of convolutions, variance `1 / in` in linear layers, zero biases.
 
-    PyTorch's own leaves narrow ReLU networks without BatchNorm dead for some seeds.
+    With PyTorch's own, the MNIST CNN stayed at 88 % error for one of two seeds.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

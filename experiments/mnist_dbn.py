@@ -1,0 +1,427 @@
+"""MNIST with a deep belief network: Tables 1 and 2 and Figure 4 of Wang et al. (2020).
+
+A network of 784-500-500-2000-10 sigmoid units is pre-trained as a stack of restricted Boltzmann machines (CD-1),
+trained by backpropagation, merged to 300-300-1000 (Table 1) and 200-100-100 (Table 2) by Ward's method, k-means and
+random merging, and fine-tuned, every method in the same way. Controls: Table 2's network from random weights for as
+many epochs as baseline and fine-tuning together, the same with machines of its own, and the baseline itself trained on.
+Rates and augmentation were chosen on held-out training images (as with --validate), the numbers of epochs by the time
+at hand (test errors were in sight by then); the error is the one after the last epoch.
+
+    python experiments/mnist_dbn.py --data PATH
+
+Result, test error in percent over seeds 0, 1, 2: baseline 0.91 ± 0.06; trained on for Table 1's 5 epochs 0.88 ± 0.08.
+    300-300-1000, without and with 5 epochs of fine-tuning: ward 1.42 ± 0.10 and 1.01 ± 0.07, k-means 1.82 ± 0.52 and
+    1.01 ± 0.05, random 44.77 ± 1.05 and 1.18 ± 0.04.
+    200-100-100, without and with 10 epochs: ward 23.82 ± 2.67 and 1.17 ± 0.07, k-means 31.07 ± 9.63 and 1.20 ± 0.01,
+    random 88.38 ± 0.43 and 1.34 ± 0.07; from scratch, 22 epochs: 1.38 ± 0.03.
+Fine-tuned networks do not come below the baseline, as the paper's did; merging comes below training from scratch. The
+baseline trained on for Table 2's epochs and the control with machines of its own are not measured yet.
+Measured on 2 cores of an Intel Xeon with AMX (one for each training), bfloat16, Python 3.11, PyTorch 2.15.0+cu132.
+
+A run that was stopped goes on where it was: checkpoints after every epoch in --output, results after every row.
+"""
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import nac_gpu as nac
+from common.data import Images, load
+from common.models import dbn
+from common.results import Measured, Results, mean_sd, table
+from common.training import Precision, Recipe, error_rate, fit, save_atomically
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Widths = tuple[int, int, int]
+WIDE: Widths = (500, 500, 2000)
+TABLES: dict[str, Widths] = {"table 1": (300, 300, 1000), "table 2": (200, 100, 100)}
+METHODS = ("ward", "kmeans", "random")
+LAYERS: tuple[str, ...] = ("1", "3", "5")  # the hidden layers' names in `dbn()`
+PAPER = {  # error in percent: without fine-tuning, with
+    "baseline": ("1.03", "-"),
+    "table 1: ward": ("1.17", "0.98"),
+    "table 2: ward": ("15.8", "1.01"),
+    "table 2: from scratch": ("1.16", "-"),
+}
+
+
+@dataclass(frozen=True)
+class RbmRecipe:
+    """How a restricted Boltzmann machine is trained: CD-1 as in Hinton & Salakhutdinov (2006).
+
+    Attributes:
+        epochs: passes over the data.
+        learning_rate: for weights and biases; falls linearly to zero in the last half of the steps.
+        weight_decay: on weights.
+        early_momentum: momentum in the first five epochs.
+        momentum: momentum after them.
+    """
+
+    epochs: int
+    learning_rate: float = 0.1
+    weight_decay: float = 2e-4
+    batch_size: int = 128
+    early_momentum: float = 0.5
+    momentum: float = 0.9
+
+    def rate(self, progress: float) -> float:
+        """The learning rate when a share `progress` of the steps is done."""
+        return self.learning_rate * min(1.0, 2 - 2 * progress)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The deep belief network on MNIST: trained, merged by several methods, fine-tuned.
+
+    Attributes:
+        data: folder of the data set, in torchvision's layout.
+        download: fetch the data set into that folder.
+        seeds: one complete run for each.
+        device: "cpu" or "cuda"; by default CUDA if there is any.
+        output: folder for checkpoints; a run that was stopped goes on from them.
+        results: folder for the measurements (JSON) and the picture of the neurons (PNG).
+        rbm_epochs: passes over the images for each restricted Boltzmann machine.
+        epochs: passes over the images in backpropagation.
+        finetune_epochs: passes over the images after merging, for Table 1 and for Table 2.
+        images: use only so many training images, to try things out.
+        validate: leave the test set alone: hold out the last sixth of the training images and measure on it.
+    """
+
+    data: Path = Path("data/mnist")
+    download: bool = False
+    seeds: tuple[int, ...] = (0, 1, 2)
+    device: str | None = None
+    output: Path = Path("runs/mnist_dbn")
+    results: Path = Path(__file__).parent / "results"
+    rbm_epochs: int = 10
+    epochs: int = 12
+    finetune_epochs: tuple[int, int] = (5, 10)
+    images: int | None = None
+    validate: bool = False
+
+    @property
+    def rbm(self) -> RbmRecipe:
+        """How every restricted Boltzmann machine is trained."""
+        return RbmRecipe(self.rbm_epochs)
+
+    @property
+    def baseline(self) -> Recipe:
+        """Backpropagation after pre-training."""
+        return Recipe(self.epochs, 0.3, weight_decay=1e-5, shift=1)
+
+    def finetune(self, name: str) -> Recipe:
+        """How every network of a table is trained on after merging."""
+        return replace(self.baseline, epochs=dict(zip(TABLES, self.finetune_epochs, strict=True))[name])
+
+    @property
+    def scratch(self) -> Recipe:
+        """The controls that start anew: as long as baseline and fine-tuning together."""
+        return replace(self.baseline, epochs=self.epochs + self.finetune("table 2").epochs)
+
+
+class Rbm:
+    """A restricted Boltzmann machine of binary units.
+
+    Attributes:
+        parameters: weight [hidden, visible], hidden bias [hidden], visible bias [visible], float32.
+        velocity: the last update of each.
+    """
+
+    def __init__(self, visible: int, hidden: int, device: torch.device, generator: torch.Generator) -> None:
+        """Small normal weights (deviation 0.01), zero biases."""
+        weight = 0.01 * torch.randn(hidden, visible, generator=generator)
+        self.parameters = [weight.to(device), torch.zeros(hidden, device=device), torch.zeros(visible, device=device)]
+        self.velocity = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    def up(self, visible: Tensor) -> Tensor:
+        """Probabilities of the hidden units [n, hidden] given visible ones [n, visible]."""
+        return torch.sigmoid(F.linear(visible, self.parameters[0], self.parameters[1]))
+
+    def down(self, hidden: Tensor) -> Tensor:
+        """Probabilities of the visible units [n, visible] given hidden ones [n, hidden]."""
+        return torch.sigmoid(F.linear(hidden, self.parameters[0].t(), self.parameters[2]))
+
+    def step(self, data: Tensor, rate: float, momentum: float, weight_decay: float) -> Tensor:
+        """One step of contrastive divergence on data [n, visible]: probabilities are used for all but the sample.
+
+        Returns:
+            The mean squared error of the reconstruction, a scalar.
+        """
+        hidden = self.up(data)
+        sample = (torch.rand_like(hidden, dtype=torch.float32) < hidden).to(hidden.dtype)
+        reconstruction = self.down(sample)
+        again = self.up(reconstruction)
+        gradients = (
+            hidden.t() @ data - again.t() @ reconstruction,
+            (hidden - again).sum(0, dtype=torch.float32),
+            (data - reconstruction).sum(0, dtype=torch.float32),
+        )
+        decays = (weight_decay, 0.0, 0.0)
+        for parameter, velocity, gradient, decay in zip(self.parameters, self.velocity, gradients, decays, strict=True):
+            velocity.mul_(momentum).add_(gradient, alpha=rate / len(data)).sub_(parameter, alpha=rate * decay)
+            parameter.add_(velocity)
+        return (data - reconstruction).square().mean()
+
+
+def train_rbm(
+    rbm: Rbm, data: Tensor, recipe: RbmRecipe, precision: Precision, *, seed: int, label: str, checkpoint: Path
+) -> None:
+    """Train a machine in place on data [n, visible] in [0, 1]; resumable after every epoch."""
+    steps, done = -(-len(data) // recipe.batch_size), 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=data.device, weights_only=True)
+        if state["recipe"] != asdict(recipe):
+            raise ValueError(f"{checkpoint} was made with {state['recipe']}, not {asdict(recipe)}: remove it")
+        rbm.parameters, rbm.velocity, done = state["parameters"], state["velocity"], state["epochs"]
+    for epoch in range(done, recipe.epochs):
+        torch.manual_seed(seed * 1000 + epoch)  # an epoch is the same whether or not the run was resumed
+        momentum = recipe.early_momentum if epoch < 5 else recipe.momentum
+        errors = []
+        batches = torch.randperm(len(data)).to(data.device).split(recipe.batch_size)
+        for step, batch in enumerate(tqdm(batches, desc=f"{label} {epoch + 1}/{recipe.epochs}", leave=False)):
+            rate = recipe.rate((epoch * steps + step) / (recipe.epochs * steps))
+            with precision():
+                errors.append(rbm.step(data[batch], rate, momentum, recipe.weight_decay))
+        tqdm.write(f"{label}: epoch {epoch + 1}/{recipe.epochs}, reconstruction error {torch.stack(errors).mean():.4f}")
+        state = {"parameters": rbm.parameters, "velocity": rbm.velocity, "epochs": epoch + 1, "recipe": asdict(recipe)}
+        save_atomically(state, checkpoint)
+
+
+@torch.no_grad()
+def pretrain(
+    model: nn.Sequential,
+    images: Images,
+    recipe: RbmRecipe,
+    precision: Precision,
+    *,
+    seed: int,
+    label: str,
+    folder: Path,
+) -> None:
+    """Give the hidden layers of a `dbn()` the weights of a stack of machines, each trained on the one below."""
+    precision.place(model)
+    data = images.pixels.to(precision.device).flatten(1).float() / 255
+    for level, name in enumerate(LAYERS):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        rbm = Rbm(layer.in_features, layer.out_features, precision.device, torch.Generator().manual_seed(seed))
+        rbm_label = f"{label}, machine {level + 1}"
+        train_rbm(rbm, data, recipe, precision, seed=seed, label=rbm_label, checkpoint=folder / f"rbm{level + 1}.pt")
+        layer.weight.copy_(rbm.parameters[0])
+        layer.bias.copy_(rbm.parameters[1])
+        if name != LAYERS[-1]:
+            data = torch.cat([rbm.up(part) for part in data.split(5000)])
+
+
+@dataclass(frozen=True)
+class Run:
+    """The measurements of one seed.
+
+    Attributes:
+        options: of the command line.
+        seed: of everything drawn.
+        train: images to learn from, on the device.
+        test: images to measure on, on the device.
+        precision: where and how the arithmetic is done.
+    """
+
+    options: Options
+    seed: int
+    train: Images
+    test: Images
+    precision: Precision
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self.options.output / f"seed{self.seed}"
+
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """Leaves the pixels in [0, 1], as in pre-training."""
+        return torch.zeros(1, device=self.precision.device), torch.ones(1, device=self.precision.device)
+
+    def fit(self, model: nn.Module, row: str, recipe: Recipe) -> float:
+        """Train a model in place; its error in percent after the last epoch."""
+        label, checkpoint = f"seed {self.seed}, {row}", self.folder / f"{row.replace(': ', '-').replace(' ', '-')}.pt"
+        errors = fit(
+            model,
+            self.train,
+            self.test,
+            recipe,
+            self.precision,
+            seed=self.seed,
+            label=label,
+            checkpoint=checkpoint,
+            scale=self.scale(),
+        )
+        return errors[-1]
+
+    def size(self, model: nn.Module) -> Measured:
+        """Parameters, and FLOPs of one image (2 per multiply-add)."""
+        cost = nac.cost(model, self.train.pixels[:1].float())
+        return {"parameters": cost.parameters, "flops": cost.flops}
+
+    def pretrained(self, widths: Widths, folder: Path) -> nn.Sequential:
+        """A network of these widths after pre-training."""
+        torch.manual_seed(self.seed)
+        model = dbn(widths)
+        label = f"seed {self.seed}, pre-training {'-'.join(map(str, widths))}"
+        pretrain(model, self.train, self.options.rbm, self.precision, seed=self.seed, label=label, folder=folder)
+        return model
+
+    def baseline(self) -> tuple[nn.Sequential, Measured]:
+        """The trained network, and its size and error."""
+        model = self.pretrained(WIDE, self.folder)
+        error = self.fit(model, "baseline", self.options.baseline)
+        return model, {**self.size(model), "error": error}
+
+    def merged(self, model: nn.Module, name: str, method: str) -> nn.Module:
+        """A network merged to a table's widths."""
+        widths = dict(zip(LAYERS, TABLES[name], strict=True))
+        return nac.compress(model, self.train.pixels[:1].float(), width=widths, method=method, seed=self.seed)
+
+    def measured(self, model: nn.Module) -> Measured:
+        """A network's size and error."""
+        return {**self.size(model), "error": error_rate(model, self.test, self.scale(), self.precision)}
+
+    def tuned(self, model: nn.Module, name: str, row: str) -> Measured:
+        """A network's error after a table's fine-tuning, which changes it in place."""
+        return {"error": self.fit(model, f"{name}: {row}", self.options.finetune(name))}
+
+    def from_scratch(self) -> Measured:
+        """Control: Table 2's network from random weights, for as many epochs as baseline and fine-tuning together."""
+        torch.manual_seed(self.seed)
+        small = dbn(TABLES["table 2"])
+        error = self.fit(small, "table 2: from scratch", self.options.scratch)
+        return {**self.size(small), "error": error}
+
+    def from_machines(self) -> Measured:
+        """Control: the same, with a pre-training of its own."""
+        small = self.pretrained(TABLES["table 2"], self.folder / "small")
+        error = self.fit(small, "table 2: from scratch, pre-trained", self.options.scratch)
+        return {**self.size(small), "error": error}
+
+    def measure(self, results: Results) -> None:
+        """All rows that the results do not have yet, and the picture of the first seed's neurons."""
+        model, values = self.baseline()
+        results.measure("baseline", self.seed, lambda: values)
+        if self.seed == self.options.seeds[0]:
+            draw_neurons(model, self.options.results / "mnist_dbn_neurons.png")
+        for name in TABLES:
+            for method in METHODS:
+                small, row = self.merged(model, name, method), f"{name}: {method}"
+                results.measure(row, self.seed, partial(self.measured, small))
+                results.measure(f"{row}, fine-tuned", self.seed, partial(self.tuned, small, name, method))
+        results.measure("table 2: from scratch", self.seed, self.from_scratch)
+
+    def controls(self, results: Results) -> None:
+        """What else the same time could have bought: the baseline trained on, and machines for the small network."""
+        model, _ = self.baseline()
+        for name in TABLES:
+            again = partial(self.tuned, deepcopy(model), name, "baseline trained on")
+            results.measure(f"{name}: baseline, fine-tuned", self.seed, again)
+        results.measure("table 2: from scratch, pre-trained", self.seed, self.from_machines)
+
+
+def merged_pairs(weight: Tensor, bias: Tensor, clusters: int, count: int) -> list[tuple[int, int]]:
+    """Pairs of neurons that Ward's method makes one, the strongest first.
+
+    Args:
+        weight: [neurons, inputs].
+        bias: [neurons].
+        clusters: how many remain.
+        count: how many pairs to give at most.
+
+    Returns:
+        Clusters of exactly two neurons, by falling norm of the weights: the weakest look like noise.
+    """
+    labels = nac.ward_linkage(torch.cat([weight, bias[:, None]], dim=1)).cut(clusters)
+    members = [torch.nonzero(labels == label).flatten().tolist() for label in range(clusters)]
+    pairs = [(pair[0], pair[1]) for pair in members if len(pair) == 2]
+    norms = weight.norm(dim=1)
+    return sorted(pairs, key=lambda pair: -float(norms[list(pair)].min()))[:count]
+
+
+def draw_neurons(model: nn.Sequential, path: Path, count: int = 10) -> None:
+    """The paper's Figure 4: first-layer neurons as pictures of their weights, some merged pairs in frames.
+
+    Args:
+        model: a trained `dbn()`.
+        path: of the PNG.
+        count: how many merged pairs to frame.
+    """
+    layer = model.get_submodule(LAYERS[0])
+    assert isinstance(layer, nn.Linear)
+    weight, bias = layer.weight.detach().cpu(), layer.bias.detach().cpu()
+    pairs = merged_pairs(weight, bias, TABLES["table 1"][0], count)
+    framed = {neuron: pair for pair, neurons in enumerate(pairs) for neuron in neurons}
+    others = [neuron for neuron in range(len(weight)) if neuron not in framed]
+    room = 100 - len(framed)
+    shown = sorted([*framed, *others[:: max(1, len(others) // room)][:room]])
+    colours = matplotlib.colormaps["tab10"]
+    figure, axes = plt.subplots(10, 10, figsize=(10, 10.4))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, neuron in zip(axes.flat, shown, strict=False):
+        axis.set_axis_on()
+        picture = weight[neuron].view(28, 28).numpy()
+        limit = float(abs(picture).max())
+        axis.imshow(picture, cmap="gray", vmin=-limit, vmax=limit)
+        axis.set(xticks=[], yticks=[])
+        for spine in axis.spines.values():
+            spine.set(visible=neuron in framed, linewidth=4, color=colours(framed.get(neuron, 0) % 10))
+    figure.suptitle("First-layer neurons; frames of one colour: a pair that Ward's method merges (500 to 300)")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def printed(results: Results) -> str:
+    """Tables 1 and 2: errors in percent, mean and sample standard deviation over the seeds, beside the paper's."""
+    rows = []
+    for row in dict.fromkeys(name.removesuffix(", fine-tuned") for name in results.rows()):
+        sizes = [results.values(row, column)[:1] for column in ("parameters", "flops")]
+        errors = [mean_sd(results.values(name, "error")) for name in (row, f"{row}, fine-tuned")]
+        rows.append([row, *(f"{size[0]:,}" if size else "-" for size in sizes), *errors, *PAPER.get(row, ("-", "-"))])
+    return table(["network", "parameters", "FLOPs", "error, %", "fine-tuned", "paper: error", "fine-tuned"], rows)
+
+
+def main(options: Options) -> None:
+    """Measure every seed, write the results after every row, print the tables."""
+    train, test = load("mnist", options.data, options.download)
+    if options.validate:
+        held_out = len(train) // 6
+        train, test = train.part(0, len(train) - held_out), train.part(len(train) - held_out, len(train))
+    train = train.part(0, options.images or len(train))
+    precision = Precision.best(options.device)
+    configuration = {
+        "pre-training": asdict(options.rbm),
+        "baseline": asdict(options.baseline),
+        "fine-tuning": {name: asdict(options.finetune(name)) for name in TABLES},
+        "from scratch": asdict(options.scratch),
+        "training images": len(train),
+        "measured on": "validation images" if options.validate else "test images",
+    }
+    results = Results(options.results / "mnist_dbn.json", configuration, precision.device)
+    train, test = train.to(precision.device), test.to(precision.device)
+    runs = [Run(options, seed, train, test, precision) for seed in options.seeds]
+    for run in runs:
+        run.measure(results)
+    for run in runs:
+        run.controls(results)
+    print(printed(results))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

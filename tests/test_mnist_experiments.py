@@ -67,7 +67,7 @@ def test_a_restricted_boltzmann_machine_learns_its_data() -> None:
     machine = mnist_dbn.Rbm(20, 8, torch.device("cpu"), generator)
     assert machine.parameters[0].shape == (8, 20)
     torch.manual_seed(0)
-    for _ in range(300):
+    for _ in range(1000):
         machine.step(data, rate=0.1, momentum=0.5, weight_decay=0.0)
     rebuilt = machine.down(machine.up(data))
     assert (data - rebuilt).square().mean() < 0.1 * (data - data.mean(0)).square().mean()

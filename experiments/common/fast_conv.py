@@ -1,8 +1,8 @@
 """Faster training of convolutions on a CPU: weight gradients as matrix products.
 
-oneDNN's bfloat16 weight gradient of a 3x3 convolution on small images (up to 4x4) takes 4 to 10 times as long as the
+oneDNN's bfloat16 weight gradient of a 3x3 convolution on small images (up to 4x4) takes 3 to 12 times as long as the
 nine matrix products it consists of (512 to 512 channels, batch 512, 4x4: 168 against 50 ms; 2x2: 129 against 11 ms on
-2 cores with AMX). Half of VGG-16's time on CIFAR is spent there.
+2 cores with AMX). About 40 % of a VGG-16 step on CIFAR was spent there.
 """
 
 from typing import Any, cast

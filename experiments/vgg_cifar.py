@@ -56,14 +56,18 @@ class Options:
     """Methods whose result is fine-tuned."""
     control: bool = False
     """Also fine-tune the uncompressed network, to tell compression from longer training."""
-    epochs: int = 20
+    epochs: int = 32
     """Training epochs."""
-    finetune_epochs: int = 5
+    finetune_epochs: int = 12
     """Fine-tuning epochs."""
     learning_rate: float = 0.1
     """Largest learning rate of the training."""
     finetune_rate: float = 0.04
     """Largest learning rate of the fine-tuning."""
+    weight_decay: float = 2e-3
+    """Of weights; large, because the epochs are few."""
+    cutout: int = 8
+    """Side of the grey square painted into every training image, pixels (0: none)."""
     batch_size: int = 256
     """Images per step."""
     seeds: tuple[int, ...] = (0,)
@@ -83,10 +87,12 @@ def recipe(options: Options) -> Recipe:
         epochs=options.epochs,
         learning_rate=options.learning_rate,
         batch_size=options.batch_size,
+        weight_decay=options.weight_decay,
         warmup=0.2,
         label_smoothing=0.1,
         shift=4 if mirrored else 2,
         flip=mirrored,
+        cutout=options.cutout if mirrored else 0,
     )
 
 

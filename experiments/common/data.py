@@ -114,9 +114,10 @@ def statistics(images: Images) -> tuple[Tensor, Tensor]:
     return flat.mean(1), flat.std(1)
 
 
-def augment(pixels: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+def augment(pixels: Tensor, shift: int, flip: bool, generator: torch.Generator, cutout: int = 0) -> Tensor:
     """Each image shifted by up to `shift` pixels both ways (edges reflected) and, with `flip`, mirrored half the time.
 
+    With `cutout`, a square of so many pixels a side, anywhere in the image, is painted grey (DeVries and Taylor 2017).
     Works on whole batches where they lie: no worker processes.
     """
     n, _, height, width = pixels.shape
@@ -131,4 +132,15 @@ def augment(pixels: Tensor, shift: int, flip: bool, generator: torch.Generator) 
     if flip:
         mirrored = (torch.rand(n, generator=generator) < 0.5).to(device)
         pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(3), pixels)
+    if cutout:
+        top, left = (torch.randint(size - cutout + 1, (n,), generator=generator) for size in (height, width))
+        inside_rows = _between(torch.arange(height), top, cutout)  # [n, height]
+        inside_columns = _between(torch.arange(width), left, cutout)  # [n, width]
+        square = (inside_rows[:, :, None] & inside_columns[:, None, :]).to(device)
+        pixels = pixels.masked_fill(square[:, None], 128)
     return pixels
+
+
+def _between(places: Tensor, start: Tensor, length: int) -> Tensor:
+    """Which places lie in [start, start + length) for every start, bool [n, places]."""
+    return (places >= start[:, None]) & (places < start[:, None] + length)

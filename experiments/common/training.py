@@ -26,6 +26,7 @@ class Recipe:
         label_smoothing: share of the target spread over all classes.
         shift: augmentation, pixels (0: none).
         flip: augmentation, mirror half of the images.
+        cutout: augmentation, side of a grey square in every image, pixels (0: none).
     """
 
     epochs: int
@@ -37,6 +38,7 @@ class Recipe:
     label_smoothing: float = 0.0
     shift: int = 0
     flip: bool = False
+    cutout: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def fit(
         bar = tqdm(range(steps_per_epoch), desc=f"{label} {epoch + 1}/{recipe.epochs}", unit="step", leave=False)
         for step in bar:
             index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size].to(precision.device)
-            pixels = augment(train.pixels[index], recipe.shift, recipe.flip, generator)
+            pixels = augment(train.pixels[index], recipe.shift, recipe.flip, generator, recipe.cutout)
             with precision():
                 outputs = model(_inputs(pixels, (mean, std), precision))
             loss = loss_of(outputs.float(), train.labels[index])

@@ -1,0 +1,68 @@
+"""Which implementation a launcher takes: its Triton kernels, or its plain PyTorch twin."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Backend = Literal["triton", "torch"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit: Any = triton.jit
+except ImportError:  # pragma: no cover - the wheels of torch for Linux bring Triton along
+    triton, tl = None, None
+
+    def jit(function: Function) -> Function:
+        """Leave a kernel as it is: without Triton nobody launches it."""
+        return function
+
+
+# float64 atomics, float64 matrix instructions and Triton's own support begin with Ampere.
+_OLDEST_CAPABILITY = (8, 0)
+
+_chosen: Backend | None = None
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether the kernels of a launcher run on this tensor: on CUDA wherever they can, on a CPU never.
+
+    A GPU that the kernels do not support, or a missing Triton, is warned of once; the twins give the same result.
+    """
+    if _chosen is not None:
+        return _chosen == "triton"
+    return tensor.is_cuda and _supported(tensor.device)
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend | None) -> Iterator[None]:
+    """Within the context every launcher takes this implementation; None leaves the choice to the device.
+
+    For tests and benchmarks. `triton` on CPU tensors needs the environment's TRITON_INTERPRET=1.
+    """
+    global _chosen
+    before, _chosen = _chosen, backend
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+@cache
+def _supported(device: torch.device) -> bool:
+    if triton is None:
+        reason = "Triton is not installed (pip install triton)"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        reason = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, expected 8.0 or newer"
+    else:
+        return True
+    warnings.warn(f"plain PyTorch takes the place of the Triton kernels, which is slower: {reason}", stacklevel=4)
+    return False

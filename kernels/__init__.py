@@ -1,9 +1,29 @@
 """Device operations: each file a public launcher and its plain PyTorch twin, `name_torch`, of the same signature."""
 
-from .compaction import compact
-from .distances import squared_distances
+from .backend import use_backend, uses_triton
+from .batch import Batch
+from .centroids import merge_centroids
+from .clusters import Clusters, Merges
+from .distances import squared_distances, squared_distances_batch
+from .finishing import finish
 from .merging import merge_pairs
-from .neighbours import nearest_neighbours
-from .pairs import reciprocal_pairs
+from .neighbours import update_neighbours
+from .packing import pack_costs, pack_slots
+from .searching import nearest_centroids
 
-__all__ = ["compact", "merge_pairs", "nearest_neighbours", "reciprocal_pairs", "squared_distances"]
+__all__ = [
+    "Batch",
+    "Clusters",
+    "Merges",
+    "finish",
+    "merge_centroids",
+    "merge_pairs",
+    "nearest_centroids",
+    "pack_costs",
+    "pack_slots",
+    "squared_distances",
+    "squared_distances_batch",
+    "update_neighbours",
+    "use_backend",
+    "uses_triton",
+]

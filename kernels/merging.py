@@ -1,19 +1,26 @@
-"""One round of merges: every reciprocal pair becomes one cluster, by the Lance-Williams update of Ward's costs."""
+"""One round of merges: every pair of mutual nearest neighbours becomes one cluster, by Lance-Williams updates."""
 
 import torch
 from torch import Tensor
 
-# Elements updated at a time: 1 MiB of float64 in each of several operands, what the cache of one core holds.
+from .backend import jit, tl, triton, uses_triton
+from .clusters import Clusters
+
+# Elements updated at a time on a CPU: 1 MiB of float64 in each of several operands, what one core's cache holds.
 _BLOCK_ELEMENTS = 2**17
 # Fewer elements than this cost less than the calls that update them.
 _BLOCK_MIN_ELEMENTS = 2**14
+# Columns a Triton program updates at a time: two for each thread, the most that its registers hold.
+_COLUMNS = 512
+_WARPS = 8
 
 
-def merge_pairs(costs: Tensor, masses: Tensor, lower: Tensor, upper: Tensor) -> None:
-    """Merge pairs of clusters in place, all of them at once.
+def merge_pairs(costs: Tensor, clusters: Clusters) -> None:
+    """Merge all pairs of clusters that are each other's nearest neighbour, in place.
 
     The merged cluster takes the higher slot of the pair, so a cluster's slot is that of its last point; the lower
-    slot dies: its mass becomes 0. Its row and column stay behind, finite and out of date.
+    slot dies: its mass becomes 0. Its row and column stay behind, out of date. `nearest` is left as it was: it tells
+    `update_neighbours` who merged.
 
     The update of cost(A+B, C) is written as a mean of cost(A, C) and cost(B, C) plus something that is not negative,
     so that even after rounding it is not below both of them. With the choice of the slot this keeps every nearest
@@ -22,23 +29,47 @@ def merge_pairs(costs: Tensor, masses: Tensor, lower: Tensor, upper: Tensor) -> 
 
     Args:
         costs: [m, m] Ward costs, symmetric bit for bit where alive; the diagonal holds the dtype's largest number.
-        masses: [m], 0 for dead slots.
-        lower: int64 [p], one cluster of each pair.
-        upper: int64 [p], the other, `lower < upper`. The two are each other's nearest neighbours.
+        clusters: in the slots of the matrix; their masses, sizes, count and record of merges are brought up to date.
     """
-    merge_pairs_torch(costs, masses, lower, upper)
+    if not uses_triton(costs):
+        return merge_pairs_torch(costs, clusters)
+    m = len(costs)
+    masses, merges = torch.empty_like(clusters.masses), clusters.merges
+    _merge_kernel[(m,)](
+        costs,
+        clusters.masses,
+        clusters.nearest,
+        clusters.nearest_cost,
+        clusters.made_at,
+        clusters.point,
+        clusters.size,
+        masses,
+        clusters.alive,
+        merges.partner,
+        merges.cost,
+        merges.round,
+        merges.size,
+        m,
+        clusters.rounds,
+        COLUMNS=min(_COLUMNS, triton.next_power_of_2(m)),
+        num_warps=_WARPS,
+        enable_fp_fusion=False,
+    )
+    clusters.masses = masses
+    clusters.rounds += 1
+    return None
 
 
-def merge_pairs_torch(costs: Tensor, masses: Tensor, lower: Tensor, upper: Tensor) -> None:
+def merge_pairs_torch(costs: Tensor, clusters: Clusters) -> None:
     """The plain PyTorch twin of `merge_pairs`."""
-    within = costs[lower, upper]  # [p]
-    mass_upper = masses[upper]
-    mass_merged = masses[lower] + mass_upper
-    _merge_rows(costs, masses, lower, upper, within, mass_upper, mass_merged)
+    lower, upper = clusters.pairs()
+    within = clusters.nearest_cost[lower]  # [p]
+    mass_upper = clusters.masses[upper]
+    mass_merged = clusters.masses[lower] + mass_upper
+    _merge_rows(costs, clusters.masses, lower, upper, within, mass_upper, mass_merged)
     _merge_columns_of_merged_rows(costs, lower, upper, within, mass_upper, mass_merged)
     _copy_to_columns(costs, upper)
-    masses[upper] = mass_merged
-    masses[lower] = 0
+    clusters.record(lower, upper)
 
 
 def _merge_rows(
@@ -112,3 +143,180 @@ def _lance_williams(
     total = mass_merged + mass_other
     cost = torch.lerp(to_lower, to_upper, mass_upper / total)
     return cost.addcmul_(mass_other / total, to_upper.sub_(within))
+
+
+@jit
+def lance_williams(to_lower, to_upper, within, mass_upper, mass_merged, mass_other):
+    """As `_lance_williams`; the mean is taken from whichever end is nearer, so that it does not leave the interval."""
+    total = mass_merged + mass_other
+    share = mass_upper / total
+    rise = to_upper - to_lower
+    mean = tl.where(share < 0.5, to_lower + share * rise, to_upper - rise * (1 - share))
+    return mean + mass_other / total * (to_upper - within)
+
+
+@jit
+def merged_costs(costs, m, lower, upper, within, mass_lower, mass_upper, columns, masses, nearest, nearest_cost):
+    """Costs of merging the clusters lower + upper with all clusters as they are after the round.
+
+    Where a column's cluster merges as well, both merges are applied, in an order that the two rows agree on: the pair
+    with the higher lower slot first.
+
+    Args:
+        lower: int64 [r, 1], rows of the matrix, as are the next four.
+        columns: int64 [1, c].
+
+    Returns:
+        The costs [r, c]; whether the column is alive afterwards and not the cluster itself, [r, c]; and whether it
+        was merged as well, [1, c].
+    """
+    inside = columns < m
+    mass = tl.load(masses + columns, mask=inside, other=0.0)
+    near = tl.load(nearest + columns, mask=inside, other=0)
+    back = tl.load(nearest + near, mask=inside, other=-1)
+    mutual = (back == columns) & (near != columns)
+    joined = mutual & (near < columns)
+    there = (mass > 0) & ((near <= columns) | (back != columns)) & (columns != upper) & (lower < upper)
+    both = there & joined
+    lower_row = costs + lower * m
+    upper_row = costs + upper * m
+    to_lower = tl.load(lower_row + columns, mask=there, other=0.0)
+    to_upper = tl.load(upper_row + columns, mask=there, other=0.0)
+    mass_merged = mass_lower + mass_upper
+    once = lance_williams(to_lower, to_upper, within, mass_upper, mass_merged, mass)
+
+    to_lower_near = tl.load(lower_row + near, mask=both, other=0.0)
+    to_upper_near = tl.load(upper_row + near, mask=both, other=0.0)
+    mass_near = tl.load(masses + near, mask=joined, other=0.0)
+    within_column = tl.load(nearest_cost + columns, mask=joined, other=0.0)
+    mass_joined = mass + mass_near
+    first = lower > near  # whether this pair goes first
+    within_first = tl.where(first, within, within_column)
+    upper_first = tl.where(first, mass_upper, mass)
+    merged_first = tl.where(first, mass_merged, mass_joined)
+    one = lance_williams(
+        to_lower_near,
+        tl.where(first, to_upper_near, to_lower),
+        within_first,
+        upper_first,
+        merged_first,
+        tl.where(first, mass_near, mass_lower),
+    )
+    other = lance_williams(
+        tl.where(first, to_lower, to_upper_near),
+        to_upper,
+        within_first,
+        upper_first,
+        merged_first,
+        tl.where(first, mass, mass_upper),
+    )
+    twice = lance_williams(
+        one,
+        other,
+        tl.where(first, within_column, within),
+        tl.where(first, mass, mass_upper),
+        tl.where(first, mass_joined, mass_merged),
+        tl.where(first, mass_merged, mass_joined),
+    )
+    return tl.where(both, twice, once), there, joined
+
+
+@jit
+def join(
+    slot,
+    near,
+    mass,
+    mass_near,
+    nearest,
+    nearest_cost,
+    made_at,
+    point,
+    size,
+    masses_after,
+    alive,
+    partner,
+    merge_cost,
+    merge_round,
+    merge_size,
+    round_number,
+):
+    """Bring a slot's entries up to date, and note down its merge if it is the higher slot of a pair: 1, else 0."""
+    mutual = (tl.load(nearest + near) == slot) & (near != slot)
+    merges = mutual & (near < slot)
+    dies = mutual & (near > slot)
+    after = tl.where(merges, mass + mass_near, tl.where(dies, 0.0, mass))
+    tl.store(masses_after + slot, after)
+    if dies:
+        tl.atomic_add(alive, -1)
+    if merges:
+        gone = tl.load(point + near)
+        members = tl.load(size + near) + tl.load(size + slot)
+        height = tl.load(nearest_cost + slot)
+        height = tl.maximum(height, tl.maximum(tl.load(made_at + near), tl.load(made_at + slot)))
+        tl.store(size + slot, members)
+        tl.store(made_at + slot, height)
+        tl.store(partner + gone, tl.load(point + slot))
+        tl.store(merge_cost + gone, height)
+        tl.store(merge_round + gone, round_number)
+        tl.store(merge_size + gone, members)
+    return merges.to(tl.int32)
+
+
+@jit
+def _merge_kernel(
+    costs,
+    masses,
+    nearest,
+    nearest_cost,
+    made_at,
+    point,
+    size,
+    masses_after,
+    alive,
+    partner,
+    merge_cost,
+    merge_round,
+    merge_size,
+    m,
+    round_number,
+    COLUMNS: tl.constexpr,
+):
+    """A program a slot. Only those of a higher slot of a pair have much to do.
+
+    A program reads two rows that nobody else reads or writes, and writes its row and, in rows that take no part in the
+    round, its column: nothing is read after another program wrote it.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    near = tl.load(nearest + slot)
+    mass = tl.load(masses + slot)
+    mass_near = tl.load(masses + near)
+    merges = join(
+        slot,
+        near,
+        mass,
+        mass_near,
+        nearest,
+        nearest_cost,
+        made_at,
+        point,
+        size,
+        masses_after,
+        alive,
+        partner,
+        merge_cost,
+        merge_round,
+        merge_size,
+        round_number,
+    )
+    if merges == 0:
+        return
+    within = tl.load(nearest_cost + slot)
+    lower = tl.full((1, 1), 0, tl.int64) + near
+    upper = tl.full((1, 1), 0, tl.int64) + slot
+    for start in range(0, m, COLUMNS):
+        columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+        merged, there, joined = merged_costs(
+            costs, m, lower, upper, within, mass_near, mass, columns, masses, nearest, nearest_cost
+        )
+        tl.store(costs + upper * m + columns, merged, mask=there)
+        tl.store(costs + columns * m + upper, merged, mask=there & (joined == 0))

@@ -7,8 +7,9 @@ labels = nac_gpu.ward_linkage(points).cut(10)
 from nac_gpu.clustering import METHODS, AssignmentMethod, kmeans, random, ward
 from nac_gpu.compress import compress
 from nac_gpu.cost import Cost, cost
+from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.graph import LeftAlone
-from nac_gpu.linkage import Dendrogram, ward_linkage
+from nac_gpu.linkage import ward_linkage
 from nac_gpu.plan import GroupPlan, Plan, Width, plan
 
 __version__ = "0.1.0"

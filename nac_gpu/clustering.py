@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from nac_gpu.kernels import squared_distances
-from nac_gpu.linkage import check_cluster_count, number_by_first_appearance, standardise, ward_linkage
+from nac_gpu.dendrogram import check_cluster_count, number_by_first_appearance
+from nac_gpu.linkage import ward_linkage
+from nac_gpu.points import standardise
 
 _RESTARTS = 4
 _MAX_ITERATIONS = 300

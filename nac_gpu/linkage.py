@@ -1,91 +1,73 @@
-"""Exact Ward linkage where the points live, and the dendrogram it gives: cut it at any number of clusters."""
+"""Exact Ward linkage where the points live."""
 
-import math
-import operator
-from dataclasses import dataclass
+import os
+from collections import deque
+from collections.abc import Sequence
+from typing import Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nac_gpu.kernels import compact, merge_pairs, nearest_neighbours, reciprocal_pairs, squared_distances
+from nac_gpu.dendrogram import Dendrogram, sorted_merges
+from nac_gpu.kernels import (
+    Batch,
+    Clusters,
+    Merges,
+    finish,
+    merge_centroids,
+    merge_pairs,
+    nearest_centroids,
+    pack_costs,
+    pack_slots,
+    squared_distances,
+    squared_distances_batch,
+    update_neighbours,
+    uses_triton,
+)
+from nac_gpu.points import standardise_batch
+
+Algorithm = Literal["auto", "batched", "resident", "matrix-free"]
 
 # The matrix is packed when this share of its rows is alive: each packing costs a pass over what is left, each dead
-# row costs its share of every search and merge. Measured at 512 to 4096 points: 0.5 is slower by a tenth, 0.8 equal.
+# row costs its share of every search and merge. Measured on a CPU at 512 to 4096 points: 0.5 is slower by a tenth,
+# 0.8 equal.
 _PACK_BELOW = 0.75
+# Up to this many clusters one Triton program finishes a linkage by itself: its matrix, 2 MiB of float64, lies in the
+# GPU's second-level cache, and a round costs it less than launching the kernels of a round.
+_FINISH_BELOW = 512
+# How many rounds the host is ahead of a GPU. What it knows of the number of clusters is as old, and the last
+# `_ROUNDS_AHEAD` rounds before the end may find nothing to do.
+_ROUNDS_AHEAD = 4
+# Without a matrix at first, one is made as soon as it takes as much memory as this many copies of the points.
+_MATRIX_IN_COPIES = 8
+# ... or holds no more clusters than this.
+_MATRIX_IN_ANY_CASE = 4096
 
 
-@dataclass(frozen=True, eq=False)
-class Dendrogram:
-    """The n - 1 merges of n points, cheapest first. All tensors are on the device of the points.
-
-    Clusters are numbered as SciPy does: below n they are the points themselves, and row i of `merges` creates
-    cluster n + i. A cluster is always created in an earlier row than it is merged in.
-
-    Attributes:
-        merges: int64 [n - 1, 2], the two clusters that each row merges, the smaller number first.
-        heights: [n - 1], non-decreasing, `sqrt(2 * cost)` in the unit of the points: SciPy's height where all
-            masses are 1. float64 for float64 points, float32 for all others.
-        sizes: int64 [n - 1], how many points the new cluster has.
-    """
-
-    merges: Tensor
-    heights: Tensor
-    sizes: Tensor
-
-    @property
-    def n(self) -> int:
-        """Number of points."""
-        return len(self.merges) + 1
-
-    @property
-    def costs(self) -> Tensor:
-        """Increase of the (mass-weighted) within-cluster sum of squares by each merge, [n - 1]: heights² / 2."""
-        return self.heights.square() / 2
-
-    def cut(self, k: int | None = None, *, height: float | None = None) -> Tensor:
-        """Assignment of every point to a cluster.
-
-        Args:
-            k: number of clusters, 1 to n: the n - k cheapest merges are kept.
-            height: the merges up to this height, inclusive, are kept. Give either `k` or `height`.
-
-        Returns:
-            Labels, int64 [n]. Clusters are numbered by first appearance: label 0 holds point 0.
-
-        Raises:
-            TypeError: both or neither of `k` and `height` are given, or `k` is not an integer.
-            ValueError: `k` is not in [1, n], or `height` is NaN.
-        """
-        if (k is None) == (height is None):
-            given = "neither" if k is None else "both"
-            raise TypeError(f"cut takes either k or height, got {given}; write cut(10) or cut(height=0.5)")
-        if height is not None:
-            if height != height:
-                raise ValueError("height is NaN, expected a number; give the largest merge height to keep")
-            kept = int((self.heights.double() <= height).sum())
-        else:
-            kept = self.n - check_cluster_count(k, self.n)
-        return number_by_first_appearance(self._roots(kept)[: self.n])
-
-    def to_scipy(self) -> np.ndarray:
-        """The linkage matrix of `scipy.cluster.hierarchy`: float64 [n - 1, 4], merged clusters, height, size."""
-        columns = (self.merges.double(), self.heights.double()[:, None], self.sizes.double()[:, None])
-        return torch.cat(columns, dim=1).cpu().numpy()
-
-    def _roots(self, kept: int) -> Tensor:
-        """For all clusters, int64 [2n - 1], the largest cluster they are in after the first `kept` merges."""
-        n = self.n
-        parent = torch.arange(2 * n - 1, device=self.merges.device)
-        parent[self.merges[:kept].flatten()] = parent[n : n + kept].repeat_interleave(2)
-        # Pointer doubling: after t steps every pointer has jumped 2^t levels, and no tree has more than `kept`.
-        for _ in range(kept.bit_length()):
-            parent = parent[parent]
-        return parent
-
-
+@overload
+def ward_linkage(
+    points: Tensor,
+    weights: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    algorithm: Algorithm = "auto",
+) -> Dendrogram: ...
+@overload
+def ward_linkage(
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor | None] | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    algorithm: Algorithm = "auto",
+) -> list[Dendrogram]: ...
 @torch.no_grad()
-def ward_linkage(points: Tensor, weights: Tensor | None = None) -> Dendrogram:
+def ward_linkage(
+    points: Tensor | Sequence[Tensor],
+    weights: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    algorithm: Algorithm = "auto",
+) -> Dendrogram | list[Dendrogram]:
     """Exact Ward linkage on the device of the points, by rounds of reciprocal nearest neighbours.
 
     Merging clusters A and B with masses m and centroids c costs `m_A m_B / (m_A + m_B) * |c_A - c_B|²`, the increase of
@@ -97,192 +79,226 @@ def ward_linkage(points: Tensor, weights: Tensor | None = None) -> Dendrogram:
     Ties: of equally near neighbours the one with the lowest index is taken, where the index of a cluster is that of
     its last point. The result is the same run after run, bit for bit.
 
-    All arithmetic is float64 whatever the dtype of the points, because float32 distances give wrong merges at near
-    ties. Heights are float64 for float64 points and float32 for float32, bfloat16 and float16 points.
-
     Args:
-        points: [n, d], floating, n and d at least 1. Memory is that of n² float64.
+        points: [n, d], floating, n and d at least 1; or a sequence of such sets, of any sizes, on one device: the
+            small ones (up to 512 points) are clustered side by side on a GPU.
         weights: [n], the mass of every point, positive; None for unit masses. A point of mass 3 counts as
-            three equal points.
+            three equal points. For a sequence of sets: a sequence of such masses or None.
+        dtype: of the arithmetic, float64 or float32, whatever the dtype of the points; bfloat16 and float16 points
+            are converted. float32 halves the memory, but its distances merge wrongly at near ties.
+        algorithm: `"auto"` chooses by size and free memory; the result is the same up to rounding.
+            `"batched"`: one GPU program a set, for small ones; on a CPU the same as resident.
+            `"resident"`: the cost matrix is kept, n² numbers (up to 1.6 n² on a GPU).
+            `"matrix-free"`: only centroids are kept, O(n d) numbers, and costs are computed again when needed.
 
     Returns:
-        The dendrogram, on the device of the points, without autograd history.
+        The dendrogram, on the device of the points, without autograd history; for a sequence, a list of them. Heights
+        are float64 for float64 points and float32 for float32, bfloat16 and float16 points.
 
     Raises:
         TypeError: points or weights are not tensors of real (points: floating) numbers.
         ValueError: the shape, device or values of points or weights are not as above, or a height overflows the dtype
             of the result.
+        MemoryError: not even the matrix-free algorithm fits.
     """
-    points64, masses, unit = standardise(points, weights)
-    merges, costs, sizes = _sorted_merges(*_merge_all(points64, masses), n=len(points))
-    heights = (costs * 2).sqrt() * unit
-    heights = heights.to(torch.float64 if points.dtype == torch.float64 else torch.float32)
-    if not torch.isfinite(heights[-1:]).all():
-        raise ValueError(
-            f"the last merge is higher than the largest {heights.dtype}; give float64 points, or scale them down"
+    if dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"dtype is {dtype}, expected torch.float64 or torch.float32")
+    if algorithm not in ("auto", "batched", "resident", "matrix-free"):
+        raise ValueError(f'algorithm is {algorithm!r}, expected "auto", "batched", "resident" or "matrix-free"')
+    if isinstance(points, Tensor) or not isinstance(points, Sequence):
+        return _linkages([points], [weights], dtype, algorithm)[0]  # pyright: ignore[reportArgumentType]
+    if isinstance(weights, Tensor) or (weights is not None and len(weights) != len(points)):
+        given = "one tensor" if isinstance(weights, Tensor) else f"{len(weights)} items"
+        raise ValueError(f"weights is {given}, expected one item, masses or None, for each of {len(points)} sets")
+    return _linkages(points, [None] * len(points) if weights is None else weights, dtype, algorithm)
+
+
+def _linkages(
+    points: Sequence[Tensor], weights: Sequence[Tensor | None], dtype: torch.dtype, algorithm: Algorithm
+) -> list[Dendrogram]:
+    if not points:
+        return []
+    flat, masses, units = standardise_batch(points, weights, dtype)
+    shapes = [(len(part), part.shape[1]) for part in points]
+    ways = [_way(shape, flat, algorithm) for shape in shapes]
+    parts = list(zip(flat.split([n * d for n, d in shapes]), masses.split([n for n, _ in shapes]), strict=True))
+
+    results: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    small = [i for i, way in enumerate(ways) if way == "batched"]
+    if small:
+        batch = Batch.of([shapes[i] for i in small], flat.device)
+        together = (torch.cat([parts[i][column] for i in small]) for column in range(2))
+        merges = _batched(*together, batch)
+        results |= zip(small, sorted_merges(merges, [shapes[i][0] for i in small]), strict=True)
+    for i, way in enumerate(ways):
+        if way != "batched":
+            run = _resident if way == "resident" else _matrix_free
+            merges = run(parts[i][0].view(shapes[i]), parts[i][1])
+            results |= {i: sorted_merges(merges, [shapes[i][0]])[0]}
+
+    dendrograms = []
+    for i, part in enumerate(points):
+        merged, costs, sizes = results[i]
+        heights = (costs.to(torch.float64) * 2).sqrt() * units[i]
+        heights = heights.to(torch.float64 if part.dtype == torch.float64 else torch.float32)
+        dendrograms.append(Dendrogram(merges=merged, heights=heights, sizes=sizes))
+    last = [dendrogram.heights[-1:].double() for dendrogram in dendrograms]
+    if not torch.isfinite(torch.cat(last)).all():
+        bad = next(dendrogram.heights.dtype for dendrogram in dendrograms if not dendrogram.heights.isfinite().all())
+        raise ValueError(f"the last merge is higher than the largest {bad}; give float64 points, or scale them down")
+    return dendrograms
+
+
+def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorithm:
+    """The algorithm for one set of points.
+
+    Raises:
+        ValueError: "batched" was asked for and the set is too large for it.
+        MemoryError: nothing fits.
+    """
+    n, d = shape
+    if algorithm == "batched" and n > _FINISH_BELOW:
+        raise ValueError(f'{n} points are too many for algorithm="batched", expected at most {_FINISH_BELOW}')
+    if algorithm in ("auto", "batched") and n <= _FINISH_BELOW:
+        return "batched" if uses_triton(flat) else "resident"
+    if algorithm != "auto":
+        return algorithm
+    free = _free_bytes(flat.device)
+    if n <= _largest_matrix(free, flat):
+        return "resident"
+    needed = _matrix_free_bytes(n, d, flat.element_size())
+    if needed > free:
+        raise MemoryError(
+            f"{n} points of {d} dimensions need {needed / 2**30:.1f} GiB on {flat.device} even without a cost matrix, "
+            f"and {free / 2**30:.1f} GiB are free; use another device, or fewer points"
         )
-    return Dendrogram(merges=merges, heights=heights, sizes=sizes)
+    return "matrix-free"
 
 
-def _merge_all(points: Tensor, masses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All merges in the order of the rounds: children int64 [n - 1, 2], costs [n - 1], sizes int64 [n - 1].
-
-    Children are numbered as in SciPy, but for this order. A cluster lives in a slot, a row and column of the cost
-    matrix: first slot i holds point i, then a merged cluster takes the higher slot of its parts.
-    """
-    n = len(points)
-    costs = squared_distances(points, masses)
-    cluster = torch.arange(n, device=points.device)  # [slots] number of the cluster in each slot
-    size = torch.ones_like(cluster)
-    nearest_cost, nearest = nearest_neighbours(costs, masses, cluster)
-    masses = masses.clone()
-    children, child_costs, sizes = [cluster.new_empty(0, 2)], [costs.new_empty(0)], [size[:0]]
-    alive = n
-    while alive > 1:
-        lower, upper = reciprocal_pairs(nearest)
-        assert len(lower) > 0, "a round without a merge: the cost matrix is not symmetric"
-        size[upper] += size[lower]
-        children.append(torch.stack((cluster[lower], cluster[upper]), dim=1))
-        child_costs.append(nearest_cost[lower])
-        sizes.append(size[upper])
-
-        merge_pairs(costs, masses, lower, upper)
-        cluster[upper] = torch.arange(2 * n - alive, 2 * n - alive + len(lower), device=cluster.device)
-        nearest[lower] = lower  # the dead name themselves, and so take part in no pair
-        alive -= len(lower)
-
-        merged = torch.zeros_like(masses, dtype=torch.bool)
-        merged[lower] = merged[upper] = True
-        stale = merged[nearest] & (masses > 0)
-        if alive < _PACK_BELOW * len(masses):
-            kept = masses > 0
-            keep = kept.nonzero().squeeze(1)
-            position = kept.cumsum(0) - 1
-            # A stale row may point at a slot that is gone; it is searched below before anyone looks.
-            nearest = position[nearest[keep]]
-            costs = compact(costs, keep)
-            masses, cluster, size, nearest_cost, stale = (
-                part[keep] for part in (masses, cluster, size, nearest_cost, stale)
-            )
-        rows = stale.nonzero().squeeze(1)
-        nearest_cost[rows], nearest[rows] = nearest_neighbours(costs, masses, rows)
-    return torch.cat(children), torch.cat(child_costs), torch.cat(sizes)
+def _largest_matrix(free: int, like: Tensor) -> int:
+    """For how many clusters a cost matrix fits. On CUDA the packed matrix is a second one for a moment."""
+    copies = 1 + _PACK_BELOW**2 if like.is_cuda else 1.0
+    return int((0.9 * free / (copies * like.element_size())) ** 0.5)
 
 
-def _sorted_merges(children: Tensor, costs: Tensor, sizes: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The merges from cheapest to dearest, and clusters numbered in that order.
-
-    A merge never costs less than those that made its parts, to the last bit (see `merge_pairs`), and comes in a later
-    round. A stable sort by cost therefore puts every cluster behind its parts.
-    """
-    costs, order = costs.sort(stable=True)
-    number = torch.arange(2 * n - 1, device=order.device)
-    number[n + order] = number[n:].clone()
-    merges = number[children[order]].sort(dim=1).values
-    return merges, costs, sizes[order]
+def _matrix_free_bytes(n: int, d: int, element_size: int) -> int:
+    """What the matrix-free algorithm needs beside the points: another copy, partial results, the matrix at its end."""
+    copies = 1 + _MATRIX_IN_COPIES * (1 + _PACK_BELOW**2)
+    return int(n * (copies * d * element_size + 64 * 16))
 
 
-def standardise(points: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, float]:
-    """Check points and weights and bring them to where float64 arithmetic is safe.
-
-    The points are centred, because a matrix product loses the digits of a common offset, and brought to entries near
-    1, because squares of 1e-200 or 1e200 are no numbers any more; so are the masses. Both units are powers of two,
-    which rounds nothing.
-
-    Args:
-        points: as `ward_linkage`.
-        weights: as `ward_linkage`.
-
-    Returns:
-        Points, float64 [n, d], new; masses, float64 [n], new; and the factor that brings a height (the square root of
-        a mass times a squared distance) back to the given points and weights.
-
-    Raises:
-        TypeError: as `ward_linkage`.
-        ValueError: as `ward_linkage`.
-    """
-    _check_points(points)
-    points64 = points.detach().to(torch.float64)
-    if weights is None:
-        masses, mass_unit = points64.new_ones(len(points)), 1.0
-    else:
-        _check_weights(weights, points)
-        masses = weights.detach().to(torch.float64)
-        mass_unit = _power_of_two_below(float(masses.max()))
-        masses = (masses / mass_unit).clamp_(min=torch.finfo(torch.float64).tiny)  # 0 would mean a dead slot
-    unit = _power_of_two_below(float(points64.abs().max()))
-    points64 = points64 / unit
-    centre = (masses @ points64) / masses.sum()
-    return points64.sub_(centre), masses, unit * mass_unit**0.5
-
-
-def _power_of_two_below(number: float) -> float:
-    """The largest power of two that is not above a positive number; for 0 any will do."""
-    return math.ldexp(1.0, max(math.frexp(number)[1] - 1, -1074))
-
-
-def check_cluster_count(k: object, n: int) -> int:
-    """The number of clusters as an int in [1, n].
-
-    Raises:
-        TypeError: k is not an integer.
-        ValueError: k is not in [1, n].
-    """
+def _free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on a device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
-        if isinstance(k, bool):
-            raise TypeError
-        count = operator.index(k)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        raise TypeError(f"k is {k!r}, expected an integer from 1 to {n}, the number of points") from None
-    if not 1 <= count <= n:
-        raise ValueError(f"k is {count}, expected 1 to {n}, the number of points; choose k in that range")
-    return count
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 2**40
 
 
-def number_by_first_appearance(labels: Tensor) -> Tensor:
-    """Rename labels to 0, 1, 2, ... in the order in which they first appear.
+def _batched(points: Tensor, masses: Tensor, batch: Batch) -> Merges:
+    """All merges of small problems, side by side."""
+    costs = squared_distances_batch(points, masses, batch)
+    clusters = Clusters.of_points(masses)
+    finish(costs, clusters, batch)
+    return clusters.merges
 
-    Args:
-        labels: integer [n], any values.
 
-    Returns:
-        int64 [n], the same partition.
+def _resident(points: Tensor, masses: Tensor) -> Merges:
+    """All merges, by rounds on the matrix of costs."""
+    clusters = Clusters.of_points(masses)
+    _finish_on_matrix(squared_distances(points, masses), clusters)
+    return clusters.merges
+
+
+def _matrix_free(points: Tensor, masses: Tensor) -> Merges:
+    """All merges: rounds on the centroids until the matrix of costs is small, then rounds on that."""
+    n, d = points.shape
+    enough = max(min(_MATRIX_IN_ANY_CASE, n // 2), int((_MATRIX_IN_COPIES * n * d) ** 0.5))
+    centroids, clusters = points.clone(), Clusters.of_points(masses)
+    stale = torch.ones_like(masses, dtype=torch.bool)
+    count, most = _Count(), n
+    while most > enough:
+        _search(centroids, clusters, stale, most)
+        if most <= _PACK_BELOW * len(centroids):
+            centroids = centroids[pack_slots(clusters, most)]
+        stale = clusters.mutual()[clusters.nearest]
+        merge_centroids(centroids, clusters)
+        stale &= clusters.masses > 0
+        most = count.after_round(clusters)
+    centroids = centroids[pack_slots(clusters, most)]
+    tiny = torch.finfo(masses.dtype).tiny  # the dead are in the matrix, and must not fill it with NaN
+    costs = squared_distances(centroids, clusters.masses.clamp(min=tiny))
+    del centroids
+    _finish_on_matrix(costs, clusters)
+    return clusters.merges
+
+
+def _finish_on_matrix(costs: Tensor, clusters: Clusters) -> None:
+    """Make all merges that are left. No neighbours are known yet."""
+    count, most = _Count(), len(costs)
+    new = True
+    while most > 1:
+        if uses_triton(costs) and most <= _FINISH_BELOW:
+            if most < len(costs):
+                costs = pack_costs(costs, pack_slots(clusters, most))
+            finish(costs.view(-1), clusters, Batch.of([(most, 0)], costs.device))
+            return
+        if new:
+            update_neighbours(costs, clusters, every=True)
+            new = False
+        merge_pairs(costs, clusters)
+        update_neighbours(costs, clusters)
+        most = count.after_round(clusters)
+        if most <= _PACK_BELOW * len(costs):
+            costs = pack_costs(costs, pack_slots(clusters, most))
+
+
+def _search(centroids: Tensor, clusters: Clusters, stale: Tensor, most: int) -> None:
+    """Find the nearest neighbours of stale clusters, and make sure that the round will merge some pair.
+
+    Costs are computed again in every search, so rounding may let three clusters chase each other. Where no two agree,
+    the cheapest merge that anyone has found is made mutual.
     """
-    names, compact_labels = torch.unique(labels, return_inverse=True)
-    positions = torch.arange(len(labels), device=labels.device)
-    first = positions.new_full(names.shape, len(labels)).scatter_reduce_(0, compact_labels, positions, "amin")
-    number = torch.empty_like(first)
-    number[first.argsort()] = positions[: len(first)]
-    return number[compact_labels]
+    rows = stale.sort(descending=True, stable=True).indices
+    found = stale.sum()[None]
+    cost, slot = nearest_centroids(centroids, clusters.masses, rows, found, most)
+    rows, searched = rows[:most], torch.arange(most, device=rows.device) < found
+    slots = torch.arange(len(stale), device=rows.device)
+    alive = clusters.masses > 0
+    nearest = torch.where(alive, clusters.nearest, slots)
+    clusters.nearest = nearest.index_copy(0, rows, torch.where(searched, slot, nearest[rows]))
+    nearest_cost = clusters.nearest_cost
+    clusters.nearest_cost = nearest_cost.index_copy(0, rows, torch.where(searched, cost, nearest_cost[rows]))
+
+    agreed = clusters.mutual().any()
+    one = torch.where(alive, clusters.nearest_cost, torch.inf).argmin()[None]
+    other = clusters.nearest[one]
+    clusters.nearest[other] = torch.where(agreed, clusters.nearest[other], one)
+    clusters.nearest_cost[other] = torch.where(agreed, clusters.nearest_cost[other], clusters.nearest_cost[one])
 
 
-def _check_points(points: Tensor) -> None:
-    if not isinstance(points, Tensor):
-        raise TypeError(f"points is a {type(points).__name__}, expected a torch.Tensor; use torch.as_tensor(points)")
-    if not points.is_floating_point():
-        raise TypeError(f"points has dtype {points.dtype}, expected a floating dtype; use points.double()")
-    if points.ndim != 2:
-        raise ValueError(f"points has shape {tuple(points.shape)}, expected (n, d); use points.reshape(n, -1)")
-    if points.shape[0] == 0 or points.shape[1] == 0:
-        raise ValueError(f"points has shape {tuple(points.shape)}, expected at least one point and one dimension")
-    finite = torch.isfinite(points).all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise ValueError(f"points has NaN or infinity, first in row {row}; remove such rows or repair them")
+class _Count:
+    """How many clusters there are at most. On CUDA the host learns it some rounds late, and does not keep it waiting."""
 
+    def __init__(self) -> None:
+        self.asked: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self.known: int | None = None
 
-def _check_weights(weights: Tensor, points: Tensor) -> None:
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights is a {type(weights).__name__}, expected a torch.Tensor; use torch.as_tensor(weights)")
-    if weights.dtype == torch.bool or weights.is_complex():
-        raise TypeError(f"weights has dtype {weights.dtype}, expected real numbers; use weights.double()")
-    if weights.shape != points.shape[:1]:
-        raise ValueError(f"weights has shape {tuple(weights.shape)}, expected ({len(points)},), one mass per point")
-    if weights.device != points.device:
-        raise ValueError(f"weights is on {weights.device}, points on {points.device}; use weights.to(points.device)")
-    allowed = torch.isfinite(weights) & (weights > 0)
-    if not allowed.all():
-        row = int((~allowed).nonzero()[0])
-        raise ValueError(
-            f"weights[{row}] is {weights[row].item()}, expected a positive finite mass; drop points without mass"
-        )
+    def after_round(self, clusters: Clusters) -> int:
+        """An upper bound of the number of clusters, exact on a CPU. The bound of a round is always the same."""
+        if not clusters.alive.is_cuda:
+            return int(clusters.alive)
+        answer = torch.empty(1, dtype=torch.int64, pin_memory=True).copy_(clusters.alive, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.asked.append((answer, event))
+        if len(self.asked) <= _ROUNDS_AHEAD:
+            return len(clusters.masses) if self.known is None else self.known
+        answer, event = self.asked.popleft()
+        event.synchronize()
+        self.known = int(answer)
+        return self.known

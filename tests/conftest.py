@@ -1,12 +1,37 @@
 """Fixtures for all tests."""
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before nac_gpu is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on CUDA
+
+DEVICES = ["cpu", *(["cuda"] if CUDA else [])]
+PLACES = [("cuda", "triton"), ("cuda", "torch"), ("cpu", "torch")] if CUDA else [("cpu", "triton"), ("cpu", "torch")]
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device at hand: the same tests run on a GPU where there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture(params=PLACES, ids="-".join)
+def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Every device with each implementation of the kernels: compiled on a GPU, or else interpreted; and the twins.
+
+    New memory is filled with NaN and huge numbers, so that nobody reads what nobody wrote.
+    """
+    from nac_gpu.kernels import use_backend
+
+    device, backend = request.param
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    with use_backend(backend):
+        yield torch.device(device)
+    torch.use_deterministic_algorithms(deterministic)

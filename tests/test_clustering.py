@@ -5,7 +5,7 @@ from sklearn.metrics import adjusted_rand_score
 
 import nac_gpu
 from nac_gpu import METHODS, kmeans, random, ward, ward_linkage
-from nac_gpu.linkage import number_by_first_appearance
+from nac_gpu.dendrogram import number_by_first_appearance
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 

@@ -1,0 +1,108 @@
+"""One round of merges without a cost matrix: pairs of mutual nearest neighbours, on their centroids."""
+
+import torch
+from torch import Tensor
+
+from .backend import jit, tl, triton, uses_triton
+from .clusters import Clusters
+from .merging import join
+
+# Dimensions a Triton program averages at a time.
+_DIMENSIONS = 1024
+
+
+def merge_centroids(centroids: Tensor, clusters: Clusters) -> None:
+    """Merge all pairs of clusters that are each other's nearest neighbour, in place: as `merge_pairs`.
+
+    Args:
+        centroids: [m, d], contiguous. Those of the dead stay behind.
+        clusters: in the slots of the centroids.
+    """
+    if not uses_triton(centroids):
+        return merge_centroids_torch(centroids, clusters)
+    m, d = centroids.shape
+    masses, merges = torch.empty_like(clusters.masses), clusters.merges
+    _merge_centroids_kernel[(m,)](
+        centroids,
+        clusters.masses,
+        clusters.nearest,
+        clusters.nearest_cost,
+        clusters.made_at,
+        clusters.point,
+        clusters.size,
+        masses,
+        clusters.alive,
+        merges.partner,
+        merges.cost,
+        merges.round,
+        merges.size,
+        d,
+        clusters.rounds,
+        DIMENSIONS=min(_DIMENSIONS, triton.next_power_of_2(d)),
+        enable_fp_fusion=False,
+    )
+    clusters.masses = masses
+    clusters.rounds += 1
+    return None
+
+
+def merge_centroids_torch(centroids: Tensor, clusters: Clusters) -> None:
+    """The plain PyTorch twin of `merge_centroids`."""
+    lower, upper = clusters.pairs()
+    share = clusters.masses[upper] / (clusters.masses[lower] + clusters.masses[upper])
+    centroids[upper] = torch.lerp(centroids[lower], centroids[upper], share[:, None])
+    clusters.record(lower, upper)
+
+
+@jit
+def _merge_centroids_kernel(
+    centroids,
+    masses,
+    nearest,
+    nearest_cost,
+    made_at,
+    point,
+    size,
+    masses_after,
+    alive,
+    partner,
+    merge_cost,
+    merge_round,
+    merge_size,
+    d,
+    round_number,
+    DIMENSIONS: tl.constexpr,
+):
+    """A program a slot."""
+    slot = tl.program_id(0).to(tl.int64)
+    near = tl.load(nearest + slot)
+    mass = tl.load(masses + slot)
+    mass_near = tl.load(masses + near)
+    merges = join(
+        slot,
+        near,
+        mass,
+        mass_near,
+        nearest,
+        nearest_cost,
+        made_at,
+        point,
+        size,
+        masses_after,
+        alive,
+        partner,
+        merge_cost,
+        merge_round,
+        merge_size,
+        round_number,
+    )
+    if merges == 0:
+        return
+    share = mass / (mass + mass_near)
+    for start in range(0, d, DIMENSIONS):
+        dimensions = start + tl.arange(0, DIMENSIONS)
+        inside = dimensions < d
+        low = tl.load(centroids + near * d + dimensions, mask=inside, other=0.0)
+        high = tl.load(centroids + slot * d + dimensions, mask=inside, other=0.0)
+        mean = tl.where(share < 0.5, low + share * (high - low), high - (high - low) * (1 - share))
+        tl.store(centroids + slot * d + dimensions, mean, mask=inside)

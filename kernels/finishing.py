@@ -1,0 +1,180 @@
+"""All rounds of small problems in one launch: a program takes a whole linkage, so a network's layers run side by side."""
+
+import torch
+from torch import Tensor
+
+from .backend import jit, tl, triton, uses_triton
+from .batch import Batch
+from .clusters import Clusters, Merges
+from .merging import merge_pairs_torch, merged_costs
+from .neighbours import row_minima, update_neighbours_torch
+
+# Pairs, or rows to search, that a program works on at a time, and their columns: two entries of the matrix for each
+# thread of 8 warps, the most that its registers hold. Several rows, because most rounds have several pairs.
+_ROWS = 4
+_COLUMNS = 128
+_WARPS = 8
+
+
+def finish(costs: Tensor, clusters: Clusters, batch: Batch) -> None:
+    """Make all merges that are left, down to one cluster a problem.
+
+    Args:
+        costs: the cost matrices of all problems, flat; not to be used afterwards.
+        clusters: the slots of all problems, flat, numbered from 0 in each, `point` counting through all of them.
+            Without neighbours yet, or with: they are searched anew. `alive` is not kept up to date.
+        batch: where each problem lies; d does not matter.
+    """
+    if not uses_triton(costs):
+        return finish_torch(costs, clusters, batch)
+    merges = clusters.merges
+    scratch = torch.empty_like(clusters.nearest)
+    _finish_kernel[(len(batch),)](
+        costs,
+        clusters.masses,
+        clusters.nearest,
+        clusters.nearest_cost,
+        clusters.made_at,
+        clusters.point,
+        clusters.size,
+        scratch,
+        merges.partner,
+        merges.cost,
+        merges.round,
+        merges.size,
+        batch.table,
+        clusters.rounds,
+        SLOTS=triton.next_power_of_2(batch.largest),
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        num_warps=_WARPS,
+        enable_fp_fusion=False,
+    )
+    return None
+
+
+def finish_torch(costs: Tensor, clusters: Clusters, batch: Batch) -> None:
+    """The plain PyTorch twin of `finish`: one problem after the other, a round at a time."""
+    parts = (clusters.masses, clusters.nearest, clusters.nearest_cost, clusters.made_at, clusters.point, clusters.size)
+    for matrix, *slots in zip(batch.costs(costs), *(batch.slots(part) for part in parts), strict=True):
+        one = Clusters(*slots, alive=clusters.alive.clone(), rounds=clusters.rounds, merges=clusters.merges)
+        update_neighbours_torch(matrix, one, every=True)
+        while (one.masses > 0).sum() > 1:
+            merge_pairs_torch(matrix, one)
+            update_neighbours_torch(matrix, one)
+
+
+@jit
+def _finish_kernel(
+    costs,
+    masses,
+    nearest,
+    nearest_cost,
+    made_at,
+    point,
+    size,
+    scratch,
+    partner,
+    merge_cost,
+    merge_round,
+    merge_size,
+    table,
+    first_round,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A program a problem. Threads of a program see each other's writes after a barrier, and only then."""
+    problem = table + tl.program_id(0) * 5
+    m = tl.load(problem)
+    first_slot = tl.load(problem + 3)
+    costs += tl.load(problem + 4)
+    masses += first_slot
+    nearest += first_slot
+    nearest_cost += first_slot
+    made_at += first_slot
+    point += first_slot
+    size += first_slot
+    scratch += first_slot
+    slots = tl.arange(0, SLOTS).to(tl.int64)
+    inside = slots < m
+    row = tl.arange(0, ROWS)
+
+    mass = tl.load(masses + slots, mask=inside, other=0.0)
+    alive = tl.sum((mass > 0).to(tl.int64), axis=0)
+    stale = mass > 0
+    tl.store(nearest + slots, slots, mask=inside)
+    round_number = tl.full((), 0, tl.int64) + first_round
+    tl.debug_barrier()
+    _search(costs, m, stale, slots, masses, nearest, nearest_cost, scratch, ROWS, COLUMNS)
+    tl.debug_barrier()
+    while alive > 1:
+        near = tl.load(nearest + slots, mask=inside, other=0)
+        back = tl.load(nearest + near, mask=inside, other=-1)
+        mutual = (back == slots) & (near != slots)
+        upper = mutual & (near < slots)
+        pairs = _list(upper, slots, scratch)
+        for start in range(0, pairs, ROWS):
+            there = start + row < pairs
+            high = tl.load(scratch + start + row, mask=there, other=0)
+            low = tl.load(nearest + high, mask=there, other=0)
+            within = tl.load(nearest_cost + high, mask=there, other=0.0)[:, None]
+            mass_low = tl.load(masses + low, mask=there, other=1.0)[:, None]
+            mass_high = tl.load(masses + high, mask=there, other=1.0)[:, None]
+            low, high = low[:, None], high[:, None]
+            for column in range(0, m, COLUMNS):
+                columns = (column + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+                merged, valid, joined = merged_costs(
+                    costs, m, low, high, within, mass_low, mass_high, columns, masses, nearest, nearest_cost
+                )
+                tl.store(costs + high * m + columns, merged, mask=valid)
+                tl.store(costs + columns * m + high, merged, mask=valid & (joined == 0))
+
+        # Who merged, before anything of it is overwritten.
+        mass_near = tl.load(masses + near, mask=upper, other=0.0)
+        gone = tl.load(point + near, mask=upper, other=0)
+        members = tl.load(size + slots, mask=upper, other=0) + tl.load(size + near, mask=upper, other=0)
+        height = tl.load(nearest_cost + slots, mask=upper, other=0.0)
+        height = tl.maximum(height, tl.load(made_at + slots, mask=upper, other=0.0))
+        height = tl.maximum(height, tl.load(made_at + near, mask=upper, other=0.0))
+        own = tl.load(point + slots, mask=upper, other=0)
+        back_again = tl.load(nearest + back, mask=inside & (back >= 0), other=-1)
+        mass = tl.where(upper, mass + mass_near, tl.where(mutual, 0.0, mass))
+        stale = (back_again == near) & (back != near) & (mass > 0)
+        tl.debug_barrier()
+        tl.store(masses + slots, mass, mask=inside)
+        tl.store(size + slots, members, mask=upper)
+        tl.store(made_at + slots, height, mask=upper)
+        tl.store(nearest + slots, slots, mask=mutual & (near > slots))
+        tl.store(partner + gone, own, mask=upper)
+        tl.store(merge_cost + gone, height, mask=upper)
+        tl.store(merge_round + gone, round_number, mask=upper)
+        tl.store(merge_size + gone, members, mask=upper)
+        tl.debug_barrier()
+        alive -= pairs
+        round_number += 1
+        _search(costs, m, stale, slots, masses, nearest, nearest_cost, scratch, ROWS, COLUMNS)
+        tl.debug_barrier()
+
+
+@jit
+def _list(chosen, slots, scratch):
+    """Write the chosen slots one behind the other, and say how many they are."""
+    place = tl.cumsum(chosen.to(tl.int64), axis=0) - 1
+    tl.store(scratch + place, slots, mask=chosen)
+    tl.debug_barrier()
+    return tl.sum(chosen.to(tl.int64), axis=0)
+
+
+@jit
+def _search(
+    costs, m, stale, slots, masses, nearest, nearest_cost, scratch, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Find the nearest neighbours of the stale slots."""
+    count = _list(stale, slots, scratch)
+    for start in range(0, count, ROWS):
+        there = start + tl.arange(0, ROWS) < count
+        rows = tl.load(scratch + start + tl.arange(0, ROWS), mask=there, other=0)
+        cost, column = row_minima(costs, m, rows[:, None], masses, COLUMNS)
+        tl.store(nearest_cost + rows, cost, mask=there)
+        tl.store(nearest + rows, column, mask=there)

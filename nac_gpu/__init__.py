@@ -7,6 +7,7 @@ labels = nac_gpu.ward_linkage(points).cut(10)
 from nac_gpu.clustering import METHODS, AssignmentMethod, kmeans, random, ward
 from nac_gpu.compress import compress
 from nac_gpu.cost import Cost, cost
+from nac_gpu.estimator import WardClustering
 from nac_gpu.graph import LeftAlone
 from nac_gpu.linkage import Dendrogram, ward_linkage
 from nac_gpu.plan import GroupPlan, Plan, Width, plan
@@ -21,6 +22,7 @@ __all__ = [
     "GroupPlan",
     "LeftAlone",
     "Plan",
+    "WardClustering",
     "Width",
     "compress",
     "cost",

@@ -146,11 +146,11 @@ class WardClustering:
 
 
 def _as_tensor(values: Any, name: str) -> Tensor:
-    """The values as a detached float64 tensor on their device; a copy only where dtype or NumPy's memory ask for it."""
+    """The values as a float64 tensor on their device; a copy only where dtype or NumPy's memory ask for it."""
     if hasattr(values, "todense") or (isinstance(values, Tensor) and values.layout != torch.strided):
         raise TypeError(f"{name} is sparse, expected a dense array; use {name}.toarray() or {name}.to_dense()")
     if isinstance(values, Tensor):
-        tensor = values.detach()
+        tensor = values
     elif _lends_memory(values):
         # DLPack first: unlike the CUDA array interface it also knows memory of the CPU and of other accelerators.
         tensor = torch.from_dlpack(values) if hasattr(values, "__dlpack__") else torch.as_tensor(values)

@@ -4,25 +4,27 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 Backend = Literal["triton", "torch"]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
-try:
+if TYPE_CHECKING:
     import triton
     import triton.language as tl
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # pragma: no cover - the wheels of torch for Linux bring Triton along
+        triton = tl = None
 
-    jit: Any = triton.jit
-except ImportError:  # pragma: no cover - the wheels of torch for Linux bring Triton along
-    triton, tl = None, None
 
-    def jit(function: Function) -> Function:
-        """Leave a kernel as it is: without Triton nobody launches it."""
-        return function
+def jit(function: Callable[..., Any]) -> Any:
+    """triton.jit; without Triton the function as it is, which nobody launches."""
+    return function if triton is None else triton.jit(function)
 
 
 # float64 atomics, float64 matrix instructions and Triton's own support begin with Ampere.

@@ -1,5 +1,7 @@
 """One round of merges without a cost matrix: pairs of mutual nearest neighbours, on their centroids."""
 
+from __future__ import annotations  # without Triton there is no tl.constexpr
+
 import torch
 from torch import Tensor
 

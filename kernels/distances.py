@@ -1,5 +1,7 @@
 """All pairwise squared distances, or Ward's cost of merging every pair, as symmetric matrices."""
 
+from __future__ import annotations  # without Triton there is no tl.constexpr
+
 import torch
 from torch import Tensor
 
@@ -177,9 +179,9 @@ def tile_of_distances(
         column_norms += tl.sum(right * right, axis=0)
     scale = row_norms[:, None] + column_norms[None, :]
     block = scale - 2 * product
-    close = (block < CLOSE * scale) | (d <= DIRECT)
-    close = close & (rows[:, None] != columns[None, :]) & row_inside[:, None] & column_inside[None, :]
-    if tl.max(tl.max(close.to(tl.int32), axis=1), axis=0) > 0:
+    limit = tl.where(d <= DIRECT, float("inf"), CLOSE * scale)
+    close = (block < limit) & (rows[:, None] != columns[None, :]) & row_inside[:, None] & column_inside[None, :]
+    if tl.max(tl.max(close.to(tl.int32), axis=1), axis=0) > 0:  # pyright: ignore[reportOperatorIssue]
         exact = tl.zeros((TILE, TILE), dtype)
         for k in range(0, d):
             row = tl.load(row_points + k, mask=row_inside, other=0.0)

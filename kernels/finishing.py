@@ -1,11 +1,13 @@
-"""All rounds of small problems in one launch: a program takes a whole linkage, so a network's layers run side by side."""
+"""All rounds of small problems in one launch: a program takes a whole linkage, so that many run side by side."""
+
+from __future__ import annotations  # without Triton there is no tl.constexpr
 
 import torch
 from torch import Tensor
 
 from .backend import jit, tl, triton, uses_triton
 from .batch import Batch
-from .clusters import Clusters, Merges
+from .clusters import Clusters
 from .merging import merge_pairs_torch, merged_costs
 from .neighbours import row_minima, update_neighbours_torch
 
@@ -108,7 +110,7 @@ def _finish_kernel(
     tl.debug_barrier()
     _search(costs, m, stale, slots, masses, nearest, nearest_cost, scratch, ROWS, COLUMNS)
     tl.debug_barrier()
-    while alive > 1:
+    while alive > 1:  # pyright: ignore[reportOperatorIssue]
         near = tl.load(nearest + slots, mask=inside, other=0)
         back = tl.load(nearest + near, mask=inside, other=-1)
         mutual = (back == slots) & (near != slots)
@@ -167,9 +169,7 @@ def _list(chosen, slots, scratch):
 
 
 @jit
-def _search(
-    costs, m, stale, slots, masses, nearest, nearest_cost, scratch, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _search(costs, m, stale, slots, masses, nearest, nearest_cost, scratch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Find the nearest neighbours of the stale slots."""
     count = _list(stale, slots, scratch)
     for start in range(0, count, ROWS):

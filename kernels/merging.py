@@ -1,5 +1,7 @@
 """One round of merges: every pair of mutual nearest neighbours becomes one cluster, by Lance-Williams updates."""
 
+from __future__ import annotations  # without Triton there is no tl.constexpr
+
 import torch
 from torch import Tensor
 
@@ -8,8 +10,6 @@ from .clusters import Clusters
 
 # Elements updated at a time on a CPU: 1 MiB of float64 in each of several operands, what one core's cache holds.
 _BLOCK_ELEMENTS = 2**17
-# Fewer elements than this cost less than the calls that update them.
-_BLOCK_MIN_ELEMENTS = 2**14
 # Columns a Triton program updates at a time: two for each thread, the most that its registers hold.
 _COLUMNS = 512
 _WARPS = 8
@@ -68,7 +68,7 @@ def merge_pairs_torch(costs: Tensor, clusters: Clusters) -> None:
     mass_merged = clusters.masses[lower] + mass_upper
     _merge_rows(costs, clusters.masses, lower, upper, within, mass_upper, mass_merged)
     _merge_columns_of_merged_rows(costs, lower, upper, within, mass_upper, mass_merged)
-    _copy_to_columns(costs, upper)
+    costs[:, upper] = costs[upper].T  # where both merged, the two agree already
     clusters.record(lower, upper)
 
 
@@ -122,15 +122,6 @@ def _merge_columns_of_merged_rows(
     costs[upper[:, None], upper] = among.fill_diagonal_(torch.finfo(costs.dtype).max)
 
 
-def _copy_to_columns(costs: Tensor, slots: Tensor) -> None:
-    """Make the columns `slots` equal to the rows `slots`, where the costs among them are symmetric already."""
-    m = costs.shape[0]
-    step = max(1, _BLOCK_ELEMENTS // m, _BLOCK_MIN_ELEMENTS // len(slots))
-    for start in range(0, m, step):
-        part = slice(start, start + step)
-        costs[part].index_copy_(1, slots, costs[:, part].index_select(0, slots).T.contiguous())
-
-
 def _lance_williams(
     to_lower: Tensor, to_upper: Tensor, within: Tensor, mass_upper: Tensor, mass_merged: Tensor, mass_other: Tensor
 ) -> Tensor:
@@ -160,11 +151,7 @@ def merged_costs(costs, m, lower, upper, within, mass_lower, mass_upper, columns
     """Costs of merging the clusters lower + upper with all clusters as they are after the round.
 
     Where a column's cluster merges as well, both merges are applied, in an order that the two rows agree on: the pair
-    with the higher lower slot first.
-
-    Args:
-        lower: int64 [r, 1], rows of the matrix, as are the next four.
-        columns: int64 [1, c].
+    with the higher lower slot first. `lower`, `upper` and what follows up to `mass_upper` are [r, 1], `columns` [1, c].
 
     Returns:
         The costs [r, c]; whether the column is alive afterwards and not the cluster itself, [r, c]; and whether it

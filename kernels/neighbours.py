@@ -1,5 +1,7 @@
 """The nearest neighbour of clusters: the minimum of rows of the cost matrix over the clusters that are alive."""
 
+from __future__ import annotations  # without Triton there is no tl.constexpr
+
 import torch
 from torch import Tensor
 
@@ -66,10 +68,7 @@ def update_neighbours_torch(costs: Tensor, clusters: Clusters, every: bool = Fal
 
 @jit
 def row_minima(costs, m, rows, masses, COLUMNS: tl.constexpr):
-    """The smallest cost in rows of the matrix over columns that are alive, and its column, the lowest of equals.
-
-    Args:
-        rows: int64 [r, 1].
+    """The smallest cost in rows, int64 [r, 1], over columns that are alive, and its column, the lowest of equals.
 
     Returns:
         [r] and int64 [r]; infinity where nobody else is alive.
@@ -86,7 +85,7 @@ def row_minima(costs, m, rows, masses, COLUMNS: tl.constexpr):
         best_column = tl.where(cost < best, columns, best_column)
         best = tl.minimum(cost, best)
     smallest = tl.min(best, axis=1)
-    column = tl.min(tl.where(best == smallest[:, None], best_column, m), axis=1)
+    column = tl.min(tl.where(best == smallest[:, None], best_column, m), axis=1)  # pyright: ignore
     return smallest, column
 
 

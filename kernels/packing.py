@@ -1,5 +1,7 @@
 """Dropping dead slots."""
 
+from __future__ import annotations  # without Triton there is no tl.constexpr
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,9 @@ def pack_costs(costs: Tensor, keep: Tensor) -> Tensor:
     left = len(keep)
     packed = costs.new_empty(left, left)
     columns = min(_COLUMNS, triton.next_power_of_2(left))
-    _pack_kernel[(left, triton.cdiv(left, columns))](costs, keep, packed, len(costs), left, COLUMNS=columns, enable_fp_fusion=False)
+    _pack_kernel[(left, triton.cdiv(left, columns))](
+        costs, keep, packed, len(costs), left, COLUMNS=columns, enable_fp_fusion=False
+    )
     return packed
 
 

@@ -1,5 +1,7 @@
 """The nearest neighbour of clusters without a cost matrix: products of blocks of centroids, kept only as row minima."""
 
+from __future__ import annotations  # without Triton there is no tl.constexpr
+
 import torch
 from torch import Tensor
 
@@ -120,7 +122,7 @@ def _search_kernel(
         block *= mass / (own_mass + mass) * own_mass
         block = tl.where((mass > 0) & (own[:, None] != columns[None, :]), block, float("inf"))
         smallest = tl.min(block, axis=1)
-        first = tl.min(tl.where(block == smallest[:, None], columns[None, :], m), axis=1)
+        first = tl.min(tl.where(block == smallest[:, None], columns[None, :], m), axis=1)  # pyright: ignore
         best_slot = tl.where(smallest < best, first, best_slot)
         best = tl.minimum(smallest, best)
     tl.store(cost + place * parts + part, best)

@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nac_gpu.kernels import squared_distances
 from nac_gpu.dendrogram import check_cluster_count, number_by_first_appearance
+from nac_gpu.kernels import squared_distances
 from nac_gpu.linkage import ward_linkage
 from nac_gpu.points import standardise
 

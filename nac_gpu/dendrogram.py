@@ -107,7 +107,8 @@ def sorted_merges(merges: Merges, sizes: Sequence[int]) -> list[tuple[Tensor, Te
     order = gone[merges.cost[gone].sort(stable=True).indices]
     order = order[problem[order].sort(stable=True).indices]
     # Row r of all problems is row r - (points before) + (problems before), and makes the cluster of this number:
-    created = torch.arange(rows, device=device) - (stop - count)[problem[order]] + problem[order] + count[problem[order]]
+    row_problem = problem[order]
+    created = torch.arange(rows, device=device) - (stop - count - count)[row_problem] + row_problem
     number = torch.zeros(total, dtype=torch.int64, device=device).index_copy_(0, order, created)
 
     # The merges into one point follow each other round by round. Each merges what the one before it made.

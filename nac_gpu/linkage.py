@@ -127,8 +127,7 @@ def _linkages(
     small = [i for i, way in enumerate(ways) if way == "batched"]
     if small:
         batch = Batch.of([shapes[i] for i in small], flat.device)
-        together = (torch.cat([parts[i][column] for i in small]) for column in range(2))
-        merges = _batched(*together, batch)
+        merges = _batched(torch.cat([parts[i][0] for i in small]), torch.cat([parts[i][1] for i in small]), batch)
         results |= zip(small, sorted_merges(merges, [shapes[i][0] for i in small]), strict=True)
     for i, way in enumerate(ways):
         if way != "batched":
@@ -217,7 +216,7 @@ def _resident(points: Tensor, masses: Tensor) -> Merges:
 def _matrix_free(points: Tensor, masses: Tensor) -> Merges:
     """All merges: rounds on the centroids until the matrix of costs is small, then rounds on that."""
     n, d = points.shape
-    enough = max(min(_MATRIX_IN_ANY_CASE, n // 2), int((_MATRIX_IN_COPIES * n * d) ** 0.5))
+    enough = max(1, min(_MATRIX_IN_ANY_CASE, n // 2), int((_MATRIX_IN_COPIES * n * d) ** 0.5))
     centroids, clusters = points.clone(), Clusters.of_points(masses)
     stale = torch.ones_like(masses, dtype=torch.bool)
     count, most = _Count(), n
@@ -282,7 +281,7 @@ def _search(centroids: Tensor, clusters: Clusters, stale: Tensor, most: int) -> 
 
 
 class _Count:
-    """How many clusters there are at most. On CUDA the host learns it some rounds late, and does not keep it waiting."""
+    """How many clusters there are at most. On CUDA the host learns it some rounds late, and the GPU does not wait."""
 
     def __init__(self) -> None:
         self.asked: deque[tuple[Tensor, torch.cuda.Event]] = deque()

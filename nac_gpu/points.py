@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nac_gpu.kernels import Batch
-
 
 def standardise(
     points: Tensor, weights: Tensor | None, dtype: torch.dtype = torch.float64
@@ -49,26 +47,32 @@ def standardise_batch(
             raise ValueError(
                 f"{name} is on {part.device}, points[0] on {points[0].device}; a batch is clustered on one device"
             )
-    sound = [torch.isfinite(part).all() for part in points]
-    sound += [_allowed(part).all() for part in weights if part is not None]
+    sizes = [_magnitude(part) for part in points]
+    sound = [size.isfinite() for size in sizes] + [_allowed(part).all() for part in weights if part is not None]
     if not torch.stack(sound).all():
         for name, part, masses in zip(names, points, weights, strict=True):
             _check_values(name, part, masses)
     tiny = torch.finfo(dtype).tiny  # a mass of 0 would mean a dead slot
     flat_points, flat_masses, units = [], [], []
-    for part, given in zip(points, weights, strict=True):
+    for part, size, given in zip(points, sizes, weights, strict=True):
         part = part.detach().to(torch.float64)
         masses = part.new_ones(len(part)) if given is None else given.detach().to(torch.float64)
-        mass_unit, unit = power_of_two_below(masses.max()), power_of_two_below(part.abs().max())
+        mass_unit, unit = power_of_two_below(masses.max()), power_of_two_below(size)
         masses = masses / mass_unit
-        part = (part / unit).contiguous()
-        part -= (masses @ part) / masses.sum()
-        flat_points.append(part.to(dtype).view(-1))
+        centre = (masses / masses.sum() / unit) @ part
+        part = torch.addcdiv(-centre, part, unit)  # part / unit - centre
+        flat_points.append(part.to(dtype).reshape(-1))
         flat_masses.append(masses.to(dtype).clamp_(min=tiny))
         units.append(unit * mass_unit.sqrt())
     if len(points) == 1:
         return flat_points[0], flat_masses[0], units[0][None]
     return torch.cat(flat_points), torch.cat(flat_masses), torch.stack(units)
+
+
+def _magnitude(points: Tensor) -> Tensor:
+    """The largest absolute value, float64 []; NaN if there is any. One pass, where asking twice would take two."""
+    low, high = points.detach().aminmax()
+    return torch.maximum(-low, high).to(torch.float64)
 
 
 def power_of_two_below(number: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def test_standardise_rounds_nothing_but_the_centre(device):
     weights = torch.linspace(3, 40, 60, dtype=torch.float64, device=device)
     found, masses, unit = standardise(points, weights)
     assert torch.equal(masses * 32, weights)
-    assert unit.item() == 2.0**19 * math.sqrt(32)
+    assert unit.item() == pytest.approx(2.0**19 * math.sqrt(32), rel=1e-15)
     assert (masses @ found).abs().max() < 1e-12
     torch.testing.assert_close((found - found[0]) * 2.0**19, points - points[0], rtol=0, atol=1e-15)
     assert torch.equal(standardise(points * 2.0**-300, None)[0], standardise(points, None)[0])

@@ -17,18 +17,13 @@ from triton.compiler import ASTSource
 from nac_gpu.kernels import centroids, distances, finishing, merging, neighbours, packing, searching
 
 CAPABILITIES = (80, 90)
-MATRIX = {name: "*{float}" for name in "points centroids costs packed".split()}
-SLOTS = {
-    name: "*{float}"
-    for name in "masses nearest_cost made_at masses_after merge_cost nearest_cost_after cost".split()
-}
-NUMBERS = {
-    name: "*i64"
-    for name in (
-        "table nearest point size alive partner merge_round merge_size scratch keep rows count slot nearest_after"
-    ).split()
-}
-SIZES = {name: "i32" for name in "m n d left round_number first_round tiles".split()}
+MATRIX = dict.fromkeys("points centroids costs packed".split(), "*{float}")
+SLOTS = dict.fromkeys("masses nearest_cost made_at masses_after merge_cost nearest_cost_after cost".split(), "*{float}")
+NUMBERS = dict.fromkeys(
+    "table nearest point size alive partner merge_round merge_size scratch keep rows count slot nearest_after".split(),
+    "*i64",
+)
+SIZES = dict.fromkeys("m n d left round_number first_round tiles".split(), "i32")
 KINDS = MATRIX | SLOTS | NUMBERS | SIZES
 TILES = {"CLOSE": 5e-4, "DIRECT": 16, "TILE": distances.TILE, "DEPTH": distances.TILE_DEPTH}
 TILE_OPTIONS = {

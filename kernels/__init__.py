@@ -5,13 +5,14 @@ from .batch import Batch
 from .centroids import merge_centroids
 from .clusters import Clusters, Merges
 from .distances import squared_distances, squared_distances_batch
-from .finishing import finish
+from .finishing import MOST_SLOTS, finish
 from .merging import merge_pairs
 from .neighbours import update_neighbours
 from .packing import pack_costs, pack_slots
 from .searching import nearest_centroids
 
 __all__ = [
+    "MOST_SLOTS",
     "Batch",
     "Clusters",
     "Merges",

@@ -1,6 +1,7 @@
 """Which implementation a launcher takes: its Triton kernels, or its plain PyTorch twin."""
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -22,9 +23,16 @@ else:
         triton = tl = None
 
 
+#: Arguments that change from launch to launch: kernels are not compiled anew for those that are 1, or multiples of 16.
+_VARYING = ("round_number", "first_round", "tiles")
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """triton.jit; without Triton the function as it is, which nobody launches."""
-    return function if triton is None else triton.jit(function)
+    if triton is None:
+        return function
+    varying = [name for name in inspect.signature(function).parameters if name in _VARYING]
+    return triton.jit(function, do_not_specialize=varying)
 
 
 # float64 atomics, float64 matrix instructions and Triton's own support begin with Ampere.

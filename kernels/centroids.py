@@ -5,12 +5,12 @@ from __future__ import annotations  # without Triton there is no tl.constexpr
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, triton, uses_triton
+from .backend import jit, tl, uses_triton
 from .clusters import Clusters
 from .merging import join
 
 # Dimensions a Triton program averages at a time.
-_DIMENSIONS = 1024
+_DIMENSIONS = 512
 
 
 def merge_centroids(centroids: Tensor, clusters: Clusters) -> None:
@@ -40,7 +40,7 @@ def merge_centroids(centroids: Tensor, clusters: Clusters) -> None:
         merges.size,
         d,
         clusters.rounds,
-        DIMENSIONS=min(_DIMENSIONS, triton.next_power_of_2(d)),
+        DIMENSIONS=_DIMENSIONS,
         enable_fp_fusion=False,
     )
     clusters.masses = masses

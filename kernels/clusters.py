@@ -67,7 +67,7 @@ class Clusters:
             made_at=torch.zeros_like(masses),
             point=slots,
             size=torch.ones_like(slots),
-            alive=slots.new_tensor([len(masses)]),
+            alive=torch.full((1,), len(masses), device=masses.device),
             rounds=0,
             merges=Merges(
                 partner=torch.zeros_like(slots),

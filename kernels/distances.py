@@ -8,12 +8,12 @@ from torch import Tensor
 from .backend import jit, tl, triton, uses_triton
 from .batch import Batch
 
-# Up to this many dimensions, differences are cheaper than a matrix product and exact.
-DIRECT_DIMENSIONS = 16
 # A product loses the digits that two points share: |x|² + |y|² - 2 x·y carries an absolute error of some units in the
 # last place of |x|². Pairs closer than this share of |x|² + |y|² are computed again from their difference, which leaves
 # a relative error near 1e-12 in float64 and 1e-5 in float32, and makes the distance between copies exactly zero.
 _CLOSE = {torch.float64: 5e-4, torch.float32: 3e-2}
+# Beyond this share of close pairs in a block, all its differences are cheaper than those of single pairs.
+_MANY_CLOSE = 0.05
 # Elements of one block of work on a CPU: 2 MiB of float64, what the cache of one core holds.
 _BLOCK_ELEMENTS = 2**18
 # Fewer rows than this starve the matrix product.
@@ -22,7 +22,7 @@ _BLOCK_MIN_ROWS = 128
 TILE = 64
 TILE_DEPTH = 16
 TILE_WARPS = 8
-TILE_STAGES = 2
+TILE_STAGES = 3
 
 
 def squared_distances(points: Tensor, masses: Tensor | None = None) -> Tensor:
@@ -67,7 +67,6 @@ def squared_distances_batch(points: Tensor, masses: Tensor | None, batch: Batch)
         costs,
         WEIGHTED=masses is not None,
         CLOSE=close_share(points.dtype),
-        DIRECT=DIRECT_DIMENSIONS,
         LARGEST=torch.finfo(costs.dtype).max,
         TILE=TILE,
         DEPTH=TILE_DEPTH,
@@ -93,39 +92,40 @@ def _fill(costs: Tensor, points: Tensor, masses: Tensor | None) -> None:
     norms = points.square().sum(dim=1)
     # The product wants many rows, the passes over the block want it to stay in the cache.
     step = max(_BLOCK_MIN_ROWS, _BLOCK_ELEMENTS // n)
+    memory = points.new_empty(min(step, n) * n)
     for start in range(0, n, step):
         stop = min(start + step, n)
         own = torch.arange(start, stop, device=points.device)
-        block = block_of_distances(points[start:stop], norms[start:stop], points[:stop], norms[:stop], own)
+        block = memory[: (stop - start) * stop].view(stop - start, stop)
+        block_of_distances(block, points[:stop], norms[:stop], own)
         if masses is not None:
             block *= reduced_masses(masses[start:stop, None], masses[:stop])
         _mirror_block(costs, block, start, stop)
     costs.fill_diagonal_(torch.finfo(costs.dtype).max)
 
 
-def block_of_distances(rows: Tensor, row_norms: Tensor, columns: Tensor, column_norms: Tensor, own: Tensor) -> Tensor:
-    """Squared distances [r, c] between two sets of points, in plain PyTorch.
+def block_of_distances(block: Tensor, points: Tensor, norms: Tensor, rows: Tensor) -> None:
+    """Squared distances of some points to all, in plain PyTorch; infinity to themselves.
 
     Args:
-        rows: [r, d].
-        row_norms: [r], their squared lengths.
-        columns: [c, d].
-        column_norms: [c].
-        own: int64 [r], which column is the same point, or -1; its distance is not cared for.
+        block: [r, n], written. Memory that is not new need not be mapped, which takes as long as the product.
+        points: [n, d].
+        norms: [n], their squared lengths.
+        rows: int64 [r], which points.
     """
-    if rows.shape[1] <= DIRECT_DIMENSIONS:
-        return torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist").square_()
-    block = torch.addmm(column_norms, rows, columns.T, alpha=-2)
-    block += row_norms[:, None]
+    own = points[rows]
+    torch.addmm(norms, own, points.T, alpha=-2, out=block)
+    block += norms[rows, None]
+    block.scatter_(1, rows[:, None], torch.inf)
     # A close pair has nearly equal norms, so the norm of one of the two is enough to find it.
-    close = block < 2 * close_share(rows.dtype) * row_norms[:, None]
-    place = torch.arange(len(rows), device=rows.device)
-    close[place[own >= 0], own[own >= 0]] = False
-    near_rows, near_columns = close.nonzero(as_tuple=True)
-    step = max(1, _BLOCK_ELEMENTS // rows.shape[1])
-    for row, column in zip(near_rows.split(step), near_columns.split(step), strict=True):
-        block[row, column] = (rows[row] - columns[column]).square_().sum(dim=1)
-    return block
+    near_rows, columns = (block < 2 * close_share(block.dtype) * norms[rows, None]).nonzero(as_tuple=True)
+    if len(near_rows) > _MANY_CLOSE * block.numel():
+        block.copy_(torch.cdist(own, points, compute_mode="donot_use_mm_for_euclid_dist").square_())
+        block.scatter_(1, rows[:, None], torch.inf)
+        return
+    step = max(1, _BLOCK_ELEMENTS // points.shape[1])
+    for row, column in zip(near_rows.split(step), columns.split(step), strict=True):
+        block[row, column] = (own[row] - points[column]).square_().sum(dim=1)
 
 
 def close_share(dtype: torch.dtype) -> float:
@@ -148,12 +148,10 @@ def _mirror_block(costs: Tensor, block: Tensor, start: int, stop: int) -> None:
 
 
 @jit
-def tile_of_distances(
-    points, rows, columns, n, d, CLOSE: tl.constexpr, DIRECT: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr
-):
+def tile_of_distances(points, rows, columns, n, d, CLOSE: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
     """Squared distances [TILE, TILE] of points `rows` to points `columns`, int64 [TILE] each; n and more mean none.
 
-    Norms and a product; then, if any pair is close or the dimensions are few, differences for the whole tile.
+    Norms and a product; then, if any pair is close, its differences.
     """
     dtype = points.dtype.element_ty
     row_points = points + rows * d
@@ -179,8 +177,7 @@ def tile_of_distances(
         column_norms += tl.sum(right * right, axis=0)
     scale = row_norms[:, None] + column_norms[None, :]
     block = scale - 2 * product
-    limit = tl.where(d <= DIRECT, float("inf"), CLOSE * scale)
-    close = (block < limit) & (rows[:, None] != columns[None, :]) & row_inside[:, None] & column_inside[None, :]
+    close = (block < CLOSE * scale) & (rows[:, None] != columns[None, :]) & row_inside[:, None] & column_inside[None, :]
     if tl.max(tl.max(close.to(tl.int32), axis=1), axis=0) > 0:  # pyright: ignore[reportOperatorIssue]
         exact = tl.zeros((TILE, TILE), dtype)
         for k in range(0, d):
@@ -200,7 +197,6 @@ def _distances_kernel(
     costs,
     WEIGHTED: tl.constexpr,
     CLOSE: tl.constexpr,
-    DIRECT: tl.constexpr,
     LARGEST: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -218,7 +214,7 @@ def _distances_kernel(
     costs += tl.load(problem + 4)
     rows = row_tile * TILE + tl.arange(0, TILE)
     columns = column_tile * TILE + tl.arange(0, TILE)
-    block = tile_of_distances(points, rows, columns, n, d, CLOSE, DIRECT, TILE, DEPTH)
+    block = tile_of_distances(points, rows, columns, n, d, CLOSE, TILE, DEPTH)
     if WEIGHTED:
         row_mass = tl.load(masses + rows, mask=rows < n, other=1.0)[:, None]
         column_mass = tl.load(masses + columns, mask=columns < n, other=1.0)[None, :]

@@ -5,12 +5,15 @@ from __future__ import annotations  # without Triton there is no tl.constexpr
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, triton, uses_triton
+from .backend import jit, tl, uses_triton
 from .batch import Batch
 from .clusters import Clusters
 from .merging import merge_pairs_torch, merged_costs
 from .neighbours import row_minima, update_neighbours_torch
 
+#: The most points of a problem: two for each thread, and a matrix of 2 MiB in float64, which a GPU's second-level cache
+#: holds. A round costs a program less than launching kernels for it would.
+MOST_SLOTS = 512
 # Pairs, or rows to search, that a program works on at a time, and their columns: two entries of the matrix for each
 # thread of 8 warps, the most that its registers hold. Several rows, because most rounds have several pairs.
 _ROWS = 4
@@ -25,7 +28,7 @@ def finish(costs: Tensor, clusters: Clusters, batch: Batch) -> None:
         costs: the cost matrices of all problems, flat; not to be used afterwards.
         clusters: the slots of all problems, flat, numbered from 0 in each, `point` counting through all of them.
             Without neighbours yet, or with: they are searched anew. `alive` is not kept up to date.
-        batch: where each problem lies; d does not matter.
+        batch: where each problem lies, none of more than `MOST_SLOTS` points; d does not matter.
     """
     if not uses_triton(costs):
         return finish_torch(costs, clusters, batch)
@@ -46,7 +49,7 @@ def finish(costs: Tensor, clusters: Clusters, batch: Batch) -> None:
         merges.size,
         batch.table,
         clusters.rounds,
-        SLOTS=triton.next_power_of_2(batch.largest),
+        SLOTS=MOST_SLOTS,
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
         num_warps=_WARPS,

@@ -5,7 +5,7 @@ from __future__ import annotations  # without Triton there is no tl.constexpr
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, triton, uses_triton
+from .backend import jit, tl, uses_triton
 from .clusters import Clusters
 
 # Elements updated at a time on a CPU: 1 MiB of float64 in each of several operands, what one core's cache holds.
@@ -51,7 +51,7 @@ def merge_pairs(costs: Tensor, clusters: Clusters) -> None:
         merges.size,
         m,
         clusters.rounds,
-        COLUMNS=min(_COLUMNS, triton.next_power_of_2(m)),
+        COLUMNS=_COLUMNS,
         num_warps=_WARPS,
         enable_fp_fusion=False,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations  # without Triton there is no tl.constexpr
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, triton, uses_triton
+from .backend import jit, tl, uses_triton
 from .clusters import Clusters
 
 # Elements gathered at a time on a CPU: 2 MiB of float64, what the cache of one core holds.
@@ -38,7 +38,7 @@ def update_neighbours(costs: Tensor, clusters: Clusters, every: bool = False) ->
         nearest_cost,
         m,
         EVERY=every,
-        COLUMNS=min(_COLUMNS, triton.next_power_of_2(m)),
+        COLUMNS=_COLUMNS,
         enable_fp_fusion=False,
     )
     clusters.nearest, clusters.nearest_cost = nearest, nearest_cost

@@ -17,15 +17,32 @@ _COLUMNS = 1024
 def pack_slots(clusters: Clusters, size: int) -> Tensor:
     """Move the clusters that are alive to the front, in their order, into `size` slots.
 
+    Slots keep their order, and with it which of two equal neighbours comes first.
+
     Args:
         clusters: all their slots are renumbered. A neighbour that is dead is replaced by any slot.
-        size: at least as many as are alive; the slots behind them are dead.
+        size: at least as many as are alive, at most as many as there are slots; those behind the living are dead.
 
     Returns:
-        int64 [size], which slot each one was; dead slots at the end are any that were dead.
+        int64 [size], which slot each one was; for dead slots at the end, any.
     """
+    if not uses_triton(clusters.masses):
+        return pack_slots_torch(clusters, size)
+    old, m = clusters, len(clusters.masses)
+    position = (old.masses > 0).cumsum(0)
+    fields = (old.masses, old.nearest, old.nearest_cost, old.made_at, old.point, old.size)
+    new = [field.new_empty(size) for field in fields]
+    keep = position.new_empty(size)
+    _pack_slots_kernel[(triton.cdiv(m, _COLUMNS),)](
+        *fields, position, *new, keep, m, size, COLUMNS=_COLUMNS, enable_fp_fusion=False
+    )
+    clusters.masses, clusters.nearest, clusters.nearest_cost, clusters.made_at, clusters.point, clusters.size = new
+    return keep
+
+
+def pack_slots_torch(clusters: Clusters, size: int) -> Tensor:
+    """The plain PyTorch twin of `pack_slots`."""
     alive = clusters.masses > 0
-    # Stable, so that slots keep their order, and with it which of two equal neighbours comes first.
     keep = torch.sort(alive, descending=True, stable=True).indices[:size]
     position = (alive.cumsum(0) - 1).clamp_(min=0)
     slots = torch.arange(size, device=keep.device)
@@ -53,9 +70,8 @@ def pack_costs(costs: Tensor, keep: Tensor) -> Tensor:
         return pack_costs_torch(costs, keep)
     left = len(keep)
     packed = costs.new_empty(left, left)
-    columns = min(_COLUMNS, triton.next_power_of_2(left))
-    _pack_kernel[(left, triton.cdiv(left, columns))](
-        costs, keep, packed, len(costs), left, COLUMNS=columns, enable_fp_fusion=False
+    _pack_kernel[(left, triton.cdiv(left, _COLUMNS))](
+        costs, keep, packed, len(costs), left, COLUMNS=_COLUMNS, enable_fp_fusion=False
     )
     return packed
 
@@ -82,3 +98,49 @@ def _pack_kernel(costs, keep, packed, m, left, COLUMNS: tl.constexpr):
     inside = columns < left
     source = tl.load(keep + row) * m + tl.load(keep + columns, mask=inside, other=0)
     tl.store(packed + row * left + columns, tl.load(costs + source, mask=inside), mask=inside)
+
+
+@jit
+def _pack_slots_kernel(
+    masses,
+    nearest,
+    nearest_cost,
+    made_at,
+    point,
+    size,
+    position,
+    masses_after,
+    nearest_after,
+    nearest_cost_after,
+    made_at_after,
+    point_after,
+    size_after,
+    keep,
+    m,
+    left,
+    COLUMNS: tl.constexpr,
+):
+    """A program some slots: each that is alive is written to its new place, and each new place behind them as dead."""
+    slots = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+    inside = slots < m
+    mass = tl.load(masses + slots, mask=inside, other=0.0)
+    alive = mass > 0
+    place = tl.load(position + slots, mask=inside, other=1) - 1
+    near = tl.load(nearest + slots, mask=alive, other=0)
+    new_near = tl.maximum(tl.load(position + near, mask=alive, other=1) - 1, 0)
+    tl.store(masses_after + place, mass, mask=alive)
+    tl.store(nearest_after + place, new_near, mask=alive)
+    tl.store(nearest_cost_after + place, tl.load(nearest_cost + slots, mask=alive, other=0.0), mask=alive)
+    tl.store(made_at_after + place, tl.load(made_at + slots, mask=alive, other=0.0), mask=alive)
+    tl.store(point_after + place, tl.load(point + slots, mask=alive, other=0), mask=alive)
+    tl.store(size_after + place, tl.load(size + slots, mask=alive, other=0), mask=alive)
+    tl.store(keep + place, slots, mask=alive)
+    dead = (slots >= tl.load(position + m - 1)) & (slots < left)
+    none = tl.zeros((COLUMNS,), tl.int64)
+    tl.store(masses_after + slots, mass * 0, mask=dead)
+    tl.store(nearest_after + slots, slots, mask=dead)
+    tl.store(nearest_cost_after + slots, mass * 0, mask=dead)
+    tl.store(made_at_after + slots, mass * 0, mask=dead)
+    tl.store(point_after + slots, none, mask=dead)
+    tl.store(size_after + slots, none, mask=dead)
+    tl.store(keep + slots, none, mask=dead)

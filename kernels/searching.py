@@ -7,19 +7,17 @@ from torch import Tensor
 
 from .backend import jit, tl, triton, uses_triton
 from .distances import (
-    DIRECT_DIMENSIONS,
     TILE,
     TILE_DEPTH,
     TILE_STAGES,
     TILE_WARPS,
     block_of_distances,
     close_share,
-    reduced_masses,
     tile_of_distances,
 )
 
-# Elements of one block of work on a CPU: 8 MiB of float64.
-_BLOCK_ELEMENTS = 2**20
+# Elements of one block of work on a CPU: 2 MiB of float64, what the cache of one core holds.
+_BLOCK_ELEMENTS = 2**18
 # Parts into which a row of tiles is divided, so that a search for few rows keeps a large GPU busy as well.
 _PARTS = 64
 
@@ -57,7 +55,6 @@ def nearest_centroids(
         d,
         triton.cdiv(column_tiles, parts),
         CLOSE=close_share(centroids.dtype),
-        DIRECT=DIRECT_DIMENSIONS,
         TILE=TILE,
         DEPTH=TILE_DEPTH,
         num_warps=TILE_WARPS,
@@ -76,13 +73,16 @@ def nearest_centroids_torch(
     norms = centroids.square().sum(dim=1)
     cost = centroids.new_empty(most)
     slot = rows.new_empty(most)
-    step = max(1, _BLOCK_ELEMENTS // len(centroids))
-    searched = int(count)
+    m, searched = len(centroids), int(count)
+    step = max(1, _BLOCK_ELEMENTS // m)
+    memory, other = centroids.new_empty(min(step, m), m), centroids.new_empty(min(step, m), m)
+    inverse, out_of_reach = 1 / masses, torch.zeros_like(masses).masked_fill_(masses == 0, torch.inf)
     for start in range(0, searched, step):
         own = rows[start : min(start + step, searched)]
-        block = block_of_distances(centroids[own], norms[own], centroids, norms, own)
-        block *= reduced_masses(masses[own, None], masses)
-        block.masked_fill_(masses == 0, torch.inf).scatter_(1, own[:, None], torch.inf)
+        block = memory[: len(own)]
+        block_of_distances(block, centroids, norms, own)
+        block /= torch.add(inverse[own, None], inverse, out=other[: len(own)])
+        block += out_of_reach
         part = slice(start, start + len(own))
         cost[part], slot[part] = block.min(dim=1)
     return cost, slot
@@ -100,7 +100,6 @@ def _search_kernel(
     d,
     tiles,
     CLOSE: tl.constexpr,
-    DIRECT: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
@@ -118,7 +117,7 @@ def _search_kernel(
     for tile in range(part * tiles, part * tiles + tiles):
         columns = tile * TILE + tl.arange(0, TILE)
         mass = tl.load(masses + columns, mask=columns < m, other=0.0)[None, :]
-        block = tile_of_distances(centroids, own, columns, m, d, CLOSE, DIRECT, TILE, DEPTH)
+        block = tile_of_distances(centroids, own, columns, m, d, CLOSE, TILE, DEPTH)
         block *= mass / (own_mass + mass) * own_mass
         block = tl.where((mass > 0) & (own[:, None] != columns[None, :]), block, float("inf"))
         smallest = tl.min(block, axis=1)

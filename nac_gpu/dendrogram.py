@@ -101,11 +101,13 @@ def sorted_merges(merges: Merges, sizes: Sequence[int]) -> list[tuple[Tensor, Te
     problem = torch.repeat_interleave(torch.arange(len(sizes), device=device), count, output_size=total)
     local = torch.arange(total, device=device) - (stop - count)[problem]  # a point's number in its problem
     # All points but the last of each problem, which nothing swallows.
-    gone = (local == count[problem] - 1).to(torch.int8).sort(stable=True).indices[:rows]
+    skipped = torch.repeat_interleave(torch.arange(len(sizes), device=device), count - 1, output_size=rows)
+    gone = torch.arange(rows, device=device) + skipped
     gone = gone[merges.round[gone].sort(stable=True).indices]
 
     order = gone[merges.cost[gone].sort(stable=True).indices]
-    order = order[problem[order].sort(stable=True).indices]
+    if len(sizes) > 1:
+        order = order[problem[order].sort(stable=True).indices]
     # Row r of all problems is row r - (points before) + (problems before), and makes the cluster of this number:
     row_problem = problem[order]
     created = torch.arange(rows, device=device) - (stop - count - count)[row_problem] + row_problem

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nac_gpu.dendrogram import Dendrogram, sorted_merges
 from nac_gpu.kernels import (
+    MOST_SLOTS,
     Batch,
     Clusters,
     Merges,
@@ -30,18 +31,23 @@ Algorithm = Literal["auto", "batched", "resident", "matrix-free"]
 
 # The matrix is packed when this share of its rows is alive: each packing costs a pass over what is left, each dead
 # row costs its share of every search and merge. Measured on a CPU at 512 to 4096 points: 0.5 is slower by a tenth,
-# 0.8 equal.
+# 0.8 equal. On a GPU a packing costs some launches as well, and memory for a second matrix.
 _PACK_BELOW = 0.75
-# Up to this many clusters one Triton program finishes a linkage by itself: its matrix, 2 MiB of float64, lies in the
-# GPU's second-level cache, and a round costs it less than launching the kernels of a round.
-_FINISH_BELOW = 512
+_PACK_BELOW_ON_CUDA = 0.5
+# Up to this many clusters one Triton program finishes a linkage by itself.
+_FINISH_BELOW = MOST_SLOTS
+# On CUDA the packed matrix has rows of a multiple of this many numbers, which are loaded 16 bytes at a time.
+_ALIGNMENT = 16
 # How many rounds the host is ahead of a GPU. What it knows of the number of clusters is as old, and the last
 # `_ROUNDS_AHEAD` rounds before the end may find nothing to do.
 _ROUNDS_AHEAD = 4
 # Without a matrix at first, one is made as soon as it takes as much memory as this many copies of the points.
 _MATRIX_IN_COPIES = 8
-# ... or holds no more clusters than this.
+# ... or holds no more clusters than this, and than a quarter of the points.
 _MATRIX_IN_ANY_CASE = 4096
+# Up to this many dimensions a CPU makes the first rounds without a matrix: searching costs less than keeping it up to
+# date. Measured with 4096 points: 0.14 s instead of 0.33 at 2 dimensions, equal at 64.
+_FEW_DIMENSIONS = 64
 
 
 @overload
@@ -88,7 +94,7 @@ def ward_linkage(
             are converted. float32 halves the memory, but its distances merge wrongly at near ties.
         algorithm: `"auto"` chooses by size and free memory; the result is the same up to rounding.
             `"batched"`: one GPU program a set, for small ones; on a CPU the same as resident.
-            `"resident"`: the cost matrix is kept, n² numbers (up to 1.6 n² on a GPU).
+            `"resident"`: the cost matrix is kept, n² numbers (up to 1.25 n² on a GPU).
             `"matrix-free"`: only centroids are kept, O(n d) numbers, and costs are computed again when needed.
 
     Returns:
@@ -162,6 +168,8 @@ def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorith
         return "batched" if uses_triton(flat) else "resident"
     if algorithm != "auto":
         return algorithm
+    if flat.device.type == "cpu" and d <= _FEW_DIMENSIONS:
+        return "matrix-free"
     free = _free_bytes(flat.device)
     if n <= _largest_matrix(free, flat):
         return "resident"
@@ -176,13 +184,13 @@ def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorith
 
 def _largest_matrix(free: int, like: Tensor) -> int:
     """For how many clusters a cost matrix fits. On CUDA the packed matrix is a second one for a moment."""
-    copies = 1 + _PACK_BELOW**2 if like.is_cuda else 1.0
+    copies = 1 + _PACK_BELOW_ON_CUDA**2 if like.is_cuda else 1.0
     return int((0.9 * free / (copies * like.element_size())) ** 0.5)
 
 
 def _matrix_free_bytes(n: int, d: int, element_size: int) -> int:
     """What the matrix-free algorithm needs beside the points: another copy, partial results, the matrix at its end."""
-    copies = 1 + _MATRIX_IN_COPIES * (1 + _PACK_BELOW**2)
+    copies = 1 + _MATRIX_IN_COPIES * (1 + _PACK_BELOW_ON_CUDA**2)
     return int(n * (copies * d * element_size + 64 * 16))
 
 
@@ -216,13 +224,13 @@ def _resident(points: Tensor, masses: Tensor) -> Merges:
 def _matrix_free(points: Tensor, masses: Tensor) -> Merges:
     """All merges: rounds on the centroids until the matrix of costs is small, then rounds on that."""
     n, d = points.shape
-    enough = max(1, min(_MATRIX_IN_ANY_CASE, n // 2), int((_MATRIX_IN_COPIES * n * d) ** 0.5))
+    enough = max(1, min(_MATRIX_IN_ANY_CASE, n // 4), int((_MATRIX_IN_COPIES * n * d) ** 0.5))
     centroids, clusters = points.clone(), Clusters.of_points(masses)
     stale = torch.ones_like(masses, dtype=torch.bool)
     count, most = _Count(), n
     while most > enough:
         _search(centroids, clusters, stale, most)
-        if most <= _PACK_BELOW * len(centroids):
+        if _worth_packing(most, centroids):
             centroids = centroids[pack_slots(clusters, most)]
         stale = clusters.mutual()[clusters.nearest]
         merge_centroids(centroids, clusters)
@@ -252,8 +260,13 @@ def _finish_on_matrix(costs: Tensor, clusters: Clusters) -> None:
         merge_pairs(costs, clusters)
         update_neighbours(costs, clusters)
         most = count.after_round(clusters)
-        if most <= _PACK_BELOW * len(costs):
-            costs = pack_costs(costs, pack_slots(clusters, most))
+        if _worth_packing(most, costs):
+            size = min(len(costs), -(-most // _ALIGNMENT) * _ALIGNMENT) if uses_triton(costs) else most
+            costs = pack_costs(costs, pack_slots(clusters, size))
+
+
+def _worth_packing(most: int, rows: Tensor) -> bool:
+    return most <= (_PACK_BELOW_ON_CUDA if rows.is_cuda else _PACK_BELOW) * len(rows)
 
 
 def _search(centroids: Tensor, clusters: Clusters, stale: Tensor, most: int) -> None:

@@ -18,14 +18,20 @@ from nac_gpu.kernels import centroids, distances, finishing, merging, neighbours
 
 CAPABILITIES = (80, 90)
 MATRIX = dict.fromkeys("points centroids costs packed".split(), "*{float}")
-SLOTS = dict.fromkeys("masses nearest_cost made_at masses_after merge_cost nearest_cost_after cost".split(), "*{float}")
+SLOTS = dict.fromkeys(
+    ("masses nearest_cost made_at merge_cost cost masses_after nearest_cost_after made_at_after").split(),
+    "*{float}",
+)
 NUMBERS = dict.fromkeys(
-    "table nearest point size alive partner merge_round merge_size scratch keep rows count slot nearest_after".split(),
+    (
+        "table nearest point size alive partner merge_round merge_size scratch keep rows count slot position "
+        "nearest_after point_after size_after"
+    ).split(),
     "*i64",
 )
 SIZES = dict.fromkeys("m n d left round_number first_round tiles".split(), "i32")
 KINDS = MATRIX | SLOTS | NUMBERS | SIZES
-TILES = {"CLOSE": 5e-4, "DIRECT": 16, "TILE": distances.TILE, "DEPTH": distances.TILE_DEPTH}
+TILES = {"CLOSE": 5e-4, "TILE": distances.TILE, "DEPTH": distances.TILE_DEPTH}
 TILE_OPTIONS = {
     "num_warps": distances.TILE_WARPS,
     "num_stages": distances.TILE_STAGES,
@@ -44,9 +50,10 @@ KERNELS = [
     (centroids._merge_centroids_kernel, {"DIMENSIONS": centroids._DIMENSIONS}, {"enable_fp_fusion": False}),
     (neighbours._update_kernel, {"EVERY": False, "COLUMNS": neighbours._COLUMNS}, {"enable_fp_fusion": False}),
     (packing._pack_kernel, {"COLUMNS": packing._COLUMNS}, {"enable_fp_fusion": False}),
+    (packing._pack_slots_kernel, {"COLUMNS": packing._COLUMNS}, {"enable_fp_fusion": False}),
     (
         finishing._finish_kernel,
-        {"SLOTS": 512, "ROWS": finishing._ROWS, "COLUMNS": finishing._COLUMNS},
+        {"SLOTS": finishing.MOST_SLOTS, "ROWS": finishing._ROWS, "COLUMNS": finishing._COLUMNS},
         {"num_warps": finishing._WARPS, "enable_fp_fusion": False},
     ),
 ]

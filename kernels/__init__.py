@@ -1,6 +1,6 @@
 """Device operations: each file a public launcher and its plain PyTorch twin, `name_torch`, of the same signature."""
 
-from .backend import use_backend, uses_triton
+from .backend import on_device, use_backend, uses_triton
 from .batch import Batch
 from .centroids import merge_centroids
 from .clusters import Clusters, Merges
@@ -20,6 +20,7 @@ __all__ = [
     "merge_centroids",
     "merge_pairs",
     "nearest_centroids",
+    "on_device",
     "pack_costs",
     "pack_slots",
     "squared_distances",

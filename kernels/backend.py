@@ -51,6 +51,11 @@ def uses_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and _supported(tensor.device)
 
 
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU the current one, since Triton launches on that, wherever its arguments lie."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def use_backend(backend: Backend | None) -> Iterator[None]:
     """Within the context every launcher takes this implementation; None leaves the choice to the device.

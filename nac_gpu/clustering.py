@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nac_gpu.dendrogram import check_cluster_count, number_by_first_appearance
-from nac_gpu.kernels import squared_distances
+from nac_gpu.kernels import on_device, squared_distances
 from nac_gpu.linkage import ward_linkage
 from nac_gpu.points import standardise
 
@@ -56,7 +56,8 @@ def kmeans(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int =
     k = check_cluster_count(k, n)
     if k == n:
         return torch.arange(n, device=points.device)
-    distances = squared_distances(points64).fill_diagonal_(0)
+    with on_device(points64):
+        distances = squared_distances(points64).fill_diagonal_(0)
     generator = torch.Generator().manual_seed(seed)
     best, best_inertia = torch.zeros(n, dtype=torch.int64, device=points.device), math.inf
     for _ in range(_RESTARTS):

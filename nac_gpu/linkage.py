@@ -18,6 +18,7 @@ from nac_gpu.kernels import (
     merge_centroids,
     merge_pairs,
     nearest_centroids,
+    on_device,
     pack_costs,
     pack_slots,
     squared_distances,
@@ -126,9 +127,26 @@ def _linkages(
         return []
     flat, masses, units = standardise_batch(points, weights, dtype)
     shapes = [(len(part), part.shape[1]) for part in points]
+    with on_device(flat):
+        results = _all_merges(flat, masses, shapes, algorithm)
+    dendrograms = []
+    for part, unit, (merged, costs, sizes) in zip(points, units, results, strict=True):
+        heights = (costs.to(torch.float64) * 2).sqrt() * unit
+        heights = heights.to(torch.float64 if part.dtype == torch.float64 else torch.float32)
+        dendrograms.append(Dendrogram(merges=merged, heights=heights, sizes=sizes))
+    last = [dendrogram.heights[-1:].double() for dendrogram in dendrograms]
+    if not torch.isfinite(torch.cat(last)).all():
+        bad = next(dendrogram.heights.dtype for dendrogram in dendrograms if not dendrogram.heights.isfinite().all())
+        raise ValueError(f"the last merge is higher than the largest {bad}; give float64 points, or scale them down")
+    return dendrograms
+
+
+def _all_merges(
+    flat: Tensor, masses: Tensor, shapes: list[tuple[int, int]], algorithm: Algorithm
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For every set of points: merged clusters, costs and sizes, as `sorted_merges` gives them."""
     ways = [_way(shape, flat, algorithm) for shape in shapes]
     parts = list(zip(flat.split([n * d for n, d in shapes]), masses.split([n for n, _ in shapes]), strict=True))
-
     results: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     small = [i for i, way in enumerate(ways) if way == "batched"]
     if small:
@@ -140,18 +158,7 @@ def _linkages(
             run = _resident if way == "resident" else _matrix_free
             merges = run(parts[i][0].view(shapes[i]), parts[i][1])
             results |= {i: sorted_merges(merges, [shapes[i][0]])[0]}
-
-    dendrograms = []
-    for i, part in enumerate(points):
-        merged, costs, sizes = results[i]
-        heights = (costs.to(torch.float64) * 2).sqrt() * units[i]
-        heights = heights.to(torch.float64 if part.dtype == torch.float64 else torch.float32)
-        dendrograms.append(Dendrogram(merges=merged, heights=heights, sizes=sizes))
-    last = [dendrogram.heights[-1:].double() for dendrogram in dendrograms]
-    if not torch.isfinite(torch.cat(last)).all():
-        bad = next(dendrogram.heights.dtype for dendrogram in dendrograms if not dendrogram.heights.isfinite().all())
-        raise ValueError(f"the last merge is higher than the largest {bad}; give float64 points, or scale them down")
-    return dendrograms
+    return [results[i] for i in range(len(shapes))]
 
 
 def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorithm:

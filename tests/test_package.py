@@ -41,8 +41,9 @@ def test_the_types_are_shipped() -> None:
     assert (Path(nac.__file__).parent / "py.typed").exists()
 
 
-def test_the_readmes_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readmes_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    code = readme.split("```python\n")[1].split("```")[0]
-    exec(compile(code, "README.md", "exec"), {})
+    blocks = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
+    exec(compile("".join(blocks), "README.md", "exec"), {})
+    assert len(blocks) == 2
     assert "parameters: 85,002 -> " in capsys.readouterr().out

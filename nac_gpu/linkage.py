@@ -175,12 +175,12 @@ def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorith
         return "batched" if uses_triton(flat) else "resident"
     if algorithm != "auto":
         return algorithm
-    if flat.device.type == "cpu" and d <= _FEW_DIMENSIONS:
-        return "matrix-free"
     free = _free_bytes(flat.device)
-    if n <= _largest_matrix(free, flat):
+    searching_is_cheaper = flat.device.type == "cpu" and d <= _FEW_DIMENSIONS
+    if _matrix_bytes(n, flat) <= 0.9 * free and not searching_is_cheaper:
         return "resident"
-    needed = _matrix_free_bytes(n, d, flat.element_size())
+    # Another copy of the points, partial results of a search, the matrix at the end.
+    needed = n * d * flat.element_size() + n * 1024 + _matrix_bytes(_enough_for_matrix(n, d), flat)
     if needed > free:
         raise MemoryError(
             f"{n} points of {d} dimensions need {needed / 2**30:.1f} GiB on {flat.device} even without a cost matrix, "
@@ -189,16 +189,15 @@ def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorith
     return "matrix-free"
 
 
-def _largest_matrix(free: int, like: Tensor) -> int:
-    """For how many clusters a cost matrix fits. On CUDA the packed matrix is a second one for a moment."""
+def _matrix_bytes(n: int, like: Tensor) -> int:
+    """Memory of the cost matrix of n clusters. On CUDA the packed matrix is a second one for a moment."""
     copies = 1 + _PACK_BELOW_ON_CUDA**2 if like.is_cuda else 1.0
-    return int((0.9 * free / (copies * like.element_size())) ** 0.5)
+    return int(copies * n * n * like.element_size())
 
 
-def _matrix_free_bytes(n: int, d: int, element_size: int) -> int:
-    """What the matrix-free algorithm needs beside the points: another copy, partial results, the matrix at its end."""
-    copies = 1 + _MATRIX_IN_COPIES * (1 + _PACK_BELOW_ON_CUDA**2)
-    return int(n * (copies * d * element_size + 64 * 16))
+def _enough_for_matrix(n: int, d: int) -> int:
+    """How few clusters n points must have become before the matrix-free algorithm makes a matrix after all."""
+    return min(n, max(1, min(_MATRIX_IN_ANY_CASE, n // 4), int((_MATRIX_IN_COPIES * n * d) ** 0.5)))
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -231,7 +230,7 @@ def _resident(points: Tensor, masses: Tensor) -> Merges:
 def _matrix_free(points: Tensor, masses: Tensor) -> Merges:
     """All merges: rounds on the centroids until the matrix of costs is small, then rounds on that."""
     n, d = points.shape
-    enough = max(1, min(_MATRIX_IN_ANY_CASE, n // 4), int((_MATRIX_IN_COPIES * n * d) ** 0.5))
+    enough = _enough_for_matrix(n, d)
     centroids, clusters = points.clone(), Clusters.of_points(masses)
     stale = torch.ones_like(masses, dtype=torch.bool)
     count, most = _Count(), n

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,7 @@ else:
 _VARYING = ("round_number", "first_round", "tiles")
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def jit(function: Any) -> Any:
     """triton.jit; without Triton the function as it is, which nobody launches."""
     if triton is None:
         return function

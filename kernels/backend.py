@@ -32,7 +32,7 @@ def jit(function: Any) -> Any:
     if triton is None:
         return function
     varying = [name for name in inspect.signature(function).parameters if name in _VARYING]
-    return triton.jit(function, do_not_specialize=varying)
+    return triton.jit(do_not_specialize=varying)(function)
 
 
 # float64 atomics, float64 matrix instructions and Triton's own support begin with Ampere.

@@ -97,14 +97,14 @@ def _fill(costs: Tensor, points: Tensor, masses: Tensor | None) -> None:
         stop = min(start + step, n)
         own = torch.arange(start, stop, device=points.device)
         block = memory[: (stop - start) * stop].view(stop - start, stop)
-        block_of_distances(block, points[:stop], norms[:stop], own)
+        _block_of_distances(block, points[:stop], norms[:stop], own)
         if masses is not None:
             block *= reduced_masses(masses[start:stop, None], masses[:stop])
         _mirror_block(costs, block, start, stop)
     costs.fill_diagonal_(torch.finfo(costs.dtype).max)
 
 
-def block_of_distances(block: Tensor, points: Tensor, norms: Tensor, rows: Tensor) -> None:
+def _block_of_distances(block: Tensor, points: Tensor, norms: Tensor, rows: Tensor) -> None:
     """Squared distances of some points to all, in plain PyTorch; infinity to themselves.
 
     Args:

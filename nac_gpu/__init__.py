@@ -9,7 +9,7 @@ from nac_gpu.compress import compress
 from nac_gpu.cost import Cost, cost
 from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.estimator import WardClustering
-from nac_gpu.graph import LeftAlone
+from nac_gpu.groups import LeftAlone
 from nac_gpu.linkage import ward_linkage
 from nac_gpu.plan import GroupPlan, Plan, Width, plan
 

@@ -3,9 +3,13 @@
 An *atom* is one index of one dimension of a parameter or buffer, `(tensor name, dim, index)`, numbered by an int64. A
 *slot* is one `(tensor name, dim)`, a contiguous range of atoms. A *plane* is an int64 tensor of atoms that broadcasts
 to the tensor it describes (size 1 along every dimension where it does not vary); `NONE` marks places without a label.
+
+Where channels are regrouped, C to (h, d), they can be merged along either axis. At the level of `CHANNELS`, d merges,
+in step over h; at the level of `UNITS`, whole rows h merge: heads of attention, groups of a convolution. Equations hold
+at one of the levels or at both. A unit has an atom of its own, in a slot without a tensor.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +20,10 @@ NONE = -1
 MEAN = 1  # role of a slot: merged neurons keep the mean (rows of a producer, per-channel parameters)
 SUM = 2  # role of a slot: merged neurons add up (columns of a consumer), Eq. (9) of the paper
 
+CHANNELS = 1
+UNITS = 2
+BOTH = CHANNELS | UNITS
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -25,11 +33,13 @@ class Labels:
         planes: each an int64 tensor broadcastable to the tensor's shape, no two varying along the same dimension.
         parameter: the tensor is a parameter, or only a rearrangement of one.
         source: number of the producing operation whose bare result this is (before anything nonlinear), else None.
+        uniform: the tensor was made in the pass and holds one constant, at whatever size: initial states, masks of ones.
     """
 
     planes: tuple[Tensor, ...] = ()
     parameter: bool = False
     source: int | None = None
+    uniform: bool = False
 
 
 def compact(plane: Tensor) -> Tensor | None:
@@ -51,60 +61,107 @@ def varying(plane: Tensor) -> tuple[int, ...]:
 
 @dataclass
 class Slot:
-    """One dimension of one parameter or buffer: atoms `first` to `first + size - 1`."""
+    """One dimension of one parameter or buffer: atoms `first` to `first + size - 1`.
+
+    Units have slots whose tensor is the empty string; `module` is then where they were met.
+    """
 
     tensor: str
     dim: int
     first: int
     size: int
+    module: str = ""
+
+
+@dataclass
+class Separation:
+    """Atoms with different keys must not be merged; at the same key they may.
+
+    Attributes:
+        atoms: int64 [m].
+        keys: int64 [m].
+        reason: shown to the user.
+        level: `CHANNELS`, `UNITS` or `BOTH`.
+    """
+
+    atoms: Tensor
+    keys: Tensor
+    reason: str
+    level: int
 
 
 @dataclass
 class Atoms:
-    """All atoms of a recorded pass, the equations between them, their roles, and what is frozen and why."""
+    """All atoms of a recorded pass, the equations between them, their roles, and what keeps them apart and why."""
 
     slots: list[Slot] = field(default_factory=list)
+    separations: list[Separation] = field(default_factory=list)
     _by_name: dict[tuple[str, int], Slot] = field(default_factory=dict)
-    _edges: list[Tensor] = field(default_factory=list)
+    _edges: list[tuple[Tensor, int]] = field(default_factory=list)
     _roles: list[tuple[Tensor, int]] = field(default_factory=list)
-    _frozen: list[tuple[Tensor, str]] = field(default_factory=list)
 
     @property
     def count(self) -> int:
         """How many atoms there are."""
         return self.slots[-1].first + self.slots[-1].size if self.slots else 0
 
-    def slot(self, tensor: str, dim: int, size: int) -> Slot:
-        """The slot of a tensor's dimension, made on first use."""
+    def of(self, tensor: str, dim: int, size: int) -> Tensor:
+        """The atoms of a tensor's dimension, int64 [size]; its slot is made on first use."""
         key = (tensor, dim)
         if key not in self._by_name:
-            self._by_name[key] = Slot(tensor, dim, self.count, size)
-            self.slots.append(self._by_name[key])
-        return self._by_name[key]
+            self._by_name[key] = self._add(Slot(tensor, dim, self.count, size))
+        slot = self._by_name[key]
+        return torch.arange(slot.first, slot.first + slot.size)
 
-    def of(self, tensor: str, dim: int, size: int) -> Tensor:
-        """The atoms of a tensor's dimension, int64 [size]."""
-        slot = self.slot(tensor, dim, size)
+    def units(self, size: int, module: str) -> Tensor:
+        """New atoms for units met in a module, int64 [size]."""
+        slot = self._add(Slot("", 0, self.count, size, module))
         return torch.arange(slot.first, slot.first + size)
+
+    def _add(self, slot: Slot) -> Slot:
+        self.slots.append(slot)
+        return slot
+
+    def slot_numbers(self) -> Tensor:
+        """The number of the slot of every atom, int64 [count]."""
+        sizes = torch.tensor([slot.size for slot in self.slots], dtype=torch.int64)
+        return torch.repeat_interleave(torch.arange(len(self.slots)), sizes)
 
     def slot_at(self, atom: int) -> Slot:
         """The slot that an atom lies in."""
-        return next(slot for slot in self.slots if slot.first <= atom < slot.first + slot.size)
+        low, high = 0, len(self.slots) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.slots[middle].first <= atom else (low, middle - 1)
+        return self.slots[low]
 
-    def unite(self, left: Tensor, right: Tensor) -> None:
-        """Atoms that must share one assignment, elementwise: both int64 [m], no `NONE` among them."""
-        different = left != right
+    def unite(self, left: Tensor, right: Tensor, level: int = BOTH) -> None:
+        """Atoms that must share one assignment, elementwise: two planes that broadcast; `NONE` in either is skipped."""
+        left, right = torch.broadcast_tensors(left, right)
+        different = (left != right) & (left >= 0) & (right >= 0)
         if bool(different.any()):
-            self._edges.append(torch.stack([left[different], right[different]]))
+            self._edges.append((torch.stack([left[different], right[different]]), level))
 
     def role(self, atoms: Tensor, role: int) -> None:
         """Note that these atoms are used as `MEAN` or `SUM`; an atom used as both cannot be merged."""
-        self._roles.append((atoms.flatten(), role))
+        atoms = atoms.flatten()
+        self._roles.append((atoms[atoms >= 0], role))
 
-    def freeze(self, atoms: Tensor, reason: str) -> None:
+    def separate(self, plane: Tensor, dims: Sequence[int], reason: str, level: int = BOTH) -> None:
+        """Keep the atoms of a plane apart along these dimensions."""
+        key = torch.zeros((), dtype=torch.int64)
+        for dim in dims:
+            shape = [1] * plane.ndim
+            shape[dim] = plane.shape[dim]
+            key = key * plane.shape[dim] + torch.arange(plane.shape[dim]).reshape(shape)
+        known = plane >= 0
+        self.separations.append(Separation(plane[known], key.expand(plane.shape)[known], reason, level))
+
+    def freeze(self, atoms: Tensor, reason: str, level: int = BOTH) -> None:
         """These atoms must stay as they are (`NONE` among them is ignored)."""
         atoms = atoms.flatten()
-        self._frozen.append((atoms[atoms >= 0], reason))
+        atoms = atoms[atoms >= 0]
+        self.separations.append(Separation(atoms, atoms, reason, level))
 
     def roles(self) -> Tensor:
         """Role bits of every atom, int64 [count]."""
@@ -113,25 +170,40 @@ class Atoms:
             roles[atoms] |= role
         return roles
 
-    def frozen(self) -> Iterable[tuple[Tensor, str]]:
-        """Frozen atoms with the reason, in the order in which they were found."""
-        return self._frozen
+    def codes(self, level: int) -> Tensor:
+        """A number for every atom, int64 [count]: atoms may only be merged if theirs are equal."""
+        codes = torch.zeros(self.count, dtype=torch.int64)
+        for number, separation in enumerate(self.separations):
+            if separation.level & level:
+                mixed = scramble(separation.keys + scramble(torch.tensor(number + 1)))
+                codes.index_add_(0, separation.atoms, mixed)
+        return codes
 
-    def classes(self) -> Tensor:
+    def classes(self, level: int) -> Tensor:
         """The class of every atom, int64 [count]: the lowest atom that it is united with, directly or not."""
         parent = torch.arange(self.count)
-        if not self._edges:
+        edges = [edge for edge, at in self._edges if at & level]
+        if not edges:
             return parent
-        left, right = torch.cat(self._edges, dim=1)
+        left, right = torch.cat(edges, dim=1)
         while True:
             a, b = parent[left], parent[right]
             open_edges = a != b
             if not bool(open_edges.any()):
                 return parent
-            low, high = torch.minimum(a, b)[open_edges], torch.maximum(a, b)[open_edges]
-            parent.scatter_reduce_(0, high, low, "amin")  # hook the higher root under the lowest that meets it
-            while True:  # shorten all paths
+            left, right = left[open_edges], right[open_edges]
+            a, b = a[open_edges], b[open_edges]
+            # Hook the higher root under the lowest that meets it, then shorten all paths.
+            parent.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
+            while True:
                 shorter = parent[parent]
                 if torch.equal(shorter, parent):
                     break
                 parent = shorter
+
+
+def scramble(values: Tensor) -> Tensor:
+    """Every int64 to another one, well mixed (the finaliser of splitmix64, in arithmetic that wraps around)."""
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        values = (values ^ ((values >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return values ^ ((values >> 31) & ((1 << 33) - 1))

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nac_gpu.graph import Group, Norm, Producer
+from nac_gpu.groups import Group, Norm, Producer
 from nac_gpu.neurons import norm_scale, working_dtype
 
 Rule = Literal["restored", "centroid"]

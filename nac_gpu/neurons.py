@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nac_gpu.graph import Group, Norm, Producer
+from nac_gpu.groups import Group, Norm, Producer
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:

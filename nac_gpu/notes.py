@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nac_gpu.labels import MEAN, SUM, Atoms, Labels, varying
+from nac_gpu.labels import BOTH, CHANNELS, MEAN, UNITS, Atoms, Labels, varying
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,12 @@ class Production:
     Attributes:
         atoms: int64 [channels], the atoms of the weight that name the channels.
         bias: int64 [channels] atoms of the bias added in the same operation, or None.
+        module: the module that was running.
     """
 
     atoms: Tensor
     bias: Tensor | None
+    module: str
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,23 @@ class Notes:
     normalisations: list[Normalisation] = field(default_factory=list)
     uses: dict[int, int] = field(default_factory=dict)
 
+    def planes(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The planes of a tensor."""
+        return self.labels_of(tensor).planes
+
     def freeze(self, tensors: Iterable[Tensor], reason: str) -> None:
         """Freeze every label of these tensors, with the running module's name in the reason."""
         for tensor in tensors:
-            self.freeze_planes(self.labels_of(tensor).planes, reason)
+            self.freeze_planes(self.planes(tensor), reason)
 
-    def freeze_planes(self, planes: Sequence[Tensor], reason: str) -> None:
+    def freeze_planes(self, planes: Iterable[Tensor], reason: str, level: int = BOTH) -> None:
         """Freeze these atoms, with the running module's name in the reason."""
         for plane in planes:
-            self.atoms.freeze(plane, f"{reason} in {self.module()}")
+            self.atoms.freeze(plane, f"{reason} in {self.module()}", level)
+
+    def separate(self, plane: Tensor, dims: Sequence[int], reason: str, level: int = BOTH) -> None:
+        """Keep atoms apart along these dimensions, with the running module's name in the reason."""
+        self.atoms.separate(plane, dims, f"{reason} in {self.module()}", level)
 
     def count_use(self, tensors: Iterable[Tensor]) -> None:
         """These tensors are read by an operation that does more than move them."""
@@ -127,15 +137,20 @@ class Notes:
                 self.uses[source] = self.uses.get(source, 0) + 1
 
     def along(self, tensor: Tensor, dim: int) -> Tensor | None:
-        """The atoms along one dimension, int64 [size]; None if unlabelled, or if they differ elsewhere too (frozen)."""
+        """The atoms along one dimension, int64 [size]; None if unlabelled. Where they vary elsewhere too, all that
+        stand at one position are united."""
         dim %= tensor.ndim
-        for plane in self.labels_of(tensor).planes:
+        for plane in self.planes(tensor):
             dims = varying(plane)
-            single = not dims and tensor.shape[dim] == 1 and self._home(plane, tensor) == dim
-            if dims == (dim,) or single:
+            if dims == (dim,) or (not dims and tensor.shape[dim] == 1 and self._home(plane, tensor) == dim):
                 return plane.flatten()
             if dim in dims:
-                self.freeze_planes([plane], "channels are laid out in a way that is not known")
+                first = plane
+                for other in set(dims) - {dim}:
+                    first = first.narrow(other, 0, 1)
+                self.atoms.unite(plane, first, CHANNELS)
+                self.freeze_planes([plane], "channels are laid out in a way that is not known", UNITS)
+                return first.flatten()
         return None
 
     def _home(self, plane: Tensor, tensor: Tensor) -> int:
@@ -144,13 +159,84 @@ class Notes:
             return self.atoms.slot_at(int(plane.flatten()[0])).dim
         return min(1, tensor.ndim - 1)
 
+    def mix(self, planes: Iterable[Tensor], dims: Iterable[int], reason: str, level: int = BOTH) -> list[Tensor]:
+        """An operation lets values meet along these dimensions: what varies there stays apart there.
+
+        Rows of such values are units: where a plane varies along other dimensions too, whole rows can be merged.
+
+        Args:
+            planes: of one tensor.
+            dims: along which values meet.
+            reason: shown to the user.
+            level: `UNITS` where the equations of the channels are known to the caller.
+
+        Returns:
+            What is left once these dimensions are gone: planes that do not vary along them, and planes of units.
+        """
+        mixed, left = set(dims), []
+        for plane in planes:
+            own = [dim for dim in varying(plane) if dim in mixed]
+            if not own:
+                left.append(plane)
+                continue
+            self.separate(plane, own, reason, level)
+            if len(own) == len(varying(plane)):
+                continue
+            first = plane
+            for dim in own:
+                first = first.narrow(dim, 0, 1)
+            known, row = torch.unique(first, return_inverse=True)
+            units = self.atoms.units(len(known), self.module())[row]
+            self.atoms.unite(plane, units, UNITS)
+            left.append(units)
+        return left
+
     def meet(self, left: Tensor, right: Tensor) -> Tensor:
-        """One plane for two operands of an elementwise operation; channels that meet are united."""
+        """One plane for two of the same layout; channels that meet are united."""
         left, right = torch.broadcast_tensors(left, right)
         both = (left >= 0) & (right >= 0)
         self.atoms.unite(left[both], right[both])
         self.freeze_planes([left[~both], right[~both]], "channels meet values that are not channels")
         return torch.where(left >= 0, left, right)
+
+    def join(self, planes: Iterable[Tensor]) -> list[Tensor]:
+        """The planes of a result from those of all operands, aligned to its dimensions."""
+        found: dict[tuple[int, ...], Tensor] = {}
+        for plane in planes:
+            dims = varying(plane)
+            found[dims] = self.meet(found[dims], plane) if dims in found else plane
+        for dims in sorted(found, key=len):
+            if dims not in found:
+                continue
+            plane = found[dims]
+            over = [other for other in found if other != dims and set(other) & set(dims)]
+            if not over:
+                continue
+            del found[dims]
+            larger = next((other for other in over if set(other) > set(dims)), None)
+            if larger is None:
+                self.freeze_planes([plane, *(found.pop(other) for other in over)], "layouts of channels differ")
+            else:
+                self._absorb(plane, found[larger])
+        return list(found.values())
+
+    def _absorb(self, small: Tensor, large: Tensor) -> None:
+        """A plane meets one that varies along more dimensions.
+
+        Along the axis that channels merge along, they share an assignment; along the others, units do.
+        """
+        dims, reason = varying(small), "channels meet values that are laid out in another way"
+        if self.is_units(small):
+            self.atoms.unite(small, large, UNITS)
+            return
+        level = CHANNELS if _inner(large) in dims else UNITS
+        self.atoms.unite(small, large, level)
+        self.freeze_planes([small], reason, BOTH - level)
+        self.separate(large, dims, reason, BOTH - level)
+
+    def is_units(self, plane: Tensor) -> bool:
+        """The plane's atoms are units, not channels."""
+        return not self.atoms.slot_at(int(plane.max())).tensor
 
     def check_context(self, tensor: Tensor, plane: Tensor) -> None:
         """An unlabelled operand that differs along labelled channels keeps them from being merged.
@@ -159,47 +245,43 @@ class Notes:
             tensor: the operand.
             plane: of the channels, with as many dimensions as the result.
         """
-        offset = plane.ndim - tensor.ndim
-        labelled = {dim + offset for p in self.labels_of(tensor).planes for dim in varying(p)}
-        for dim in set(varying(plane)) - labelled:
-            own = dim - offset
-            if own >= 0 and tensor.shape[own] > 1 and tensor.stride(own) != 0:  # stride 0: one value, expanded
-                self.freeze_planes([plane], "channels meet values that differ between them and are not channels")
+        labels, offset = self.labels_of(tensor), plane.ndim - tensor.ndim
+        if labels.uniform:
+            return
+        labelled = {dim + offset for own in labels.planes for dim in varying(own)}
+        differs = [
+            dim
+            for dim in varying(plane)
+            # stride 0: one value, expanded
+            if dim not in labelled and dim >= offset and tensor.shape[dim - offset] > 1 and tensor.stride(dim - offset)
+        ]
+        if differs:
+            self.separate(plane, differs, "channels meet values that differ between them and are not channels")
 
     def per_channel(self, atoms: Tensor, channels: Tensor) -> None:
         """A parameter with one value (or kernel) for each channel: both int64 [channels]."""
         self.atoms.role(atoms, MEAN)
-        known = channels >= 0
-        self.atoms.unite(atoms[known], channels[known])
-        self.freeze_planes([atoms[~known]], "acts on values that are not channels")
+        self.atoms.unite(atoms, channels)
+        self.freeze_planes([atoms[channels < 0]], "acts on values that are not channels")
 
     def produce(self, atoms: Tensor, bias: Tensor | None) -> int:
         """Channels are made, named by these atoms [channels]; gives the production's number."""
-        self.atoms.role(atoms[atoms >= 0], MEAN)
+        atoms = atoms.flatten()
+        self.atoms.role(atoms, MEAN)
         bias_atoms = self.along(bias, -1) if bias is not None and self.labels_of(bias).parameter else None
-        self.productions.append(Production(atoms, bias_atoms))
+        self.productions.append(Production(atoms[atoms >= 0], bias_atoms, self.module()))
         return len(self.productions) - 1
 
-    def contract(self, a: Tensor, in_a: Tensor | None, b: Tensor, in_b: Tensor | None) -> None:
-        """A sum over a dimension that two tensors share: a consumer, where one of them is a parameter.
 
-        Args:
-            a: a tensor.
-            in_a: its atoms along the shared dimension.
-            b: the other one.
-            in_b: its atoms along the shared dimension.
-        """
-        for weight, columns, value, channels in ((b, in_b, a, in_a), (a, in_a, b, in_b)):
-            if columns is None or not self.labels_of(weight).parameter or self.labels_of(value).parameter:
-                continue
-            self.atoms.role(columns[columns >= 0], SUM)
-            if channels is None:
-                self.freeze_planes([columns], "reads values that are not channels")
-                return
-            known = (channels >= 0) & (columns >= 0)
-            self.atoms.unite(channels[known], columns[known])
-            self.freeze_planes([columns[~known]], "reads values that are not channels")
-            self.freeze_planes([channels[~known]], "read by values that are not a parameter")
-            return
-        atoms = [found for found in (in_a, in_b) if found is not None]
-        self.freeze_planes(atoms, "multiplied by values that are not a parameter")
+def aligned(plane: Tensor, ndim: int) -> Tensor:
+    """The plane with as many dimensions as a result that it is broadcast to."""
+    return plane.reshape((1,) * (ndim - plane.ndim) + plane.shape)
+
+
+def _inner(plane: Tensor) -> int:
+    """The axis along which channels merge, where a plane varies along several: the one whose atoms lie nearest."""
+
+    def step(dim: int) -> int:
+        return abs(int(plane.select(dim, 1).flatten()[0] - plane.flatten()[0])) or plane.numel()
+
+    return min(varying(plane), key=step)

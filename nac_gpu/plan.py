@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from nac_gpu.cost import Cost, cost
-from nac_gpu.graph import ExampleInputs, Graph, Group, LeftAlone, record
+from nac_gpu.graph import ExampleInputs, record
+from nac_gpu.groups import Graph, Group, LeftAlone
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.trial import failure, in_float64, shrunk
 

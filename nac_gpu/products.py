@@ -1,17 +1,16 @@
-"""Rules for operations with weights: matrix products, convolutions, embeddings, BatchNorm."""
+"""Rules for operations with weights: matrix products, convolutions, embeddings."""
 
+import torch
 from torch import Tensor
 
-from nac_gpu.labels import MEAN, Labels, varying
-from nac_gpu.notes import Call, Normalisation, Notes
+from nac_gpu.labels import BOTH, CHANNELS, MEAN, SUM, UNITS, Labels, varying
+from nac_gpu.notes import Call, Notes, aligned
 
 #: Matrix products, and the position of the first factor among the arguments.
 MATRIX_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1, "matmul": 0}
 
-BATCH_NORMS = frozenset(
-    """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
-    miopen_batch_norm _batch_norm_with_update batch_norm_with_update _batch_norm_no_update batch_norm""".split()
-)
+#: Where the summed dimension is once both factors are laid out over (batch, rows, shared, columns).
+SHARED = 2
 
 
 def plane_along(atoms: Tensor, dim: int, ndim: int) -> Tensor:
@@ -22,69 +21,186 @@ def plane_along(atoms: Tensor, dim: int, ndim: int) -> Tensor:
 
 
 def matrix_product(notes: Notes, call: Call) -> list[Labels]:
-    """`a @ b`, or `bias + a @ b`: the shared dimension is summed, the others make the result's."""
+    """`a @ b`, or `bias + a @ b`: the shared dimension is summed, the others make the result's.
+
+    The planes of both factors are laid out over (batch, rows, shared, columns).
+    """
     first = MATRIX_PRODUCTS[call.name]
     a, b = call.args[first], call.args[first + 1]
     bias = call.args[0] if first else None
     out = call.outputs[0]
-    if any(set(varying(p)) & set(range(t.ndim - 2)) for t in (a, b) for p in notes.labels_of(t).planes):
-        notes.freeze(call.tensors, "channels are spread over a batch of matrix products")
-        return [Labels()]
-    notes.contract(a, notes.along(a, -1), b, notes.along(b, -2 if b.ndim > 1 else 0))
-    planes: list[Tensor] = []
+    of_a = [plane.reshape((1,) * (3 - a.ndim) + plane.shape).unsqueeze(3) for plane in notes.planes(a)]
+    of_b = [_over_product(plane) for plane in notes.planes(b)]
+    weights = [notes.labels_of(tensor).parameter for tensor in (a, b)]
+    if weights == [False, True]:
+        of_a = _consume(notes, of_b, of_a, a)
+        of_b = [plane for plane in of_b if SHARED not in varying(plane)]
+    elif weights == [True, False]:
+        of_b = _consume(notes, of_a, of_b, b)
+        of_a = [plane for plane in of_a if SHARED not in varying(plane)]
+    else:
+        reason = "multiplied by values that are not a parameter"
+        of_a, of_b = (notes.mix(planes, [SHARED], reason) for planes in (of_a, of_b))
     source = None
-    rows = (a, a.ndim - 2, out.ndim - 2) if b.ndim > 1 else (a, a.ndim - 2, out.ndim - 1)
-    for tensor, own, dim in (rows, *([(b, b.ndim - 1, out.ndim - 1)] if b.ndim > 1 else [])):
-        atoms = notes.along(tensor, own) if own >= 0 else None
-        if atoms is None:
+    for parameter, planes in zip(weights, (of_a, of_b), strict=True):
+        if not parameter or weights == [True, True]:
             continue
-        if notes.labels_of(tensor).parameter:
-            source = notes.produce(atoms, bias if tensor is b else None)
-        planes.append(plane_along(atoms, dim, out.ndim))
+        for plane in planes:
+            if set(varying(plane)) & {1, 3}:
+                source = notes.produce(plane, bias)
+            else:
+                notes.atoms.role(plane, MEAN)
+    for tensor, own, others in ((a, of_a, of_b), (b, of_b, of_a)):
+        if tensor.ndim == 3 and tensor.shape[0] > 1 and not any(0 in varying(plane) for plane in own):
+            for plane in others:
+                if 0 in varying(plane):
+                    notes.separate(plane, [0], "multiplied by values that differ between them and are not channels")
+    planes = [plane.squeeze(SHARED) for plane in notes.join([*of_a, *of_b])]
+    if b.ndim == 1:
+        planes = [plane.squeeze(-1) for plane in planes]
+    planes = [plane.reshape(plane.shape[plane.ndim - out.ndim :]) for plane in planes]
     if bias is not None:
-        _add_bias(notes, bias, planes, out.ndim)
+        planes = _add_bias(notes, bias, planes, out.ndim)
     return [Labels(tuple(planes), source=source)]
 
 
-def _add_bias(notes: Notes, bias: Tensor, planes: list[Tensor], ndim: int) -> None:
-    for own in notes.labels_of(bias).planes:
-        aligned = own.reshape((1,) * (ndim - own.ndim) + own.shape)
-        same = [plane for plane in planes if varying(plane) == varying(aligned)]
-        if not same:
-            notes.freeze_planes([aligned], "a bias is added to values that are not channels")
-        for plane in same:
-            notes.meet(plane, aligned)
-        notes.atoms.role(own[own >= 0], MEAN)
+def _over_product(plane: Tensor) -> Tensor:
+    """A plane of the second factor, [batch, shared, columns], [shared, columns] or [shared], over the product."""
+    if plane.ndim == 1:
+        plane = plane.unsqueeze(1)
+    return plane.reshape((1,) * (3 - plane.ndim) + plane.shape).unsqueeze(1)
+
+
+def _consume(notes: Notes, weight: list[Tensor], values: list[Tensor], tensor: Tensor) -> list[Tensor]:
+    """A weight sums values over the shared dimension: its columns meet their labels.
+
+    Args:
+        weight: planes of the weight.
+        values: planes of what it reads.
+        tensor: what it reads.
+
+    Returns:
+        The planes of what it reads that the result still has.
+    """
+    columns = [plane for plane in weight if SHARED in varying(plane)]
+    summed = [plane for plane in values if SHARED in varying(plane)]
+    for plane in columns:
+        notes.atoms.role(plane, SUM)
+        if not summed and not notes.labels_of(tensor).uniform:
+            notes.freeze_planes([plane], "reads values that are not channels")
+    kept = [plane for plane in values if SHARED not in varying(plane)]
+    for plane in summed:
+        if not columns:
+            notes.freeze_planes([plane], "read by values that are not a parameter")
+        for own in columns:
+            dims, others = set(varying(own)), set(varying(plane))
+            if not dims <= others:
+                notes.freeze_planes([own, plane], "layouts of channels differ")
+                continue
+            level = BOTH if dims == others else CHANNELS
+            left, right = torch.broadcast_tensors(own, plane)
+            notes.atoms.unite(left, right, level)
+            notes.freeze_planes([left[right < 0]], "reads values that are not channels")
+            notes.freeze_planes([own], "reads units, laid out in another way", BOTH - level)
+        if len(varying(plane)) > 1:  # (heads, channels): the result still has its heads
+            kept += notes.mix([plane], [SHARED], "summed by a weight", UNITS)
+    return kept
+
+
+def _add_bias(notes: Notes, bias: Tensor, planes: list[Tensor], ndim: int) -> list[Tensor]:
+    if not bias.ndim:
+        return planes
+    dims = [set(varying(plane)) for plane in planes]
+    own = [aligned(plane, ndim) for plane in notes.planes(bias)]
+    for plane in own:
+        if not any(set(varying(plane)) <= other for other in dims):
+            notes.freeze_planes([plane], "a bias is added to values that are not channels")
+        elif notes.labels_of(bias).parameter:
+            notes.atoms.role(plane, MEAN)
     for plane in planes:
         notes.check_context(bias, plane)
+    return notes.join([*planes, *own])
 
 
 def convolution(notes: Notes, call: Call) -> list[Labels]:
-    """Dense and depthwise convolutions, transposed ones too."""
+    """Convolutions: dense, grouped and depthwise, transposed ones too."""
     images, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
-    rows, columns = (1, 0) if transposed else (0, 1)
+    out = call.outputs[0]
     if not notes.labels_of(weight).parameter:
         notes.freeze(call.tensors, "a convolution's kernel is not a parameter")
         return [Labels()]
     if bias is not None and not notes.labels_of(bias).parameter:
         notes.freeze(call.tensors, "a convolution's bias is not a parameter")
         return [Labels()]
-    channels, made = notes.along(images, 1), notes.along(weight, rows)
-    assert made is not None, "a parameter's dimensions are labelled"
-    if groups == 1:
-        notes.contract(images, channels, weight, notes.along(weight, columns))
-    elif weight.shape[1] == 1 and weight.shape[0] == groups and channels is not None and not transposed:
-        notes.per_channel(made, channels)  # depthwise: a kernel for each channel
-    else:
-        notes.freeze(call.tensors, "grouped convolutions are not known yet")
+    if any(varying(plane) and 1 not in varying(plane) for plane in notes.planes(images)):
+        notes.freeze(call.tensors, "labels are spread over other dimensions of a convolution's input")
         return [Labels()]
+    channels = notes.along(images, 1)
+    rows, columns = notes.along(weight, 0), notes.along(weight, 1)
+    assert rows is not None, "a parameter's dimensions are labelled"
+    assert columns is not None, "a parameter's dimensions are labelled"
+    if transposed:
+        rows, columns = columns, rows
+    if groups == 1:
+        _read(notes, columns, channels, images)
+        made = rows
+    elif channels is None:
+        notes.freeze([weight], "a grouped convolution reads values that are not channels")
+        made = rows.repeat(groups) if transposed else rows
+    elif weight.shape[0 if transposed else 1] == (groups if transposed else 1):  # depthwise
+        made = _depthwise(notes, columns if transposed else rows, channels, transposed, out.shape[1])
+    else:
+        made = _grouped(notes, rows, columns, channels, groups, transposed)
     source = notes.produce(made, bias)
     if bias is not None:
         atoms = notes.along(bias, 0)
         assert atoms is not None, "a parameter's dimensions are labelled"
         notes.per_channel(atoms, made)
-    return [Labels((plane_along(made, 1, call.outputs[0].ndim),), source=source)]
+    return [Labels((plane_along(made, 1, out.ndim),), source=source)]
+
+
+def _read(notes: Notes, columns: Tensor, channels: Tensor | None, values: Tensor) -> None:
+    """A weight's columns, int64 [m], read channels [m]."""
+    notes.atoms.role(columns, SUM)
+    if channels is not None:
+        notes.atoms.unite(columns, channels)
+        notes.freeze_planes([columns[channels < 0]], "reads values that are not channels")
+    elif not notes.labels_of(values).uniform:
+        notes.freeze_planes([columns], "reads values that are not channels")
+
+
+def _depthwise(notes: Notes, kernels: Tensor, channels: Tensor, transposed: bool, size: int) -> Tensor:
+    """A kernel, or several, for each channel: the atoms of the `size` channels that are made."""
+    times = size // len(channels)
+    made = kernels.repeat_interleave(times) if transposed else kernels
+    notes.per_channel(made, channels.repeat_interleave(times))
+    return made
+
+
+def _grouped(
+    notes: Notes, rows: Tensor, columns: Tensor, channels: Tensor, groups: int, transposed: bool
+) -> Tensor:
+    """A convolution in groups: its channels are (group, channel); merged in step over the groups, or group by group."""
+    reason = "each group of a convolution reads its own channels"
+    read = channels.reshape(groups, -1)
+    notes.atoms.role(columns, SUM)
+    notes.freeze_planes([channels[channels < 0]], reason)
+    units = notes.atoms.units(groups, notes.module())[:, None]
+    if transposed:  # columns are (group, channel), rows are shared by all groups
+        made = rows.repeat(groups)
+        notes.atoms.unite(columns.reshape(groups, -1), read)
+        notes.atoms.unite(read[:1], read, CHANNELS)
+        notes.freeze_planes([rows, columns], reason, UNITS)
+        return made
+    made = rows.reshape(groups, -1)
+    notes.atoms.unite(columns, read, CHANNELS)
+    notes.freeze_planes([columns], reason, UNITS)
+    notes.atoms.unite(made[:1], made, CHANNELS)
+    for plane in (read, made):
+        notes.atoms.unite(plane, units, UNITS)
+        notes.separate(plane, [1], reason, UNITS)
+    return rows
 
 
 def embedding(notes: Notes, call: Call) -> list[Labels]:
@@ -100,29 +216,3 @@ def embedding(notes: Notes, call: Call) -> list[Labels]:
     atoms = notes.along(weight, 1)
     assert atoms is not None, "a parameter's dimensions are labelled"
     return [Labels((plane_along(atoms, out.ndim - 1, out.ndim),), source=notes.produce(atoms, None))]
-
-
-def batch_norm(notes: Notes, call: Call) -> list[Labels]:
-    """BatchNorm over channels, which belong to dimension 1; its tensors have one value for each."""
-    images, tensors = call.args[0], call.args[1:5]
-    labels = notes.labels_of(images)
-    eps = next(value for value in reversed(call.args) if isinstance(value, float))
-    names = [None if tensor is None else notes.name_of(tensor) for tensor in tensors]
-    if any(name is None and tensor is not None for name, tensor in zip(names, tensors, strict=True)):
-        notes.freeze(call.tensors, "a normalisation's parameters are computed")
-        return call.each(Labels())
-    channels = notes.along(images, 1)
-    for name, tensor in zip(names, tensors, strict=True):
-        if name is None:
-            continue
-        atoms = notes.atoms.of(name, 0, tensor.shape[0])
-        if channels is None:
-            notes.freeze_planes([atoms], "normalises values that are not channels")
-        else:
-            notes.per_channel(atoms, channels)
-    if channels is None:
-        notes.freeze([images], "normalised over a dimension that is not channels")
-        return call.each(Labels())
-    weight, bias, mean, variance = names
-    notes.normalisations.append(Normalisation(channels, (weight, bias, mean, variance), eps, labels.source))
-    return [Labels(labels.planes)] + [Labels()] * (len(call.outputs) - 1)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nac_gpu.labels import MEAN, NONE, Labels, compact, varying
-from nac_gpu.notes import Call, Notes
-from nac_gpu.products import BATCH_NORMS, MATRIX_PRODUCTS, batch_norm, convolution, embedding, matrix_product
+from nac_gpu.labels import CHANNELS, MEAN, NONE, Labels, compact, varying
+from nac_gpu.norms import BATCH_NORMS, batch_norm, group_norm, layer_norm
+from nac_gpu.notes import Call, Notes, aligned
+from nac_gpu.products import MATRIX_PRODUCTS, convolution, embedding, matrix_product
 
 Rule = Callable[[Notes, Call], list[Labels]]
 
@@ -20,20 +21,27 @@ MOVEMENT = frozenset(
     """view _unsafe_view reshape _reshape_alias permute transpose t squeeze unsqueeze expand slice select narrow split
     split_with_sizes chunk unbind flip roll repeat repeat_interleave index index_select constant_pad_nd unfold
     movedim swapaxes tile unsafe_split unsafe_chunk pixel_shuffle pixel_unshuffle channel_shuffle reflection_pad1d
-    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d""".split()
+    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d gather""".split()
 )
 #: Movement that works on a plane as it is: the plane need not be expanded to the tensor's shape.
 PERMUTATION = frozenset("permute transpose t unsqueeze movedim swapaxes".split())
+#: Equal parts stay in step: the code that reads them expects them to be equal.
+PARTS = frozenset("split split_with_sizes chunk unbind unsafe_split unsafe_chunk".split())
 IDENTITY = frozenset("alias detach clone contiguous _to_copy lift_fresh lift_fresh_copy dropout alpha_dropout".split())
 #: One constant everywhere, in the shape of what is read: nothing there keeps channels apart.
 CONSTANTS = frozenset("zeros_like ones_like full_like".split())
+#: One constant everywhere, whatever the size.
+FACTORIES = frozenset("zeros ones full new_zeros new_ones new_full scalar_tensor".split())
 #: Elementwise operations that lack the pointwise tag.
 ELEMENTWISE = frozenset("hardswish _prelu_kernel prelu rrelu celu masked_fill threshold".split())
 REDUCTIONS = frozenset(
     "sum mean amax amin max min var std var_mean std_mean logsumexp prod linalg_vector_norm norm".split()
 )
-ALONG_DIM = frozenset("_softmax _log_softmax softmax log_softmax cumsum cumprod sort topk".split())
-WINDOWS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample")
+#: Values meet along a dimension, and every one of them gives a result.
+ALONG_DIM = frozenset("_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod sort".split())
+WINDOWS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample", "grid_sampler")
+#: Rows are added to, or written into, a tensor at indices along one dimension.
+SCATTERED = frozenset("index_add index_copy scatter_add".split())
 #: Only the shape or type of what they read matters.
 VALUE_FREE = frozenset(
     """empty_like rand_like randn_like new_zeros new_ones new_empty new_full new_empty_strided sym_size sym_numel
@@ -43,9 +51,11 @@ VALUE_FREE = frozenset(
 
 def apply(notes: Notes, call: Call) -> list[Labels]:
     """The labels of an operation's outputs, in order; what it means is noted."""
-    labelled = [tensor for tensor in call.tensors if notes.labels_of(tensor).planes]
+    if call.name in FACTORIES:
+        return call.each(Labels(uniform=True))
+    labelled = [tensor for tensor in call.tensors if notes.planes(tensor)]
     if not labelled or call.name in VALUE_FREE:
-        return call.each(Labels())
+        return call.each(Labels(uniform=_stays_uniform(notes, call)))
     rule = _rule(call)
     if rule not in (_movement, _join, _identity, _constant):
         notes.count_use(labelled)
@@ -59,14 +69,27 @@ def apply(notes: Notes, call: Call) -> list[Labels]:
         return call.each(Labels())
 
 
+def _stays_uniform(notes: Notes, call: Call) -> bool:
+    """All that an operation reads is uniform, and it moves values or acts on each."""
+    rule, tensors = _rule(call), call.tensors
+    keeps = rule in (_movement, _identity, _constant, _join, _elementwise) and call.name != "constant_pad_nd"
+    return keeps and bool(tensors) and all(notes.labels_of(tensor).uniform or not tensor.ndim for tensor in tensors)
+
+
 def _rule(call: Call) -> Rule | None:
     name, func = call.name, call.func
     by_name: dict[str, Rule] = {
         "cat": _join,
         "stack": _join,
         "copy": _copy,
+        "glu": _glu,
         "convolution": convolution,
         "embedding": embedding,
+        "native_layer_norm": layer_norm,
+        "_fused_rms_norm": layer_norm,
+        "rms_norm": layer_norm,
+        "native_group_norm": group_norm,
+        "pixel_shuffle": _pixel_shuffle,
     }
     if name in by_name:
         return by_name[name]
@@ -78,6 +101,7 @@ def _rule(call: Call) -> Rule | None:
         (BATCH_NORMS, batch_norm),
         (REDUCTIONS, _reduction),
         (ALONG_DIM, _along_dim),
+        (SCATTERED, _scattered),
         (ELEMENTWISE, _elementwise),
     ]
     for names, rule in by_set:
@@ -101,7 +125,7 @@ def _identity(notes: Notes, call: Call) -> list[Labels]:
 
 
 def _constant(notes: Notes, call: Call) -> list[Labels]:
-    return call.each(Labels(notes.labels_of(call.args[0]).planes))
+    return call.each(Labels(notes.planes(call.args[0])))
 
 
 def _movement(notes: Notes, call: Call) -> list[Labels]:
@@ -112,69 +136,115 @@ def _movement(notes: Notes, call: Call) -> list[Labels]:
         rest = (rest[0], NONE)  # padding has no label
     per_output: list[list[Tensor]] = [[] for _ in call.outputs]
     for plane in labels.planes:
-        full = plane if call.name in PERMUTATION else plane.expand(tensor.shape).contiguous()
+        full = plane.clone() if call.name in PERMUTATION else plane.expand(tensor.shape).contiguous()
         moved = [v for v in pytree.tree_leaves(call.func(full, *rest, **call.kwargs)) if isinstance(v, Tensor)]
-        for target, result in zip(per_output, moved, strict=True):
-            small = compact(result)
-            if small is None:
-                continue
-            if len(varying(small)) > max(1, len(varying(plane))):
-                notes.freeze_planes([plane], "channels are regrouped")
-                continue
-            target.append(small)
+        small = [compact(result) for result in moved]
+        for target, result in zip(per_output, small, strict=True):
+            if result is not None:
+                target.append(result)
+                _regrouped(notes, plane, result)
+        if call.name in PARTS and len(small) > 1 and len({result.shape for result in moved}) == 1:
+            for result in small[1:]:
+                if small[0] is not None and result is not None and varying(plane) == varying(result):
+                    notes.atoms.unite(small[0], result, CHANNELS)
     return [Labels(tuple(planes), labels.parameter, labels.source) for planes in per_output]
 
 
+def _regrouped(notes: Notes, before: Tensor, after: Tensor) -> None:
+    """Channels C seen as (h, d): d merges in step over h, because the code that regroups them keeps h."""
+    dims = varying(after)
+    if len(dims) > max(1, len(varying(before))):
+        first = after
+        for dim in dims[:-1]:
+            first = first.narrow(dim, 0, 1)
+        notes.atoms.unite(first, after, CHANNELS)
+
+
+def _pixel_shuffle(notes: Notes, call: Call) -> list[Labels]:
+    """Blocks of r^2 channels become pixels of one channel: the channels merge, the pixels stay in step."""
+    tensor, times = call.args[0], call.args[1] ** 2
+    channels = notes.along(tensor, tensor.ndim - 3)
+    if channels is None or len(notes.planes(tensor)) > 1:
+        notes.freeze([tensor], "operation pixel_shuffle moves other dimensions than channels")
+        return [Labels()]
+    rows = channels.reshape(-1, times)
+    notes.atoms.unite(rows, rows[:, :1])
+    return [Labels((rows[:, 0].reshape(-1, 1, 1),))]
+
+
 def _join(notes: Notes, call: Call) -> list[Labels]:
-    tensors = [t for t in call.args[0] if t.ndim == call.outputs[0].ndim or call.name == "stack"]  # cat skips empty 1-D
-    labels = [notes.labels_of(tensor) for tensor in tensors]
-    if any(len(found.planes) > 1 for found in labels):
-        notes.freeze(tensors, "tensors with several labelled dimensions are joined")
-        return [Labels()]
-    nothing = torch.full((), NONE)
-    full = [
-        (found.planes[0] if found.planes else nothing).expand(tensor.shape)
-        for tensor, found in zip(tensors, labels, strict=True)
-    ]
-    plane = compact(call.func(full, *call.args[1:], **call.kwargs))
-    assert plane is not None, "at least one operand is labelled"
-    if len(varying(plane)) > 1:
-        notes.freeze_planes([plane], "differently labelled tensors are joined along another dimension")
-        return [Labels()]
-    return [Labels((plane,), all(found.parameter for found in labels))]
+    """cat and stack: labels stand side by side along the joined dimension, and meet along the others."""
+    ndim, stacked = call.outputs[0].ndim, call.name == "stack"
+    tensors = [t for t in call.args[0] if stacked or t.ndim == ndim]  # cat skips empty 1-D
+    dim = (call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)) % ndim
+    all_planes = [[p.unsqueeze(dim) if stacked else p for p in notes.planes(tensor)] for tensor in tensors]
+    shapes = [(*t.shape[:dim], 1, *t.shape[dim:]) if stacked else tuple(t.shape) for t in tensors]
+    nothing = torch.full((1,) * ndim, NONE)
+    side_by_side = [next((p for p in planes if dim in varying(p)), nothing) for planes in all_planes]
+    joined = compact(torch.cat([p.expand(shape) for p, shape in zip(side_by_side, shapes, strict=True)], dim))
+    others = [p for planes in all_planes for p in planes if dim not in varying(p)]
+    planes = notes.join([*([joined] if joined is not None else []), *others])
+    for tensor in tensors:
+        seen = tensor.unsqueeze(dim) if stacked else tensor
+        own = {d for p in notes.planes(tensor) for d in varying(p.unsqueeze(dim) if stacked else p)}
+        for plane in planes:
+            differs = [d for d in varying(plane) if d not in own and d != dim and seen.shape[d] > 1 and seen.stride(d)]
+            if differs and not notes.labels_of(tensor).uniform:
+                notes.separate(plane, differs, "channels are joined with values that are not channels")
+    return [Labels(tuple(planes), all(notes.labels_of(tensor).parameter for tensor in tensors))]
 
 
 def _copy(notes: Notes, call: Call) -> list[Labels]:
-    """Writing into an existing tensor, which may be a view of a larger one that goes on without these labels."""
-    notes.freeze(call.args[:2], "values are written in place")
-    return [Labels()]
+    """Writing into an existing tensor: a whole one takes the labels; of a view, the rest goes on without them."""
+    target, source = call.args[:2]
+    if target._is_view() or notes.labels_of(target).parameter:
+        notes.freeze(call.args[:2], "values are written in place")
+        return [Labels()]
+    return [Labels(tuple(aligned(plane, target.ndim) for plane in notes.planes(source)))]
+
+
+def _scattered(notes: Notes, call: Call) -> list[Labels]:
+    """Rows at indices along one dimension: labels along the others meet."""
+    given = call.given
+    target, source, dim = given["self"], given.get("source", given.get("src")), given["dim"] % given["self"].ndim
+    index = given["index"]
+    if any(dim in varying(plane) for t in (target, source) for plane in notes.planes(t)) or notes.planes(index):
+        notes.freeze(call.tensors, f"operation {call.name} writes along channels")
+        return [Labels()]
+    planes = notes.join([*notes.planes(target), *notes.planes(source)])
+    for plane in planes:
+        for tensor in (target, source):
+            notes.check_context(tensor, plane)
+    return [Labels(tuple(planes))]
+
+
+def _glu(notes: Notes, call: Call) -> list[Labels]:
+    """One half gates the other: they are one."""
+    tensor, dim = call.args[0], call.given.get("dim", -1) % call.args[0].ndim
+    half, planes = tensor.shape[dim] // 2, []
+    for plane in notes.planes(tensor):
+        if dim in varying(plane):
+            plane = notes.meet(plane.narrow(dim, 0, half), plane.narrow(dim, half, half))
+        planes.append(plane)
+    return [Labels(tuple(planes))]
 
 
 def _elementwise(notes: Notes, call: Call) -> list[Labels]:
     operands, ndim = call.tensors, call.outputs[0].ndim
-    planes: dict[tuple[int, ...], Tensor] = {}
+    own = {id(tensor): [aligned(plane, ndim) for plane in notes.planes(tensor)] for tensor in operands}
+    before = {varying(plane) for plane in own[id(call.args[0])]} if call.in_place else set()
+    planes = notes.join(plane for tensor in operands for plane in own[id(tensor)])
     for tensor in operands:
-        labels = notes.labels_of(tensor)
-        for plane in labels.planes:
-            aligned = plane.reshape((1,) * (ndim - plane.ndim) + plane.shape)
-            dims = varying(aligned)
-            crossing = [other for other in planes if other != dims and set(other) & set(dims)]
-            if crossing:
-                notes.freeze_planes([aligned, *(planes.pop(other) for other in crossing)], "layouts of channels differ")
-            else:
-                planes[dims] = notes.meet(planes[dims], aligned) if dims in planes else aligned
-            if labels.parameter:
-                notes.atoms.role(plane[plane >= 0], MEAN)
-    for plane in planes.values():
-        for tensor in operands:
+        if notes.labels_of(tensor).parameter:
+            for plane in own[id(tensor)]:
+                notes.atoms.role(plane, MEAN)
+        for plane in planes:
             notes.check_context(tensor, plane)
-    if call.in_place and call.args[0]._is_view():
-        before = {varying(plane) for plane in notes.labels_of(call.args[0]).planes}
-        if before != set(planes):  # what it is a view of goes on without the new labels
-            notes.freeze(operands, "values are written in place")
-            return call.each(Labels())
+    if call.in_place and call.args[0]._is_view() and before != {varying(plane) for plane in planes}:
+        notes.freeze(operands, "values are written in place")  # what it is a view of goes on without the new labels
+        return call.each(Labels())
     parameter = all(notes.labels_of(tensor).parameter for tensor in operands)
-    return call.each(Labels(tuple(planes.values()), parameter))
+    return call.each(Labels(tuple(planes), parameter))
 
 
 def _reduction(notes: Notes, call: Call) -> list[Labels]:
@@ -185,29 +255,24 @@ def _reduction(notes: Notes, call: Call) -> list[Labels]:
     if dims is None or dims == []:
         dims = range(tensor.ndim)
     reduced = {dim % tensor.ndim for dim in (dims if isinstance(dims, Sequence) else [dims])}
-    kept = _not_along(notes, call, reduced)
+    kept = notes.mix(notes.planes(tensor), reduced, f"{call.name.strip('_')} is taken over channels")
     if not given.get("keepdim", False):
         kept = [plane.reshape([s for dim, s in enumerate(plane.shape) if dim not in reduced]) for plane in kept]
     return call.each(Labels(tuple(kept)))
 
 
 def _along_dim(notes: Notes, call: Call) -> list[Labels]:
-    return call.each(Labels(tuple(_not_along(notes, call, {call.given.get("dim", -1) % call.args[0].ndim}))))
+    """Softmax and the like: channels keep their places."""
+    tensor, planes = call.args[0], notes.planes(call.args[0])
+    dim = call.given.get("dim", -1) % tensor.ndim
+    notes.mix(planes, {dim}, f"{call.name.strip('_')} is taken over channels")
+    return call.each(Labels(planes))
 
 
 def _windows(notes: Notes, call: Call) -> list[Labels]:
     """Pooling and resampling: windows over the last one, two or three dimensions."""
     windows = next(size for size in (1, 2, 3) if f"{size}d" in call.name)
     ndim = call.args[0].ndim
-    return call.each(Labels(tuple(_not_along(notes, call, set(range(ndim - windows, ndim))))))
-
-
-def _not_along(notes: Notes, call: Call, dims: set[int]) -> list[Tensor]:
-    """The planes that do not vary along these dimensions; the others are frozen."""
-    kept = []
-    for plane in notes.labels_of(call.args[0]).planes:
-        if dims & set(varying(plane)) or not varying(plane):
-            notes.freeze_planes([plane], f"{call.name.strip('_')} is taken over channels")
-        else:
-            kept.append(plane)
-    return kept
+    notes.freeze(call.tensors[1:], f"{call.name} is taken at values that are channels")
+    dims = set(range(ndim - windows, ndim))
+    return call.each(Labels(tuple(notes.mix(notes.planes(call.args[0]), dims, f"{call.name} is taken over channels"))))

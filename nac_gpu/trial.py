@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nac_gpu.graph import ExampleInputs, Group, call, evaluating
+from nac_gpu.graph import ExampleInputs, call, evaluating
+from nac_gpu.groups import Group
 from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors
 

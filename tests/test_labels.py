@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nac_gpu.labels import MEAN, NONE, SUM, Atoms, compact, varying
+from nac_gpu.labels import CHANNELS, MEAN, NONE, SUM, Atoms, compact, varying
 
 
 @given(
@@ -24,7 +24,7 @@ def test_classes_are_connected_components(size: int, edges: list[list[tuple[int,
         for a, b in pairs:
             old, new = max(component[a], component[b]), min(component[a], component[b])
             component = [new if c == old else c for c in component]
-    assert atoms.classes().tolist() == component
+    assert atoms.classes(CHANNELS).tolist() == component
 
 
 def test_slots_are_numbered_on_first_use() -> None:
@@ -48,7 +48,7 @@ def test_freezing_ignores_places_without_a_label() -> None:
     atoms = Atoms()
     atoms.of("a", 0, 3)
     atoms.freeze(torch.tensor([NONE, 2]), "why")
-    assert [(found.tolist(), why) for found, why in atoms.frozen()] == [([2], "why")]
+    assert [(found.atoms.tolist(), found.reason) for found in atoms.separations] == [([2], "why")]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import torch
 from networks import network, randomised
 from torch import Tensor, nn
 
-from nac_gpu.graph import Group, record
+from nac_gpu.graph import record
+from nac_gpu.groups import Group
 from nac_gpu.merge import Merger, Rule
 from nac_gpu.neurons import neuron_vectors
 from nac_gpu.rebuild import rebuild, tensors

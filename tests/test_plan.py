@@ -194,13 +194,14 @@ class AddsItsInput(nn.Module):
 
 @pytest.mark.parametrize("build", [HidesBehindZeros, AddsItsInput])
 def test_example_inputs_of_zeros_hide_nothing(build: type[nn.Module]) -> None:
-    with pytest.raises(ValueError, match="nothing to compress: first"):
+    with pytest.raises(ValueError, match=r"nothing to compress: .*first \("):
         nac.plan(build(), torch.zeros(2, 12), width=0.5)
 
 
 def test_the_trial_is_not_vacuous_behind_a_head_of_zeros() -> None:
     """A wrong rule would be caught by the trial alone."""
-    from nac_gpu.graph import Group, Member, record
+    from nac_gpu.graph import record
+    from nac_gpu.groups import Group, Member
     from nac_gpu.trial import failure, in_float64
 
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))

@@ -1,0 +1,286 @@
+"""What the record's equations say: groups of neurons that share one assignment, and what is left alone and why."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from nac_gpu.labels import CHANNELS, MEAN, SUM, UNITS, Slot, scramble
+from nac_gpu.notes import Normalisation, Notes, Production
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one tensor that a group runs through.
+
+    Attributes:
+        tensor: name of the parameter or buffer.
+        dim: the dimension.
+        role: `"mean"` (merged neurons keep the mean) or `"sum"` (Eq. (9): they add up).
+        index: int64 [n, m], the positions along the dimension that belong to each of the n neurons (m is 1, but for
+            example a block of columns where a channel was flattened).
+    """
+
+    tensor: str
+    dim: int
+    role: str
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A weight that makes the neurons of a group, with what is needed to compare and merge them.
+
+    Attributes:
+        member: its rows.
+        layer: name of its module.
+        bias: name of the bias added in the same operation, or None.
+        norm: the BatchNorm that takes its bare result and nothing else does, or None.
+    """
+
+    member: Member
+    layer: str
+    bias: str | None
+    norm: "Norm | None"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A BatchNorm over the channels of a group: names of its tensors (None where it has none) and its epsilon."""
+
+    weight: str | None
+    bias: str | None
+    mean: str | None
+    variance: str | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neurons that one assignment must serve together.
+
+    Attributes:
+        name: name of the layer that first makes them.
+        size: number n of neurons.
+        members: every dimension of every tensor that they run through.
+        producers: the members that make them, in the order of the forward pass.
+        norms: BatchNorms over them that stand behind no single producer.
+        units: modules in which these neurons are whole units, heads of attention or groups of channels; none if they
+            are channels.
+        otherwise: groups of channels to be compressed if these units cannot be.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    producers: tuple[Producer, ...]
+    norms: tuple[Norm, ...]
+    units: tuple[str, ...] = ()
+    otherwise: tuple["Group", ...] = field(default=(), compare=False)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that make the neurons."""
+        return tuple(dict.fromkeys(producer.layer for producer in self.producers))
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """Neurons that are not compressed: the layer that makes them, how many, and why."""
+
+    layer: str
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a recorded pass tells: the groups in the order of the pass, and what is left alone."""
+
+    groups: tuple[Group, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """The groups at one level, and what is known of every atom there.
+
+    Attributes:
+        found: groups with the production that first makes them and their first atom.
+        grouped: bool [atoms], in a group.
+        reasons: int64 [atoms], number of the reason why an atom's class is in no group.
+    """
+
+    found: list[tuple[tuple[int, int], Group]]
+    grouped: Tensor
+    reasons: Tensor
+
+
+_ONE = "there is only one of them"
+_UNREAD = "nothing reads these channels"
+_TIED = "its weight both makes and reads these channels"
+_OF_UNITS = "each belongs to another head or group"
+
+
+def find_groups(notes: Notes) -> Graph:
+    """Classes of atoms with the same signature are the neurons of one group.
+
+    At the level of channels first. Units (heads, groups) are groups where the channels alone do not account for all the
+    weights that make them.
+    """
+    atoms = notes.atoms
+    if not atoms.count or not notes.productions:
+        return Graph((), ())
+    reasons = [_ONE, _UNREAD, _TIED, _OF_UNITS, *dict.fromkeys(s.reason for s in atoms.separations)]
+    numbers = {reason: number for number, reason in enumerate(reasons)}
+    channels = _level(notes, CHANNELS, numbers)
+    found, grouped = list(channels.found), channels.grouped.clone()
+    if any(not slot.tensor for slot in atoms.slots):
+        units = _level(notes, UNITS, numbers)
+        for first, group in units.found:
+            own = _atoms_of(notes, group)
+            if bool(channels.grouped[own].all()):
+                continue
+            rivals = [(at, other) for at, other in found if bool(torch.isin(_atoms_of(notes, other), own).any())]
+            found = [item for item in found if not any(item[1] is other for _, other in rivals)]
+            found.append((first, replace(group, otherwise=tuple(other for _, other in rivals))))
+            grouped[own] = True
+    found.sort(key=lambda item: item[0])
+    alone: dict[tuple[str, str], int] = {}
+    seen = torch.zeros(atoms.count, dtype=torch.bool)
+    for production in notes.productions:
+        left = production.atoms.unique()
+        left = left[~grouped[left] & ~seen[left]]
+        seen[left] = True
+        for number, count in zip(*(t.tolist() for t in channels.reasons[left].unique(return_counts=True)), strict=True):
+            key = (_layer(atoms.slot_at(int(left[0]))), reasons[number])
+            alone[key] = alone.get(key, 0) + count
+    left_alone = tuple(LeftAlone(layer, size, why) for (layer, why), size in alone.items())
+    return Graph(_unique_names([group for _, group in found]), left_alone)
+
+
+def _atoms_of(notes: Notes, group: Group) -> Tensor:
+    """The atoms that make a group's neurons, int64."""
+    firsts = {(slot.tensor, slot.dim): slot.first for slot in notes.atoms.slots}
+    made = [p.member for p in group.producers]
+    return torch.cat([firsts[member.tensor, member.dim] + member.index.flatten() for member in made])
+
+
+def _level(notes: Notes, level: int, numbers: dict[str, int]) -> _Level:
+    atoms = notes.atoms
+    count = atoms.count
+    classes, roles, slots = atoms.classes(level), atoms.roles(), atoms.slot_numbers()
+    codes = atoms.codes(level)
+    virtual = torch.tensor([not slot.tensor for slot in atoms.slots])[slots]
+
+    def classes_with(mask: Tensor) -> Tensor:
+        """bool [atoms]: the class of the atom has an atom of the mask."""
+        return torch.zeros(count, dtype=torch.bool).index_fill_(0, classes[mask], True)[classes]
+
+    made = torch.full((count,), len(notes.productions), dtype=torch.int64)
+    for number in range(len(notes.productions) - 1, -1, -1):
+        made[classes[notes.productions[number].atoms]] = number
+    made = made[classes]
+    why = torch.full((count,), len(numbers), dtype=torch.int64)
+    for separation in reversed(atoms.separations):
+        if separation.level & level:
+            why[classes[separation.atoms]] = numbers[separation.reason]
+    why = why[classes]
+    why = torch.where(why == len(numbers), numbers[_ONE], why)
+    of_units = classes_with(virtual)
+    tied = classes_with((roles == MEAN | SUM))
+    read = classes_with((roles & SUM) > 0)
+    usable = (made < len(notes.productions)) & ~tied & read & (of_units if level == UNITS else ~of_units)
+    free = why == numbers[_ONE]
+    why = torch.where(free & ~read, numbers[_UNREAD], why)
+    why = torch.where(free & tied, numbers[_TIED], why)
+    if level == CHANNELS:
+        why = torch.where(of_units, numbers[_OF_UNITS], why)
+
+    used = (usable & (roles > 0) & ~virtual).nonzero().flatten()
+    used = used[classes[used].argsort(stable=True)]  # by class, in each by atom
+    _, row, sizes = classes[used].unique_consecutive(return_inverse=True, return_counts=True)
+    starts = sizes.cumsum(0) - sizes
+    place = torch.arange(len(used)) - starts[row]
+    token = scramble(codes[used] + scramble(slots[used] * (int(sizes.max()) if len(sizes) else 1) + place))
+    signatures = torch.zeros(len(sizes), dtype=torch.int64).index_add_(0, row, token)
+    _, which, of_each = signatures.unique(return_inverse=True, return_counts=True)
+    grouped = torch.zeros(count, dtype=torch.bool)
+    found = []
+    order = which.argsort(stable=True)
+    for rows in order.split(of_each.tolist()):
+        if len(rows) < 2:
+            continue
+        neurons = used[starts[rows, None] + torch.arange(int(sizes[rows[0]]))]
+        root = classes[neurons[0, 0]]
+        units: tuple[str, ...] = ()
+        if level == UNITS:
+            inside = (virtual & (classes == root)).nonzero().flatten()
+            units = tuple(dict.fromkeys(atoms.slots[number].module for number in slots[inside].tolist()))
+        grouped |= torch.zeros(count, dtype=torch.bool).index_fill_(0, classes[neurons[:, 0]], True)[classes]
+        first = int(made[root])
+        found.append(((first, int(neurons[0, 0])), _group(slots[neurons[0]], neurons, roles, notes, notes.productions[first], units)))
+    found.sort(key=lambda item: item[0])
+    return _Level(found, grouped, why)
+
+
+def _unique_names(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """Two groups made by one layer (a split, say) get `#2`, `#3`, ... behind the layer's name."""
+    count: dict[str, int] = {}
+    named = []
+    for group in groups:
+        count[group.name] = count.get(group.name, 0) + 1
+        suffix = f"#{count[group.name]}" if count[group.name] > 1 else ""
+        named.append(replace(group, name=group.name + suffix))
+    return tuple(named)
+
+
+def _group(
+    columns: Tensor, neurons: Tensor, roles: Tensor, notes: Notes, made: Production, units: tuple[str, ...]
+) -> Group:
+    """A group from its neurons' atoms, int64 [n, atoms of each], whose columns lie in the slots [atoms of each]."""
+    members = {}
+    for number in dict.fromkeys(columns.tolist()):
+        slot = notes.atoms.slots[number]
+        positions = neurons[:, columns == number] - slot.first
+        role = "sum" if int(roles[slot.first + int(positions[0, 0])]) == SUM else "mean"
+        members[number] = Member(slot.tensor, slot.dim, role, positions)
+    by_tensor = {member.tensor: member for member in members.values() if member.role == "mean"}
+    norms = {
+        number: Norm(*norm.tensors, norm.eps)
+        for number, norm in enumerate(notes.normalisations)
+        if any(name in by_tensor for name in norm.tensors)
+    }
+    producers: dict[str, Producer] = {}
+    folded: set[int] = set()
+    for number, production in enumerate(notes.productions):
+        slot = notes.atoms.slot_at(int(production.atoms[0]))
+        member = by_tensor.get(slot.tensor)
+        if member is None or member.dim != slot.dim or slot.tensor in producers:
+            continue
+        behind = _only_norm(number, slot, notes)
+        if behind is not None:
+            folded.add(behind)
+        bias = None if production.bias is None else notes.atoms.slot_at(int(production.bias[0])).tensor
+        norm = norms.get(behind) if behind is not None else None
+        producers[slot.tensor] = Producer(member, _layer(slot), bias, norm)
+    free = tuple(norm for number, norm in norms.items() if number not in folded)
+    first = notes.atoms.slot_at(int(made.atoms[0]))
+    return Group(_layer(first), len(neurons), tuple(members.values()), tuple(producers.values()), free, units)
+
+
+def _layer(slot: Slot) -> str:
+    """The layer that a weight belongs to; a parameter of another name stands for itself."""
+    return slot.tensor.removesuffix(".weight")
+
+
+def _only_norm(number: int, slot: Slot, notes: Notes) -> int | None:
+    """The one BatchNorm behind a production, if its weight is used once and nothing else reads the bare result."""
+    same = [p for p in notes.productions if notes.atoms.slot_at(int(p.atoms[0])) == slot]
+    behind: list[tuple[int, Normalisation]] = [(i, n) for i, n in enumerate(notes.normalisations) if n.source == number]
+    if len(same) > 1 or len(behind) != 1 or notes.uses.get(number, 0) != 1:
+        return None
+    index, norm = behind[0]
+    used = [n for n in notes.normalisations if n.tensors == norm.tensors]
+    return index if len(used) == 1 and torch.equal(norm.channels, notes.productions[number].atoms) else None

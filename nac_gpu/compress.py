@@ -10,6 +10,7 @@ from nac_gpu.merge import Merger, Rule
 from nac_gpu.neurons import neuron_vectors
 from nac_gpu.plan import Plan, Width, prepare
 from nac_gpu.rebuild import rebuild, tensors
+from nac_gpu.sizes import attributes
 
 
 def compress(
@@ -67,7 +68,7 @@ def compress(
             continue
         points = neuron_vectors(merger.state, group, fold=fold)
         merger.merge(group, assign(points, planned.after, seed=seed))
-    return rebuild(model, merger.finish())
+    return rebuild(model, merger.finish(), attributes(model, groups, [planned.after for planned in made.groups]))
 
 
 def _given(width: Width | None) -> Width:

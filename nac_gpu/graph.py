@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -76,6 +77,21 @@ def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     return model(*example_inputs)
 
 
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors of a value: in sequences, mappings, dataclasses and other objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
+        for item in vars(value).values():
+            yield from tensors_in(item)
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's mode and the random state are put back, whatever happens."""
@@ -84,13 +100,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # it hides attention in one operation
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def _in_small_operations(model: nn.Module) -> Iterator[None]:
+    """Attention and LSTM as the matrix products that they are, not as one operation."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if recurrent:
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
 
 
 def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
@@ -116,7 +144,7 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
-        with evaluating(model), mode:
+        with evaluating(model), _in_small_operations(model), mode:
             output = call(model, example_inputs)
     except Exception as error:
         raise RuntimeError(
@@ -126,10 +154,9 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     finally:
         for hook in hooks:
             hook.remove()
-    for tensor in pytree.tree_leaves(output):
-        if isinstance(tensor, Tensor):
-            for plane in mode.labels_of(tensor).planes:
-                mode.notes.atoms.freeze(plane, "model output")
+    for tensor in tensors_in(output):
+        for plane in mode.labels_of(tensor).planes:
+            mode.notes.atoms.freeze(plane, "model output")
     return find_groups(mode.notes)
 
 

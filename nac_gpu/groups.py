@@ -68,6 +68,7 @@ class Group:
         norms: BatchNorms over them that stand behind no single producer.
         units: modules in which these neurons are whole units, heads of attention or groups of channels; none if they
             are channels.
+        attributes: (module, attribute) of whole numbers that shrink as the group does: heads, sizes kept by code.
         otherwise: groups of channels to be compressed if these units cannot be.
     """
 
@@ -77,6 +78,7 @@ class Group:
     producers: tuple[Producer, ...]
     norms: tuple[Norm, ...]
     units: tuple[str, ...] = ()
+    attributes: tuple[tuple[str, str], ...] = ()
     otherwise: tuple["Group", ...] = field(default=(), compare=False)
 
     @property
@@ -247,10 +249,11 @@ def _group(
         role = "sum" if int(roles[slot.first + int(positions[0, 0])]) == SUM else "mean"
         members[number] = Member(slot.tensor, slot.dim, role, positions)
     by_tensor = {member.tensor: member for member in members.values() if member.role == "mean"}
+    first_with = {norm.tensors: number for number, norm in reversed(list(enumerate(notes.normalisations)))}
     norms = {
         number: Norm(*norm.tensors, norm.eps)
         for number, norm in enumerate(notes.normalisations)
-        if any(name in by_tensor for name in norm.tensors)
+        if any(name in by_tensor for name in norm.tensors) and first_with[norm.tensors] == number
     }
     producers: dict[str, Producer] = {}
     folded: set[int] = set()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,6 +13,7 @@ from nac_gpu.cost import Cost, cost
 from nac_gpu.graph import ExampleInputs, record
 from nac_gpu.groups import Graph, Group, LeftAlone
 from nac_gpu.rebuild import rebuild, tensors
+from nac_gpu.sizes import attributes, guesses
 from nac_gpu.trial import failure, in_float64, shrunk
 
 Width = float | Mapping[str, int | float]
@@ -118,7 +119,7 @@ def prepare(model: nn.Module, example_inputs: ExampleInputs, width: Width) -> tu
         GroupPlan(group.name, group.layers, group.size, after)
         for group, after in zip(graph.groups, widths, strict=True)
     )
-    small = rebuild(model, shrunk(tensors(model), graph.groups, widths))
+    small = rebuild(model, shrunk(tensors(model), graph.groups, widths), attributes(model, graph.groups, widths))
     made = Plan(groups, graph.left_alone, cost(model, example_inputs), cost(small, example_inputs))
     return made, graph.groups
 
@@ -202,20 +203,48 @@ def _reasons(graph: Graph) -> str:
 def _tried(
     model: nn.Module, example_inputs: ExampleInputs, graph: Graph, widths: Sequence[int]
 ) -> tuple[Graph, list[int]]:
-    """The graph without the groups that fail the trial: all at once first, one by one only where that fails."""
-    double, inputs = in_float64(model, example_inputs)
-    if failure(double, inputs, graph.groups, widths) is None:
-        return graph, list(widths)
-    good: list[tuple[Group, int]] = []
-    alone = list(graph.left_alone)
-    for group, width in zip(graph.groups, widths, strict=True):
-        why = failure(double, inputs, [group], [width])
-        if why is None:
-            good.append((group, width))
-        else:
-            alone.append(LeftAlone(group.name, group.size, why))
-    together = failure(double, inputs, [g for g, _ in good], [w for _, w in good])
-    if together is not None:
-        alone += [LeftAlone(g.name, g.size, f"together with the other groups: {together}") for g, _ in good]
+    """The graph without the groups that fail the trial: all at once first, in halves where that fails.
+
+    A group whose attributes are not known to the library is tried with several guesses. Units that cannot be merged make
+    room for the channels that they were preferred to.
+    """
+    trial = _Trial(*in_float64(model, example_inputs), list(graph.left_alone))
+    likely = [replace(group, attributes=next(guesses(model, group))) for group in graph.groups]
+    good = trial.good(list(zip(likely, widths, strict=True)))
+    if good and failure(trial.model, trial.inputs, [g for g, _ in good], [w for _, w in good]) is not None:
+        together = failure(trial.model, trial.inputs, [g for g, _ in good], [w for _, w in good])
+        trial.alone += [LeftAlone(g.name, g.size, f"together with the other groups: {together}") for g, _ in good]
         good = []
-    return Graph(tuple(g for g, _ in good), tuple(alone)), [w for _, w in good]
+    return Graph(tuple(g for g, _ in good), tuple(trial.alone)), [w for _, w in good]
+
+
+@dataclass
+class _Trial:
+    """Tries groups; those that fail are added to what is left alone."""
+
+    model: nn.Module
+    inputs: ExampleInputs
+    alone: list[LeftAlone]
+
+    def good(self, tried: list[tuple[Group, int]]) -> list[tuple[Group, int]]:
+        """Those that pass."""
+        if not tried:
+            return []
+        why = failure(self.model, self.inputs, [g for g, _ in tried], [w for _, w in tried])
+        if why is None:
+            return tried
+        if len(tried) > 1:
+            half = len(tried) // 2
+            return self.good(tried[:half]) + self.good(tried[half:])
+        group, width = tried[0]
+        for attributes_too in list(guesses(self.model, group))[1:]:
+            again = replace(group, attributes=attributes_too)
+            if failure(self.model, self.inputs, [again], [width]) is None:
+                return [(again, width)]
+        if group.otherwise:
+            share = width / group.size
+            found = self.good([(other, max(1, round(share * other.size))) for other in group.otherwise])
+            if found:
+                return found
+        self.alone.append(LeftAlone(group.name, group.size, why))
+        return []

@@ -133,7 +133,7 @@ def _movement(notes: Notes, call: Call) -> list[Labels]:
     notes.freeze([t for t in call.tensors if t is not tensor], "channels are used as indices")
     labels = notes.labels_of(tensor)
     if call.name == "constant_pad_nd":
-        rest = (rest[0], NONE)  # padding has no label
+        return _padded(notes, call)
     per_output: list[list[Tensor]] = [[] for _ in call.outputs]
     for plane in labels.planes:
         full = plane.clone() if call.name in PERMUTATION else plane.expand(tensor.shape).contiguous()
@@ -147,7 +147,22 @@ def _movement(notes: Notes, call: Call) -> list[Labels]:
             for result in small[1:]:
                 if small[0] is not None and result is not None and varying(plane) == varying(result):
                     notes.atoms.unite(small[0], result, CHANNELS)
+    for planes in per_output:
+        dims = [dim for plane in planes for dim in varying(plane)]
+        if len(dims) > len(set(dims)):
+            notes.freeze_planes(planes, "several labelled dimensions are flattened")
+            planes.clear()
     return [Labels(tuple(planes), labels.parameter, labels.source) for planes in per_output]
+
+
+def _padded(notes: Notes, call: Call) -> list[Labels]:
+    """One constant beside the values: without a label where channels are added, the same for all of them elsewhere."""
+    labels, pads = notes.labels_of(call.args[0]), list(call.args[1])
+    planes = []
+    for plane in labels.planes:
+        own = [n if plane.shape[-1 - i // 2] > 1 else 0 for i, n in enumerate(pads)]
+        planes.append(torch.nn.functional.pad(plane, own, value=NONE))
+    return [Labels(tuple(planes), labels.parameter, labels.source)]
 
 
 def _regrouped(notes: Notes, before: Tensor, after: Tensor) -> None:
@@ -184,14 +199,18 @@ def _join(notes: Notes, call: Call) -> list[Labels]:
     joined = compact(torch.cat([p.expand(shape) for p, shape in zip(side_by_side, shapes, strict=True)], dim))
     others = [p for planes in all_planes for p in planes if dim not in varying(p)]
     planes = notes.join([*([joined] if joined is not None else []), *others])
+    parameter = all(notes.labels_of(tensor).parameter for tensor in tensors)
     for tensor in tensors:
+        if notes.labels_of(tensor).parameter and not parameter:
+            for plane in notes.planes(tensor):
+                notes.atoms.role(plane, MEAN)
         seen = tensor.unsqueeze(dim) if stacked else tensor
         own = {d for p in notes.planes(tensor) for d in varying(p.unsqueeze(dim) if stacked else p)}
         for plane in planes:
             differs = [d for d in varying(plane) if d not in own and d != dim and seen.shape[d] > 1 and seen.stride(d)]
             if differs and not notes.labels_of(tensor).uniform:
                 notes.separate(plane, differs, "channels are joined with values that are not channels")
-    return [Labels(tuple(planes), all(notes.labels_of(tensor).parameter for tensor in tensors))]
+    return [Labels(tuple(planes), parameter)]
 
 
 def _copy(notes: Notes, call: Call) -> list[Labels]:

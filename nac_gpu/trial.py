@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nac_gpu.graph import ExampleInputs, call, evaluating
+from nac_gpu.graph import ExampleInputs, call, evaluating, tensors_in
 from nac_gpu.groups import Group
 from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors
+from nac_gpu.sizes import attributes
 
 TOLERANCE = 1e-8  # relative, float64
 
@@ -50,7 +51,7 @@ def random_labels(size: int, clusters: int, generator: torch.Generator) -> Tenso
 def outputs(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
     """All tensors that the model returns in eval mode."""
     with evaluating(model):
-        return [t for t in pytree.tree_leaves(call(model, example_inputs)) if isinstance(t, Tensor)]
+        return list(tensors_in(call(model, example_inputs)))
 
 
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -111,7 +112,7 @@ def failure(
         merger.merge(group, chosen)
     expected = outputs(rebuild(model, copies), example_inputs)
     try:
-        found = outputs(rebuild(model, merger.finish()), example_inputs)
+        found = outputs(rebuild(model, merger.finish(), attributes(model, groups, widths)), example_inputs)
     except Exception as error:  # whatever the user's code raises when a width is not what it was written for
         return f"the smaller network does not run: {type(error).__name__}: {error}"
     error = relative_error(found, expected)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nac_gpu.graph import ExampleInputs, Group, call, evaluating
+from nac_gpu.graph import ExampleInputs, call, evaluating
+from nac_gpu.groups import Group
 from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.trial import copy_neurons, in_float64, random_labels

@@ -1,0 +1,122 @@
+"""What modules say about their sizes, made to agree with their tensors.
+
+Layers of PyTorch are known. Sizes that are not a tensor's own (heads, groups) follow from the groups. Sizes that other
+people's modules keep are found by name and value; whether the guess is right is tried.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from nac_gpu.groups import Group
+
+#: New values by (module, attribute).
+Attributes = Mapping[tuple[str, str], object]
+
+_COUNT = re.compile(r"heads?$|^heads|nhead|n_head|num_groups|^groups$")
+_WIDTH = re.compile(r"dim|size|width|channels|features|hidden|planes|inner|embed|chunk|split")
+
+
+def set_sizes(module: nn.Module) -> None:
+    """Make a layer's attributes (`in_features`, `out_channels`, ...) say what its tensors are."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        _set_convolution(module)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        tensor = module.running_mean if module.running_mean is not None else module.weight
+        assert isinstance(tensor, Tensor), "a normalisation without tensors has no sizes"
+        module.num_features = len(tensor)
+    elif isinstance(module, nn.GroupNorm):
+        if module.num_groups == module.num_channels:
+            module.num_groups = len(module.weight)
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.numel()
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.RNNBase):
+        module.input_size = module._flat_weights[0].shape[1]  # pyright: ignore[reportOptionalMemberAccess]
+        weight = module.get_parameter("weight_hh_l0")
+        if module.proj_size:
+            module.proj_size = weight.shape[1]
+            module.hidden_size = module.get_parameter("weight_hr_l0").shape[1]
+        else:
+            module.hidden_size = weight.shape[1]
+    elif isinstance(module, nn.RNNCellBase):
+        module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
+    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # Hugging Face's transposed Linear
+        module.nx, module.nf = module.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+
+
+def _set_convolution(module: nn.modules.conv._ConvNd) -> None:
+    rows, columns = (1, 0) if module.transposed else (0, 1)
+    made, read = module.weight.shape[rows], module.weight.shape[columns]
+    if module.groups == module.in_channels and module.groups > 1:  # depthwise, with one kernel or several a channel
+        times = module.out_channels // module.groups
+        module.groups = read if module.transposed else made // times
+    module.out_channels, module.in_channels = made, read
+    if module.transposed:
+        module.out_channels *= module.groups
+    else:
+        module.in_channels *= module.groups
+
+
+def attributes(model: nn.Module, groups: Sequence[Group], widths: Sequence[int]) -> dict[tuple[str, str], object]:
+    """The new values of the attributes that groups know of."""
+    modules = dict(model.named_modules())
+    values: dict[tuple[str, str], object] = {}
+    for group, width in zip(groups, widths, strict=True):
+        for name, attribute in group.attributes:
+            old = values.get((name, attribute), getattr(modules[name], attribute))
+            values[name, attribute] = _scaled(old, group.size, width)
+            if attribute == "groups":  # of a convolution: it read `groups` times its weight's columns
+                layer = modules[name]
+                assert isinstance(layer, nn.modules.conv._ConvNd), "only convolutions have groups"
+                values[name, "in_channels"] = _scaled(layer.in_channels, group.size, width)
+    return values
+
+
+def _scaled(value: object, before: int, after: int) -> object:
+    assert isinstance(value, int), "only whole numbers are scaled"
+    return value * after // before
+
+
+def guesses(model: nn.Module, group: Group) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Sets of attributes that may have to follow a group's size, the likeliest first."""
+    modules = dict(model.named_modules())
+    units = tuple(name for name in group.units if name in modules)
+    own = tuple((name, kind) for name in units for kind in _own_count(modules[name]))
+    if group.units:
+        heads = [name for name in units if not _own_count(modules[name])]
+        counts = own + tuple(_matching(modules, heads, _COUNT, lambda value: value % group.size == 0))
+        yield counts
+        rows = {member.index.numel() for member in group.members} | {group.size}
+        wide = tuple(_matching(modules, heads, _WIDTH, lambda value: value in rows))
+        if wide:
+            yield counts + wide
+        return
+    yield ()
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in group.layers)
+    known = [name for name in parents if name in modules and not type(modules[name]).__module__.startswith("torch.nn")]
+    sizes = {group.size} | {member.index.numel() for member in group.members}
+    wide = tuple(_matching(modules, known, _WIDTH, lambda value: value in sizes))
+    if wide:
+        yield wide
+
+
+def _own_count(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return ("groups",)
+    return ("num_groups",) if isinstance(module, nn.GroupNorm) else ()
+
+
+def _matching(modules: Mapping[str, nn.Module], names: Sequence[str], pattern: re.Pattern[str], fits) -> Iterator[tuple[str, str]]:  # noqa: ANN001
+    for name in names:
+        for attribute, value in vars(modules[name]).items():
+            whole = isinstance(value, int) and not isinstance(value, bool) and value > 1
+            if whole and pattern.search(attribute) and fits(value):
+                yield name, attribute

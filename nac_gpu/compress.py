@@ -8,7 +8,7 @@ from nac_gpu.clustering import METHODS, AssignmentMethod
 from nac_gpu.graph import ExampleInputs
 from nac_gpu.merge import Merger, Rule
 from nac_gpu.neurons import neuron_vectors
-from nac_gpu.plan import Plan, Width, prepare
+from nac_gpu.plan import Names, Plan, Width, prepare
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.sizes import attributes
 
@@ -19,6 +19,8 @@ def compress(
     plan: Plan | None = None,
     *,
     width: Width | None = None,
+    only: Names = None,
+    skip: Names = (),
     method: str | AssignmentMethod = "ward",
     fold: bool = True,
     rule: Rule = "restored",
@@ -36,6 +38,8 @@ def compress(
             arguments.
         plan: made by `nac_gpu.plan` for this model; else give `width`.
         width: as for `nac_gpu.plan`.
+        only: as for `nac_gpu.plan`.
+        skip: as for `nac_gpu.plan`.
         method: `"ward"` (agglomerative clustering), `"kmeans"`, `"random"`, or a function of the same signature;
             a label of -1 removes a neuron instead of merging it.
         fold: compare neurons as what they compute in eval mode, BatchNorm folded in; without, by their bare weights.
@@ -59,18 +63,15 @@ def compress(
     if rule not in get_args(Rule):
         raise ValueError(f"unknown rule {rule!r}, expected one of {', '.join(get_args(Rule))}")
     assign = METHODS[method] if isinstance(method, str) else method
-    made, groups = prepare(model, example_inputs, plan.widths if plan is not None else _given(width))
-    if plan is not None and [(g.name, g.before) for g in plan.groups] != [(g.name, g.before) for g in made.groups]:
-        raise ValueError("the plan was made for another model: its groups are not this model's; make it again")
+    wanted = plan if plan is not None else width
+    assert wanted is not None, "checked above"
+    prepared = prepare(model, example_inputs, wanted, only, skip)
+    model, groups = prepared.model, prepared.groups
+    widths = [planned.after for planned in prepared.plan.groups]
     merger = Merger(tensors(model), rule)
-    for group, planned in zip(groups, made.groups, strict=True):
-        if planned.after == planned.before:
+    for group, kept in zip(groups, widths, strict=True):
+        if kept == group.size:
             continue
         points = neuron_vectors(merger.state, group, fold=fold)
-        merger.merge(group, assign(points, planned.after, seed=seed))
-    return rebuild(model, merger.finish(), attributes(model, groups, [planned.after for planned in made.groups]))
-
-
-def _given(width: Width | None) -> Width:
-    assert width is not None, "checked by the caller"
-    return width
+        merger.merge(group, assign(points, kept, seed=seed))
+    return rebuild(model, merger.finish(), attributes(model, groups, widths))

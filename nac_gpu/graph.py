@@ -7,6 +7,7 @@ model, and turns the equations into groups.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from nac_gpu.groups import Graph, find_groups
+from nac_gpu.groups import Graph, LeftAlone, find_groups
 from nac_gpu.labels import Atoms, Labels
 from nac_gpu.notes import Call, Notes
 from nac_gpu.rules import apply
@@ -32,6 +33,7 @@ class _Record(TorchDispatchMode):
         self.modules: list[str] = [type(model).__name__]  # that are running, the innermost last
         named = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(tensor): name for name, tensor in named}
+        self._sizes = {name: len(tensor) for name, tensor in model.named_parameters() if tensor.ndim > 1}
         self._labelled = {id(tensor) for _, tensor in model.named_parameters()}
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase):  # statistics are per channel, as weights are
@@ -55,6 +57,11 @@ class _Record(TorchDispatchMode):
                 planes.append(self.notes.atoms.of(self._names[key], dim, size).reshape(shape))
             self._labels[key] = (tensor, Labels(tuple(planes), parameter=True))
         return self._labels[key][1] if key in self._labels else Labels()
+
+    def unread(self) -> dict[str, int]:
+        """Weights that nothing has read, and how many neurons each makes."""
+        seen = {slot.tensor for slot in self.notes.atoms.slots}
+        return {name: size for name, size in self._sizes.items() if name not in seen}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -93,13 +100,22 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's mode and the random state are put back, whatever happens."""
+def evaluating(model: nn.Module, *, auxiliary: bool = False) -> Iterator[None]:
+    """Eval mode without gradients; every module's mode and the random state are put back, whatever happens.
+
+    Args:
+        model: the model.
+        auxiliary: let modules that only hold other modules believe that they are trained: layers run that run in
+            training only (auxiliary heads), while dropout and normalisations still do what they do in eval mode.
+    """
     modes = [(module, module.training) for module in model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         model.eval()
+        if auxiliary:
+            for module in model.modules():
+                module.training = any(True for _ in module.children())
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), torch.random.fork_rng(devices):
             yield
@@ -113,16 +129,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _in_small_operations(model: nn.Module) -> Iterator[None]:
     """Attention and LSTM as the matrix products that they are, not as one operation."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    before = torch._C._get_mkldnn_enabled(), torch.backends.cudnn.enabled
+    try:
         if recurrent:
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield
+            torch._C._set_mkldnn_enabled(False)
+            torch.backends.cudnn.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(before[0])
+        torch.backends.cudnn.enabled = before[1]
 
 
 def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
-    """Run the model once on example inputs and find its groups.
+    """Run the model on example inputs and find its groups.
+
+    Layers that do not run in eval mode are looked for in a second pass (see `evaluating`).
 
     Args:
         model: left exactly as it was.
@@ -131,8 +153,32 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     Raises:
         RuntimeError: the forward pass failed; names the module, with the original error as its cause.
     """
+    seen = _Record(model)
+    try:
+        _run(model, example_inputs, seen, auxiliary=False)
+    except Exception as error:
+        raise RuntimeError(
+            f"the example inputs do not fit the forward pass: {seen.modules[-1]} raised {type(error).__name__}: "
+            f"{error}; expected inputs with which model(...) runs, got {_describe(example_inputs)}"
+        ) from error
+    auxiliary = False
+    if seen.unread():
+        again = _Record(model)
+        with contextlib.suppress(Exception):  # training may need targets, say
+            _run(model, example_inputs, again, auxiliary=True)
+            auxiliary = set(again.unread()) < set(seen.unread())
+            seen = again if auxiliary else seen
+    unread = [LeftAlone(name.removesuffix(".weight"), size, NOT_RUN) for name, size in seen.unread().items()]
+    graph = find_groups(seen.notes)
+    return replace(graph, left_alone=(*graph.left_alone, *unread), auxiliary=auxiliary)
+
+
+NOT_RUN = "it does not run on these example inputs"
+
+
+def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxiliary: bool) -> None:
+    """One recorded pass; what the model returns is frozen."""
     names = {module: name for name, module in model.named_modules() if module is not model}
-    mode = _Record(model)
 
     def enter(module: nn.Module, _: Any) -> None:
         if module in names:
@@ -144,20 +190,14 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
-        with evaluating(model), _in_small_operations(model), mode:
+        with evaluating(model, auxiliary=auxiliary), _in_small_operations(model), mode:
             output = call(model, example_inputs)
-    except Exception as error:
-        raise RuntimeError(
-            f"the example inputs do not fit the forward pass: {mode.modules[-1]} raised {type(error).__name__}: "
-            f"{error}; expected inputs with which model(...) runs, got {_describe(example_inputs)}"
-        ) from error
     finally:
         for hook in hooks:
             hook.remove()
     for tensor in tensors_in(output):
         for plane in mode.labels_of(tensor).planes:
             mode.notes.atoms.freeze(plane, "model output")
-    return find_groups(mode.notes)
 
 
 def _describe(inputs: ExampleInputs) -> str:

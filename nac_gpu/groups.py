@@ -98,10 +98,17 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class Graph:
-    """What a recorded pass tells: the groups in the order of the pass, and what is left alone."""
+    """What a recorded pass tells.
+
+    Attributes:
+        groups: in the order of the pass.
+        left_alone: what is in no group.
+        auxiliary: layers were seen that run in training only.
+    """
 
     groups: tuple[Group, ...]
     left_alone: tuple[LeftAlone, ...]
+    auxiliary: bool = False
 
 
 @dataclass(frozen=True)

@@ -238,16 +238,19 @@ class Notes:
         """The plane's atoms are units, not channels."""
         return not self.atoms.slot_at(int(plane.max())).tensor
 
-    def check_context(self, tensor: Tensor, plane: Tensor) -> None:
+    def check_context(self, tensor: Tensor, plane: Tensor) -> list[int]:
         """An unlabelled operand that differs along labelled channels keeps them from being merged.
 
         Args:
             tensor: the operand.
             plane: of the channels, with as many dimensions as the result.
+
+        Returns:
+            The dimensions of the plane along which it differs.
         """
         labels, offset = self.labels_of(tensor), plane.ndim - tensor.ndim
         if labels.uniform:
-            return
+            return []
         labelled = {dim + offset for own in labels.planes for dim in varying(own)}
         differs = [
             dim
@@ -257,6 +260,7 @@ class Notes:
         ]
         if differs:
             self.separate(plane, differs, "channels meet values that differ between them and are not channels")
+        return differs
 
     def per_channel(self, atoms: Tensor, channels: Tensor) -> None:
         """A parameter with one value (or kernel) for each channel: both int64 [channels]."""

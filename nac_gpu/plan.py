@@ -13,20 +13,31 @@ from nac_gpu.cost import Cost, cost
 from nac_gpu.graph import ExampleInputs, record
 from nac_gpu.groups import Graph, Group, LeftAlone
 from nac_gpu.rebuild import rebuild, tensors
-from nac_gpu.sizes import attributes, guesses
-from nac_gpu.trial import failure, in_float64, shrunk
+from nac_gpu.sizes import attributes
+from nac_gpu.trial import Trial, shrunk
+from nac_gpu.unwrap import computed, unwrapped
 
 Width = float | Mapping[str, int | float]
+Names = Sequence[str] | None
 
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """One group: its name, the layers that make its neurons, and how many there are before and after."""
+    """One group.
+
+    Attributes:
+        name: of the layer that makes its neurons first.
+        layers: all that make them.
+        before: how many there are.
+        after: how many are kept.
+        units: they are heads of attention, or groups of channels, not channels.
+    """
 
     name: str
     layers: tuple[str, ...]
     before: int
     after: int
+    units: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,14 @@ class Plan:
         left_alone: neurons that cannot, with the reason.
         before: cost of the model.
         after: cost of the compressed model.
+        changes: what else will be different: wrappers and parametrisations that are taken off.
     """
 
     groups: tuple[GroupPlan, ...]
     left_alone: tuple[LeftAlone, ...]
     before: Cost
     after: Cost
+    changes: tuple[str, ...] = ()
 
     @property
     def widths(self) -> dict[str, int]:
@@ -65,7 +78,7 @@ class Plan:
             value: dict[str, Any] = json.loads(text)
             groups = tuple(GroupPlan(**{**group, "layers": tuple(group["layers"])}) for group in value["groups"])
             alone = tuple(LeftAlone(**item) for item in value["left_alone"])
-            return Plan(groups, alone, Cost(**value["before"]), Cost(**value["after"]))
+            return Plan(groups, alone, Cost(**value["before"]), Cost(**value["after"]), tuple(value["changes"]))
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"not the JSON of a plan, expected what Plan.to_json() wrote: {error}") from error
 
@@ -74,8 +87,9 @@ class Plan:
         name = max([len("group"), *(len(group.name) for group in self.groups)])
         lines = [f"{'group':{name}}  {'neurons':>7}  {'kept':>6}  layers"]
         for group in self.groups:
-            layers = ", ".join(group.layers)
+            layers = ("heads or groups of " if group.units else "") + ", ".join(group.layers)
             lines.append(f"{group.name:{name}}  {group.before:7,}  {group.after:6,}  {layers}")
+        lines += self.changes
         lines += [f"left alone: {alone.layer} ({alone.size:,}): {alone.reason}" for alone in self.left_alone]
         for title, old, new in (
             ("parameters", self.before.parameters, self.after.parameters),
@@ -85,7 +99,9 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, example_inputs: ExampleInputs, *, width: Width) -> Plan:
+def plan(
+    model: nn.Module, example_inputs: ExampleInputs, *, width: Width, only: Names = None, skip: Names = ()
+) -> Plan:
     """Work out what a compression would do, and try it on the example inputs. The model is not changed.
 
     Args:
@@ -95,6 +111,8 @@ def plan(model: nn.Module, example_inputs: ExampleInputs, *, width: Width) -> Pl
         width: how many neurons to keep. One number is the share of every group's neurons that is kept, in (0, 1]. A
             mapping goes from a layer's name (or a pattern such as `"features.*"`) to a number of neurons (int) or a
             share (float); the layers it does not name keep their width.
+        only: names of layers, of modules that hold layers, or patterns: nothing else is compressed.
+        skip: the same, of what is not compressed.
 
     Raises:
         ValueError: weights that are not finite, a width outside of what is possible, an unknown layer, a model with
@@ -102,26 +120,100 @@ def plan(model: nn.Module, example_inputs: ExampleInputs, *, width: Width) -> Pl
         TypeError: integer or complex weights.
         RuntimeError: the forward pass fails on the example inputs.
     """
-    return prepare(model, example_inputs, width)[0]
+    return prepare(model, example_inputs, width, only, skip).plan
 
 
-def prepare(model: nn.Module, example_inputs: ExampleInputs, width: Width) -> tuple[Plan, tuple[Group, ...]]:
-    """The plan, and the groups in its order."""
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with what it takes to carry it out.
+
+    Attributes:
+        plan: the plan.
+        model: the network itself (see `nac_gpu.unwrap`).
+        groups: in the order of the plan.
+    """
+
+    plan: Plan
+    model: nn.Module
+    groups: tuple[Group, ...]
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    width: Width | Plan,
+    only: Names = None,
+    skip: Names = (),
+) -> Prepared:
+    """Make a plan, or find the groups of one that was made for this model."""
+    model, wrappers = unwrapped(model)
+    model, changes = computed(model)
     check_weights(model)
     graph = record(model, example_inputs)
+    if isinstance(width, Plan):
+        graph, widths = _again(graph, width)
+    else:
+        graph = _filtered(graph, only, skip)
+        if not graph.groups:
+            raise ValueError(f"nothing to compress: {_reasons(graph)}")
+        widths = resolve(graph, width)
+    trial = Trial(model, example_inputs, auxiliary=graph.auxiliary)
+    chosen = trial.passed(list(zip(graph.groups, widths, strict=True)))
+    graph = replace(graph, groups=tuple(g for g, _ in chosen), left_alone=(*graph.left_alone, *trial.alone))
     if not graph.groups:
         raise ValueError(f"nothing to compress: {_reasons(graph)}")
-    widths = resolve(graph, width)
-    graph, widths = _tried(model, example_inputs, graph, widths)
-    if not graph.groups:
-        raise ValueError(f"nothing to compress: {_reasons(graph)}")
-    groups = tuple(
-        GroupPlan(group.name, group.layers, group.size, after)
-        for group, after in zip(graph.groups, widths, strict=True)
-    )
+    widths = [kept for _, kept in chosen]
+    planned = tuple(GroupPlan(g.name, g.layers, g.size, kept, bool(g.units)) for g, kept in chosen)
     small = rebuild(model, shrunk(tensors(model), graph.groups, widths), attributes(model, graph.groups, widths))
-    made = Plan(groups, graph.left_alone, cost(model, example_inputs), cost(small, example_inputs))
-    return made, graph.groups
+    made = Plan(
+        planned, graph.left_alone, cost(model, example_inputs), cost(small, example_inputs), (*wrappers, *changes)
+    )
+    return Prepared(made, model, graph.groups)
+
+
+def _again(graph: Graph, plan: Plan) -> tuple[Graph, list[int]]:
+    """The groups of a plan among those of a model."""
+    known = {(g.name, g.size): g for group in graph.groups for g in (*group.otherwise, group)}
+    missing = [planned for planned in plan.groups if (planned.name, planned.before) not in known]
+    if missing:
+        raise ValueError(
+            f"the plan was made for another model: it has a group {missing[0].name} of {missing[0].before}, which this "
+            "model lacks; make it again"
+        )
+    groups = tuple(known[planned.name, planned.before] for planned in plan.groups)
+    return replace(graph, groups=groups, left_alone=plan.left_alone), [planned.after for planned in plan.groups]
+
+
+def _filtered(graph: Graph, only: Names, skip: Names) -> Graph:
+    """The graph with the groups that `only` and `skip` leave."""
+    for option, patterns in (("only", only or ()), ("skip", skip or ())):
+        if isinstance(patterns, str):
+            raise TypeError(f"{option}={patterns!r}: expected a sequence of names, such as [{patterns!r}]")
+        for pattern in patterns:
+            if not any(_holds(group, pattern) for group in graph.groups) and not any(
+                _named(alone.layer, pattern) for alone in graph.left_alone
+            ):
+                known = ", ".join(group.name for group in graph.groups)
+                raise ValueError(f"unknown layer {pattern!r} in {option}=, expected some of: {known}")
+    kept, alone = [], list(graph.left_alone)
+    for group in graph.groups:
+        if only is not None and not any(_holds(group, pattern) for pattern in only):
+            alone.append(LeftAlone(group.name, group.size, "it is not named in only="))
+        elif any(_holds(group, pattern) for pattern in skip or ()):
+            alone.append(LeftAlone(group.name, group.size, "it is named in skip="))
+        else:
+            kept.append(group)
+    return replace(graph, groups=tuple(kept), left_alone=tuple(alone))
+
+
+def _holds(group: Group, pattern: str) -> bool:
+    return any(_named(name, pattern) for name in (group.name, *group.layers))
+
+
+def _named(name: str, pattern: str) -> bool:
+    """The name, a module that holds it, or a pattern for either."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:length]), pattern) for length in range(1, len(parts) + 1))
 
 
 def check_weights(model: nn.Module) -> None:
@@ -198,53 +290,3 @@ def _reasons(graph: Graph) -> str:
     if not graph.left_alone:
         return "no Linear or convolution makes channels that another one reads; expected at least two such layers"
     return "; ".join(f"{alone.layer} ({alone.size}): {alone.reason}" for alone in graph.left_alone)
-
-
-def _tried(
-    model: nn.Module, example_inputs: ExampleInputs, graph: Graph, widths: Sequence[int]
-) -> tuple[Graph, list[int]]:
-    """The graph without the groups that fail the trial: all at once first, in halves where that fails.
-
-    A group whose attributes are not known to the library is tried with several guesses. Units that cannot be merged make
-    room for the channels that they were preferred to.
-    """
-    trial = _Trial(*in_float64(model, example_inputs), list(graph.left_alone))
-    likely = [replace(group, attributes=next(guesses(model, group))) for group in graph.groups]
-    good = trial.good(list(zip(likely, widths, strict=True)))
-    if good and failure(trial.model, trial.inputs, [g for g, _ in good], [w for _, w in good]) is not None:
-        together = failure(trial.model, trial.inputs, [g for g, _ in good], [w for _, w in good])
-        trial.alone += [LeftAlone(g.name, g.size, f"together with the other groups: {together}") for g, _ in good]
-        good = []
-    return Graph(tuple(g for g, _ in good), tuple(trial.alone)), [w for _, w in good]
-
-
-@dataclass
-class _Trial:
-    """Tries groups; those that fail are added to what is left alone."""
-
-    model: nn.Module
-    inputs: ExampleInputs
-    alone: list[LeftAlone]
-
-    def good(self, tried: list[tuple[Group, int]]) -> list[tuple[Group, int]]:
-        """Those that pass."""
-        if not tried:
-            return []
-        why = failure(self.model, self.inputs, [g for g, _ in tried], [w for _, w in tried])
-        if why is None:
-            return tried
-        if len(tried) > 1:
-            half = len(tried) // 2
-            return self.good(tried[:half]) + self.good(tried[half:])
-        group, width = tried[0]
-        for attributes_too in list(guesses(self.model, group))[1:]:
-            again = replace(group, attributes=attributes_too)
-            if failure(self.model, self.inputs, [again], [width]) is None:
-                return [(again, width)]
-        if group.otherwise:
-            share = width / group.size
-            found = self.good([(other, max(1, round(share * other.size))) for other in group.otherwise])
-            if found:
-                return found
-        self.alone.append(LeftAlone(group.name, group.size, why))
-        return []

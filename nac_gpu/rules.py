@@ -57,7 +57,7 @@ def apply(notes: Notes, call: Call) -> list[Labels]:
     if not labelled or call.name in VALUE_FREE:
         return call.each(Labels(uniform=_stays_uniform(notes, call)))
     rule = _rule(call)
-    if rule not in (_movement, _join, _identity, _constant):
+    if rule not in (_movement, _lookup, _join, _identity, _constant):
         notes.count_use(labelled)
     if rule is None:
         notes.freeze(labelled, f"operation {call.name} is not known")
@@ -83,6 +83,10 @@ def _rule(call: Call) -> Rule | None:
         "stack": _join,
         "copy": _copy,
         "glu": _glu,
+        "zero": _fill,
+        "fill": _fill,
+        "index": _lookup,
+        "index_select": _lookup,
         "convolution": convolution,
         "embedding": embedding,
         "native_layer_norm": layer_norm,
@@ -237,6 +241,29 @@ def _scattered(notes: Notes, call: Call) -> list[Labels]:
     return [Labels(tuple(planes))]
 
 
+def _fill(notes: Notes, call: Call) -> list[Labels]:
+    """A constant in place of values, in some channels perhaps and not in others."""
+    labels = notes.labels_of(call.args[0])
+    for plane in labels.planes:
+        notes.separate(plane, [], "only some channels are overwritten")
+    return [Labels(labels.planes)]
+
+
+def _lookup(notes: Notes, call: Call) -> list[Labels]:
+    """Indexing moves what it reads; rows of a parameter that are looked up are no channels."""
+    tensor = call.args[0]
+    if not notes.labels_of(tensor).parameter:
+        return _movement(notes, call)
+    indices = call.args[1] if call.name == "index" else [None] * call.args[1] + [call.args[2]]
+    looked_up = {dim for dim, index in enumerate(indices) if index is not None and index.ndim}
+    found = _movement(notes, call)[0]
+    dead = {int(plane.max()) for plane in notes.planes(tensor) if set(varying(plane)) & looked_up}
+    notes.freeze_planes([p for p in notes.planes(tensor) if int(p.max()) in dead], "rows are looked up by index")
+    slots = {notes.atoms.slot_at(atom).first for atom in dead}
+    kept = tuple(p for p in found.planes if notes.atoms.slot_at(int(p.max())).first not in slots)
+    return [Labels(kept, parameter=True)]
+
+
 def _glu(notes: Notes, call: Call) -> list[Labels]:
     """One half gates the other: they are one."""
     tensor, dim = call.args[0], call.given.get("dim", -1) % call.args[0].ndim
@@ -253,12 +280,14 @@ def _elementwise(notes: Notes, call: Call) -> list[Labels]:
     own = {id(tensor): [aligned(plane, ndim) for plane in notes.planes(tensor)] for tensor in operands}
     before = {varying(plane) for plane in own[id(call.args[0])]} if call.in_place else set()
     planes = notes.join(plane for tensor in operands for plane in own[id(tensor)])
-    for tensor in operands:
-        if notes.labels_of(tensor).parameter:
-            for plane in own[id(tensor)]:
-                notes.atoms.role(plane, MEAN)
-        for plane in planes:
-            notes.check_context(tensor, plane)
+    parameters = [tensor for tensor in operands if notes.labels_of(tensor).parameter]
+    for plane in (plane for tensor in parameters for plane in own[id(tensor)]):
+        notes.atoms.role(plane, MEAN)
+    made = {varying(p) for tensor in operands if not notes.labels_of(tensor).parameter for p in own[id(tensor)]}
+    for plane in list(planes):
+        apart = [notes.check_context(tensor, plane) for tensor in operands]
+        if any(apart) and varying(plane) not in made and set(varying(plane)) <= {dim for dims in apart for dim in dims}:
+            planes = [other for other in planes if other is not plane]  # positions, say: nothing more to learn from it
     if call.in_place and call.args[0]._is_view() and before != {varying(plane) for plane in planes}:
         notes.freeze(operands, "values are written in place")  # what it is a view of goes on without the new labels
         return call.each(Labels())

@@ -6,16 +6,17 @@ or if the smaller network does not run (a size is written into the model's code)
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.graph import ExampleInputs, call, evaluating, tensors_in
-from nac_gpu.groups import Group
+from nac_gpu.groups import Group, LeftAlone
 from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors
-from nac_gpu.sizes import attributes
+from nac_gpu.sizes import attributes, guesses
 
 TOLERANCE = 1e-8  # relative, float64
 
@@ -48,9 +49,9 @@ def random_labels(size: int, clusters: int, generator: torch.Generator) -> Tenso
     return labels[torch.randperm(size, generator=generator)]
 
 
-def outputs(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    """All tensors that the model returns in eval mode."""
-    with evaluating(model):
+def outputs(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool = False) -> list[Tensor]:
+    """All tensors that the model returns in eval mode, with what auxiliary heads return if asked for."""
+    with evaluating(model, auxiliary=auxiliary):
         return list(tensors_in(call(model, example_inputs)))
 
 
@@ -89,7 +90,13 @@ def lively(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def failure(
-    model: nn.Module, example_inputs: ExampleInputs, groups: Sequence[Group], widths: Sequence[int], seed: int = 0
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    groups: Sequence[Group],
+    widths: Sequence[int],
+    *,
+    seed: int = 0,
+    auxiliary: bool = False,
 ) -> str | None:
     """Why these groups cannot be merged to these widths, or None if they can.
 
@@ -99,6 +106,7 @@ def failure(
         groups: to merge, all at once.
         widths: clusters of each.
         seed: of the choice of copies.
+        auxiliary: compare what auxiliary heads return, too.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = {name for name, _ in model.named_parameters()}
@@ -110,9 +118,13 @@ def failure(
     merger = Merger(copies)
     for group, chosen in zip(groups, labels, strict=True):
         merger.merge(group, chosen)
-    expected = outputs(rebuild(model, copies), example_inputs)
+    modes = (False, True) if auxiliary else (False,)
+    copied = rebuild(model, copies)
+    expected = [tensor for mode in modes for tensor in outputs(copied, example_inputs, auxiliary=mode)]
+    del copied
     try:
-        found = outputs(rebuild(model, merger.finish(), attributes(model, groups, widths)), example_inputs)
+        small = rebuild(model, merger.finish(), attributes(model, groups, widths))
+        found = [tensor for mode in modes for tensor in outputs(small, example_inputs, auxiliary=mode)]
     except Exception as error:  # whatever the user's code raises when a width is not what it was written for
         return f"the smaller network does not run: {type(error).__name__}: {error}"
     error = relative_error(found, expected)
@@ -127,3 +139,59 @@ def shrunk(state: Mapping[str, Tensor], groups: Sequence[Group], widths: Sequenc
     for group, width in zip(groups, widths, strict=True):
         merger.merge(group, torch.arange(group.size).clamp_max(width - 1))
     return merger.finish()
+
+
+Chosen = list[tuple[Group, int]]
+
+
+class Trial:
+    """Tries groups on the example inputs; `alone` lists those that failed.
+
+    Args:
+        model: not changed.
+        example_inputs: as for `record`.
+        auxiliary: compare what auxiliary heads return, too.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool = False) -> None:
+        self.alone: list[LeftAlone] = []
+        self._model, self._inputs = in_float64(model, example_inputs)
+        self._auxiliary = auxiliary
+
+    def passed(self, chosen: Chosen) -> Chosen:
+        """The groups, with their widths, that can be merged; attributes that have to follow them are found out.
+
+        All at once first, in halves where that fails. Units that cannot be merged make room for the channels that they
+        were preferred to.
+        """
+        likely = [(replace(group, attributes=next(guesses(self._model, group))), width) for group, width in chosen]
+        good = self._good(likely)
+        together = self._failure(good) if len(good) < len(likely) else None
+        if together is None:
+            return good
+        self.alone += [LeftAlone(g.name, g.size, f"together with the other groups: {together}") for g, _ in good]
+        return []
+
+    def _failure(self, tried: Chosen) -> str | None:
+        groups, widths = [group for group, _ in tried], [width for _, width in tried]
+        return failure(self._model, self._inputs, groups, widths, auxiliary=self._auxiliary)
+
+    def _good(self, tried: Chosen) -> Chosen:
+        if not tried:
+            return []
+        why = self._failure(tried)
+        if why is None:
+            return tried
+        if len(tried) > 1:
+            half = len(tried) // 2
+            return self._good(tried[:half]) + self._good(tried[half:])
+        group, width = tried[0]
+        for more in list(guesses(self._model, group))[1:]:
+            again = replace(group, attributes=more)
+            if self._failure([(again, width)]) is None:
+                return [(again, width)]
+        share = width / group.size
+        found = self._good([(other, max(1, round(share * other.size))) for other in group.otherwise])
+        if not found:
+            self.alone.append(LeftAlone(group.name, group.size, why))
+        return found

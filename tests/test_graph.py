@@ -256,10 +256,12 @@ def test_reading_other_numbers_from_the_bits_is_not_movement() -> None:
     assert "operation view is not known" in found["make"]
 
 
-def test_layers_that_are_not_known_yet_are_left_alone_with_the_reason() -> None:
-    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    graph = record(attention, torch.randn(2, 5, 8))
-    assert [(g.name, g.size) for g in graph.groups] == [("linear1", 16)]
+def test_heads_of_attention_are_units() -> None:
+    graph = record(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 5, 8))
+    assert [(g.name, g.size, g.units) for g in graph.groups] == [
+        ("self_attn.in_proj_weight", 2, ("self_attn",)),
+        ("linear1", 16, ()),
+    ]
 
 
 def test_normalised_inputs_are_not_channels() -> None:

@@ -16,6 +16,7 @@ from nac_gpu.graph import ExampleInputs, call, evaluating
 from nac_gpu.groups import Group
 from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors
+from nac_gpu.sizes import attributes
 from nac_gpu.trial import copy_neurons, in_float64, random_labels
 
 VACUOUS = 1e-6  # copies of neurons that change the outputs by less than this test nothing
@@ -132,7 +133,7 @@ def identity(
     """Make copies of random neurons in every group at once, merge them, and compare, in float64.
 
     Args:
-        model: not changed.
+        model: the network itself, as `nac_gpu.plan.prepare` gives it; not changed.
         inputs: their shapes matter; other values are used.
         groups: to merge.
         seed: of the choice of copies.
@@ -140,7 +141,8 @@ def identity(
     """
     double, inputs = in_float64(model, other_values(inputs, seed))
     generator = torch.Generator().manual_seed(seed)
-    labels = [random_labels(g.size, max(1, min(g.size - 1, round(share * g.size))), generator) for g in groups]
+    widths = [max(1, min(g.size - 1, round(share * g.size))) for g in groups]
+    labels = [random_labels(g.size, width, generator) for g, width in zip(groups, widths, strict=True)]
     copies = tensors(double)
     for group, chosen in zip(groups, labels, strict=True):
         copies = copy_neurons(copies, group, chosen)
@@ -149,7 +151,7 @@ def identity(
         merger.merge(group, chosen)
     before = outputs(double, inputs)
     expected = outputs(rebuild(double, copies), inputs)
-    found = outputs(rebuild(double, merger.finish()), inputs)
+    found = outputs(rebuild(double, merger.finish(), attributes(double, groups, widths)), inputs)
     return Identity(difference(found, expected), difference(before, expected))
 
 

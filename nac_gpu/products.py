@@ -7,7 +7,7 @@ from nac_gpu.labels import BOTH, CHANNELS, MEAN, SUM, UNITS, Labels, varying
 from nac_gpu.notes import Call, Notes, aligned
 
 #: Matrix products, and the position of the first factor among the arguments.
-MATRIX_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1, "matmul": 0}
+MATRIX_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1, "matmul": 0, "_grouped_mm": 0}
 
 #: Where the summed dimension is once both factors are laid out over (batch, rows, shared, columns).
 SHARED = 2
@@ -30,7 +30,7 @@ def matrix_product(notes: Notes, call: Call) -> list[Labels]:
     bias = call.args[0] if first else None
     out = call.outputs[0]
     of_a = [plane.reshape((1,) * (3 - a.ndim) + plane.shape).unsqueeze(3) for plane in notes.planes(a)]
-    of_b = [_over_product(plane) for plane in notes.planes(b)]
+    of_b = [_over_product(plane) for plane in _of_second(notes, call, b)]
     weights = [notes.labels_of(tensor).parameter for tensor in (a, b)]
     if weights == [False, True]:
         of_a = _consume(notes, of_b, of_a, a)
@@ -51,7 +51,8 @@ def matrix_product(notes: Notes, call: Call) -> list[Labels]:
             else:
                 notes.atoms.role(plane, MEAN)
     for tensor, own, others in ((a, of_a, of_b), (b, of_b, of_a)):
-        if tensor.ndim == 3 and tensor.shape[0] > 1 and not any(0 in varying(plane) for plane in own):
+        alone = call.name == "_grouped_mm" or tensor.ndim < 3 or tensor.shape[0] == 1
+        if not alone and not any(0 in varying(plane) for plane in own):
             for plane in others:
                 if 0 in varying(plane):
                     notes.separate(plane, [0], "multiplied by values that differ between them and are not channels")
@@ -62,6 +63,15 @@ def matrix_product(notes: Notes, call: Call) -> list[Labels]:
     if bias is not None:
         planes = _add_bias(notes, bias, planes, out.ndim)
     return [Labels(tuple(planes), source=source)]
+
+
+def _of_second(notes: Notes, call: Call, b: Tensor) -> list[Tensor]:
+    """The planes of the second factor; a grouped product takes one of several weights for each row (experts)."""
+    planes = list(notes.planes(b))
+    if call.name == "_grouped_mm":
+        notes.freeze_planes([plane for plane in planes if varying(plane) == (0,)], "rows choose among weights")
+        planes = [plane.select(0, 0) for plane in planes if 0 not in varying(plane)]
+    return planes
 
 
 def _over_product(plane: Tensor) -> Tensor:

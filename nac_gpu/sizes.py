@@ -14,7 +14,7 @@ from nac_gpu.groups import Group
 #: New values by (module, attribute).
 Attributes = Mapping[tuple[str, str], object]
 
-_COUNT = re.compile(r"heads?$|^heads|nhead|n_head|num_groups|^groups$")
+_COUNT = re.compile(r"heads?$|groups$")
 _WIDTH = re.compile(r"dim|size|width|channels|features|hidden|planes|inner|embed|chunk|split")
 
 

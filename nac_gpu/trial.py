@@ -4,6 +4,7 @@ Some neurons of every group are made copies of others. Merging copies must not c
 or if the smaller network does not run (a size is written into the model's code), the group is left alone.
 """
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.sizes import attributes, guesses
 
-TOLERANCE = 1e-8  # relative, float64
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative
 
 
 def copy_neurons(state: Mapping[str, Tensor], group: Group, labels: Tensor) -> dict[str, Tensor]:
@@ -67,13 +68,18 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     return worst
 
 
+def in_dtype(model: nn.Module, example_inputs: ExampleInputs, dtype: torch.dtype) -> tuple[nn.Module, ExampleInputs]:
+    """A copy of the model and its inputs in another type."""
+
+    def cast(value: object) -> object:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return copy.deepcopy(model).to(dtype), pytree.tree_map(cast, example_inputs)
+
+
 def in_float64(model: nn.Module, example_inputs: ExampleInputs) -> tuple[nn.Module, ExampleInputs]:
     """A copy of the model and its inputs in float64."""
-
-    def double(value: object) -> object:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return copy.deepcopy(model).double(), pytree.tree_map(double, example_inputs)
+    return in_dtype(model, example_inputs, torch.float64)
 
 
 def lively(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -97,16 +103,18 @@ def failure(
     *,
     seed: int = 0,
     auxiliary: bool = False,
+    tolerance: float = TOLERANCE[torch.float64],
 ) -> str | None:
     """Why these groups cannot be merged to these widths, or None if they can.
 
     Args:
-        model: in float64; not changed.
-        example_inputs: in float64; inputs and parameters that hold one constant are replaced by random ones.
+        model: in float64, or the widest type that it runs in; not changed.
+        example_inputs: in the same type; inputs and parameters that hold one constant are replaced by random ones.
         groups: to merge, all at once.
         widths: clusters of each.
         seed: of the choice of copies.
         auxiliary: compare what auxiliary heads return, too.
+        tolerance: largest relative error.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = {name for name, _ in model.named_parameters()}
@@ -128,7 +136,7 @@ def failure(
     except Exception as error:  # whatever the user's code raises when a width is not what it was written for
         return f"the smaller network does not run: {type(error).__name__}: {error}"
     error = relative_error(found, expected)
-    if not error <= TOLERANCE:
+    if not error <= tolerance:
         return f"merging identical neurons changed the outputs (relative error {error:.1e})"
     return None
 
@@ -155,8 +163,13 @@ class Trial:
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool = False) -> None:
         self.alone: list[LeftAlone] = []
-        self._model, self._inputs = in_float64(model, example_inputs)
         self._auxiliary = auxiliary
+        for dtype, tolerance in TOLERANCE.items():
+            self._model, self._inputs = in_dtype(model, example_inputs, dtype)
+            self._tolerance = tolerance
+            with contextlib.suppress(Exception):  # an operation that float64 has not: float32 then
+                outputs(self._model, self._inputs, auxiliary=auxiliary)
+                return
 
     def passed(self, chosen: Chosen) -> Chosen:
         """The groups, with their widths, that can be merged; attributes that have to follow them are found out.
@@ -174,7 +187,9 @@ class Trial:
 
     def _failure(self, tried: Chosen) -> str | None:
         groups, widths = [group for group, _ in tried], [width for _, width in tried]
-        return failure(self._model, self._inputs, groups, widths, auxiliary=self._auxiliary)
+        return failure(
+            self._model, self._inputs, groups, widths, auxiliary=self._auxiliary, tolerance=self._tolerance
+        )
 
     def _good(self, tried: Chosen) -> Chosen:
         if not tried:

@@ -229,7 +229,7 @@ class Notes:
         if self.is_units(small):
             self.atoms.unite(small, large, UNITS)
             return
-        level = CHANNELS if _inner(large) in dims else UNITS
+        level = CHANNELS if inner_axis(large) in dims else UNITS
         self.atoms.unite(small, large, level)
         self.freeze_planes([small], reason, BOTH - level)
         self.separate(large, dims, reason, BOTH - level)
@@ -282,7 +282,7 @@ def aligned(plane: Tensor, ndim: int) -> Tensor:
     return plane.reshape((1,) * (ndim - plane.ndim) + plane.shape)
 
 
-def _inner(plane: Tensor) -> int:
+def inner_axis(plane: Tensor) -> int:
     """The axis along which channels merge, where a plane varies along several: the one whose atoms lie nearest."""
 
     def step(dim: int) -> int:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nac_gpu.labels import CHANNELS, MEAN, NONE, Labels, compact, varying
+from nac_gpu.labels import BOTH, CHANNELS, MEAN, NONE, Labels, compact, varying
 from nac_gpu.norms import BATCH_NORMS, batch_norm, group_norm, layer_norm
-from nac_gpu.notes import Call, Notes, aligned
+from nac_gpu.notes import Call, Notes, aligned, inner_axis
 from nac_gpu.products import MATRIX_PRODUCTS, convolution, embedding, matrix_product
 
 Rule = Callable[[Notes, Call], list[Labels]]
@@ -141,6 +141,7 @@ def _movement(notes: Notes, call: Call) -> list[Labels]:
     per_output: list[list[Tensor]] = [[] for _ in call.outputs]
     for plane in labels.planes:
         full = plane.clone() if call.name in PERMUTATION else plane.expand(tensor.shape).contiguous()
+        _check_order(notes, call, plane)
         moved = [v for v in pytree.tree_leaves(call.func(full, *rest, **call.kwargs)) if isinstance(v, Tensor)]
         small = [compact(result) for result in moved]
         for target, result in zip(per_output, small, strict=True):
@@ -157,6 +158,47 @@ def _movement(notes: Notes, call: Call) -> list[Labels]:
             notes.freeze_planes(planes, "several labelled dimensions are flattened")
             planes.clear()
     return [Labels(tuple(planes), labels.parameter, labels.source) for planes in per_output]
+
+
+def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
+    """Parts of channels are cut out, or channels change places: what holds for fewer channels, too, and what does not.
+
+    A part stays a part if no channel inside is merged with one outside. A fixed number of places, every other channel
+    or a list of channels means others once there are fewer.
+    """
+    given, tensor = call.given, call.args[0]
+    dims = given.get("dim", given.get("dims", 0))
+    dims = [dim % max(1, tensor.ndim) for dim in (dims if isinstance(dims, Sequence) else [dims])]
+    if call.name in ("index", "index_select", "gather"):
+        if call.name == "gather" and set(varying(plane)) & set(dims):
+            notes.freeze_planes([plane], "channels are picked by index")
+        indices = given["indices"] if call.name == "index" else [None] * dims[0] + [given["index"]]
+        for dim, index in enumerate(indices):
+            if index is not None and dim in varying(plane) and not (index.ndim == 1 and _in_order(index, tensor.shape[dim])):
+                notes.freeze_planes([plane], "channels are picked by index")
+        return
+    own = [dim for dim in dims if dim in varying(plane)]
+    if not own:
+        return
+    if call.name == "roll" or (call.name == "slice" and given.get("step", 1) != 1):
+        level = CHANNELS if len(varying(plane)) > 1 and own == [inner_axis(plane)] else BOTH
+        notes.freeze_planes([plane], "channels are moved by a fixed number of places", level)
+    elif call.name in ("slice", "narrow", "select", "split_with_sizes"):
+        parts = [out for out in pytree.tree_leaves(call.func(plane.expand(tensor.shape), *call.args[1:], **call.kwargs))]
+        equal = len({part.shape for part in parts}) == 1 and len(parts) > 1
+        for part in parts:
+            if part.numel() and part.numel() < tensor.numel() and not equal:
+                small = compact(part)
+                if small is not None:
+                    notes.separate(small, [], "channels are cut into parts")
+
+
+def _in_order(index: Tensor, size: int) -> bool:
+    """All of a dimension, forwards or backwards."""
+    if index.dtype == torch.bool or len(index) != size:
+        return False
+    forwards = torch.arange(size, device=index.device)
+    return bool((index == forwards).all()) or bool((index == forwards.flip(0)).all())
 
 
 def _padded(notes: Notes, call: Call) -> list[Labels]:

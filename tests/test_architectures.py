@@ -32,7 +32,7 @@ def test_plans_hold(name: str) -> None:
         return
     assert compressible_share(prepared.model, prepared.groups) >= ARCHITECTURES[name].minimum_share
     for seed in (1, 2):
-        found = identity(prepared.model, inputs, prepared.groups, seed)
+        found = identity(prepared.model, inputs, prepared.groups, list(prepared.plan.widths.values()), seed)
         assert found.error < 1e-8
         assert not found.vacuous
     small = nac.compress(model, inputs, width=0.5, method="random")

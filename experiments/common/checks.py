@@ -128,7 +128,7 @@ class Identity:
 
 
 def identity(
-    model: nn.Module, inputs: ExampleInputs, groups: Sequence[Group], seed: int = 1, share: float = 0.5
+    model: nn.Module, inputs: ExampleInputs, groups: Sequence[Group], widths: Sequence[int], seed: int = 1
 ) -> Identity:
     """Make copies of random neurons in every group at once, merge them, and compare, in float64.
 
@@ -136,13 +136,12 @@ def identity(
         model: the network itself, as `nac_gpu.plan.prepare` gives it; not changed.
         inputs: their shapes matter; other values are used.
         groups: to merge.
+        widths: how many neurons of each stay different.
         seed: of the choice of copies.
-        share: of the neurons that stay different.
     """
     double, inputs = in_float64(model, other_values(inputs, seed))
     generator = torch.Generator().manual_seed(seed)
-    widths = [max(1, min(g.size - 1, round(share * g.size))) for g in groups]
-    labels = [random_labels(g.size, width, generator) for g, width in zip(groups, widths, strict=True)]
+    labels = [random_labels(group.size, width, generator) for group, width in zip(groups, widths, strict=True)]
     copies = tensors(double)
     for group, chosen in zip(groups, labels, strict=True):
         copies = copy_neurons(copies, group, chosen)

@@ -184,7 +184,7 @@ def _level(notes: Notes, level: int, numbers: dict[str, int]) -> _Level:
     virtual = torch.tensor([not slot.tensor for slot in atoms.slots])[slots]
 
     def classes_with(mask: Tensor) -> Tensor:
-        """bool [atoms]: the class of the atom has an atom of the mask."""
+        """Bool [atoms]: the class of the atom has an atom of the mask."""
         return torch.zeros(count, dtype=torch.bool).index_fill_(0, classes[mask], True)[classes]
 
     made = torch.full((count,), len(notes.productions), dtype=torch.int64)
@@ -198,7 +198,7 @@ def _level(notes: Notes, level: int, numbers: dict[str, int]) -> _Level:
     why = why[classes]
     why = torch.where(why == len(numbers), numbers[_ONE], why)
     of_units = classes_with(virtual)
-    tied = classes_with((roles == MEAN | SUM))
+    tied = classes_with(roles == MEAN | SUM)
     read = classes_with((roles & SUM) > 0)
     usable = (made < len(notes.productions)) & ~tied & read & (of_units if level == UNITS else ~of_units)
     free = why == numbers[_ONE]
@@ -229,7 +229,12 @@ def _level(notes: Notes, level: int, numbers: dict[str, int]) -> _Level:
             units = tuple(dict.fromkeys(atoms.slots[number].module for number in slots[inside].tolist()))
         grouped |= torch.zeros(count, dtype=torch.bool).index_fill_(0, classes[neurons[:, 0]], True)[classes]
         first = int(made[root])
-        found.append(((first, int(neurons[0, 0])), _group(slots[neurons[0]], neurons, roles, notes, notes.productions[first], units)))
+        found.append(
+            (
+                (first, int(neurons[0, 0])),
+                _group(slots[neurons[0]], neurons, roles, notes, notes.productions[first], units),
+            )
+        )
     found.sort(key=lambda item: item[0])
     return _Level(found, grouped, why)
 

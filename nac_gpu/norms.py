@@ -1,6 +1,5 @@
 """Rules for normalisations: over a batch, an image, a group of channels, or channels."""
 
-import torch
 from torch import Tensor
 
 from nac_gpu.labels import CHANNELS, MEAN, UNITS, Labels, varying

@@ -138,7 +138,8 @@ class Notes:
 
     def along(self, tensor: Tensor, dim: int) -> Tensor | None:
         """The atoms along one dimension, int64 [size]; None if unlabelled. Where they vary elsewhere too, all that
-        stand at one position are united."""
+        stand at one position are united.
+        """
         dim %= tensor.ndim
         for plane in self.planes(tensor):
             dims = varying(plane)

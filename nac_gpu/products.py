@@ -188,9 +188,7 @@ def _depthwise(notes: Notes, kernels: Tensor, channels: Tensor, transposed: bool
     return made
 
 
-def _grouped(
-    notes: Notes, rows: Tensor, columns: Tensor, channels: Tensor, groups: int, transposed: bool
-) -> Tensor:
+def _grouped(notes: Notes, rows: Tensor, columns: Tensor, channels: Tensor, groups: int, transposed: bool) -> Tensor:
     """A convolution in groups: its channels are (group, channel); merged in step over the groups, or group by group."""
     reason = "each group of a convolution reads its own channels"
     read = channels.reshape(groups, -1)

@@ -174,7 +174,11 @@ def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
             notes.freeze_planes([plane], "channels are picked by index")
         indices = given["indices"] if call.name == "index" else [None] * dims[0] + [given["index"]]
         for dim, index in enumerate(indices):
-            if index is not None and dim in varying(plane) and not (index.ndim == 1 and _in_order(index, tensor.shape[dim])):
+            if (
+                index is not None
+                and dim in varying(plane)
+                and not (index.ndim == 1 and _in_order(index, tensor.shape[dim]))
+            ):
                 notes.freeze_planes([plane], "channels are picked by index")
         return
     own = [dim for dim in dims if dim in varying(plane)]
@@ -184,7 +188,9 @@ def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
         level = CHANNELS if len(varying(plane)) > 1 and own == [inner_axis(plane)] else BOTH
         notes.freeze_planes([plane], "channels are moved by a fixed number of places", level)
     elif call.name in ("slice", "narrow", "select", "split_with_sizes"):
-        parts = [out for out in pytree.tree_leaves(call.func(plane.expand(tensor.shape), *call.args[1:], **call.kwargs))]
+        parts = [
+            out for out in pytree.tree_leaves(call.func(plane.expand(tensor.shape), *call.args[1:], **call.kwargs))
+        ]
         equal = len({part.shape for part in parts}) == 1 and len(parts) > 1
         for part in parts:
             if part.numel() and part.numel() < tensor.numel() and not equal:
@@ -234,7 +240,7 @@ def _pixel_shuffle(notes: Notes, call: Call) -> list[Labels]:
 
 
 def _join(notes: Notes, call: Call) -> list[Labels]:
-    """cat and stack: labels stand side by side along the joined dimension, and meet along the others."""
+    """Concatenation: labels stand side by side along the joined dimension, and meet along the others."""
     ndim, stacked = call.outputs[0].ndim, call.name == "stack"
     tensors = [t for t in call.args[0] if stacked or t.ndim == ndim]  # cat skips empty 1-D
     dim = (call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)) % ndim

@@ -5,7 +5,7 @@ people's modules keep are found by name and value; whether the guess is right is
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -114,7 +114,10 @@ def _own_count(module: nn.Module) -> tuple[str, ...]:
     return ("num_groups",) if isinstance(module, nn.GroupNorm) else ()
 
 
-def _matching(modules: Mapping[str, nn.Module], names: Sequence[str], pattern: re.Pattern[str], fits) -> Iterator[tuple[str, str]]:  # noqa: ANN001
+def _matching(
+    modules: Mapping[str, nn.Module], names: Sequence[str], pattern: re.Pattern[str], fits: Callable[[int], bool]
+) -> Iterator[tuple[str, str]]:
+    """Attributes of these modules that hold a whole number of the right name and value."""
     for name in names:
         for attribute, value in vars(modules[name]).items():
             whole = isinstance(value, int) and not isinstance(value, bool) and value > 1

@@ -187,9 +187,7 @@ class Trial:
 
     def _failure(self, tried: Chosen) -> str | None:
         groups, widths = [group for group, _ in tried], [width for _, width in tried]
-        return failure(
-            self._model, self._inputs, groups, widths, auxiliary=self._auxiliary, tolerance=self._tolerance
-        )
+        return failure(self._model, self._inputs, groups, widths, auxiliary=self._auxiliary, tolerance=self._tolerance)
 
     def _good(self, tried: Chosen) -> Chosen:
         if not tried:

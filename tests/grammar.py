@@ -69,7 +69,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 #: Movement that a smaller network does not repeat in the same way: copies that merge may change what it moves where.
 SIZE_DEPENDENT = frozenset(
     "roll roll_back even_then_odd swap_halves every_other first_half maxout_pairs maxout_halves glu pixel_shuffle "
-    "shuffle numbered repeat repeat_interleave".split()
+    "shuffle numbered repeat repeat_interleave split".split()
 )
 
 

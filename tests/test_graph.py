@@ -105,6 +105,10 @@ def test_a_bare_result_that_something_else_reads_too_is_not_folded() -> None:
         (lambda x: F.layer_norm(x, x.shape[1:]), "normalised over channels in Net"),
         (lambda x: F.group_norm(x, 1), "normalised over channels in Net"),
         (lambda x: x.view(-1, 2, 4, 6, 6).sum((1, 2))[:, None].repeat(1, 8, 1, 1), "sum is taken over channels in Net"),
+        (lambda x: x.roll(3, 1), "channels are moved by a fixed number of places in Net"),
+        (lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1), "channels are moved by a fixed number of places in Net"),
+        (lambda x: x[:, [3, 1, 0, 2, 4, 5, 6, 7]], "channels are picked by index in Net"),
+        (lambda x: x[:, :1] + x[:, 1:].sum(1, keepdim=True) + x, "channels are cut into parts"),
         (lambda x: torch.fft.fft2(x).real, "operation _fft_"),
         (lambda x: torch.zeros(1, 16, 6, 6)[:, :8].copy_(x), "values are written in place"),
         (lambda x: torch.zeros(1, 16, 6, 6)[:, :8].add_(x), "values are written in place"),
@@ -119,7 +123,8 @@ def test_a_bare_result_that_something_else_reads_too_is_not_folded() -> None:
         ),
     ],
     ids=[
-        *("softmax", "cumsum", "mean", "constant", "matrix", "layernorm", "groupnorm", "regroup", "unknown", "copy"),
+        *("softmax", "cumsum", "mean", "constant", "matrix", "layernorm", "groupnorm", "regroup", "roll", "stride"),
+        *("pick", "first", "unknown", "copy"),
         *("add_to_view", "kernel", "made_kernel", "attention", "join", "computed_norm", "pooled"),
     ],
 )
@@ -133,8 +138,8 @@ def test_what_mixes_channels_is_left_alone_with_the_reason(between: Callable[[Te
     [
         lambda x: F.softmax(x, 2),
         lambda x: x.cumsum(3).abs().sqrt(),
-        lambda x: x.flip(1).roll(3, 1),
-        lambda x: x[:, torch.randperm(8, generator=torch.Generator().manual_seed(0))],
+        lambda x: x.flip(1).roll(3, 2),
+        lambda x: x[:, torch.arange(x.shape[1] - 1, -1, -1)],
         lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(),
         lambda x: F.interpolate(F.adaptive_avg_pool2d(x, 2), scale_factor=3),
         lambda x: torch.where(x > 0, x, torch.zeros_like(x)).clamp_(max=3),

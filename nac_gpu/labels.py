@@ -33,7 +33,7 @@ class Labels:
         planes: each an int64 tensor broadcastable to the tensor's shape, no two varying along the same dimension.
         parameter: the tensor is a parameter, or only a rearrangement of one.
         source: number of the producing operation whose bare result this is (before anything nonlinear), else None.
-        uniform: the tensor was made in the pass and holds one constant, at whatever size: initial states, masks of ones.
+        uniform: the tensor was made in the pass and holds one constant at whatever size: initial states, say.
     """
 
     planes: tuple[Tensor, ...] = ()

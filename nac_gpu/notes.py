@@ -137,8 +137,9 @@ class Notes:
                 self.uses[source] = self.uses.get(source, 0) + 1
 
     def along(self, tensor: Tensor, dim: int) -> Tensor | None:
-        """The atoms along one dimension, int64 [size]; None if unlabelled. Where they vary elsewhere too, all that
-        stand at one position are united.
+        """The atoms along one dimension, int64 [size]; None if unlabelled.
+
+        Where they vary elsewhere too, all that stand at one position are united.
         """
         dim %= tensor.ndim
         for plane in self.planes(tensor):

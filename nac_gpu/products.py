@@ -85,6 +85,7 @@ def _consume(notes: Notes, weight: list[Tensor], values: list[Tensor], tensor: T
     """A weight sums values over the shared dimension: its columns meet their labels.
 
     Args:
+        notes: what is noted.
         weight: planes of the weight.
         values: planes of what it reads.
         tensor: what it reads.

@@ -188,9 +188,7 @@ def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
         level = CHANNELS if len(varying(plane)) > 1 and own == [inner_axis(plane)] else BOTH
         notes.freeze_planes([plane], "channels are moved by a fixed number of places", level)
     elif call.name in ("slice", "narrow", "select", "split_with_sizes"):
-        parts = [
-            out for out in pytree.tree_leaves(call.func(plane.expand(tensor.shape), *call.args[1:], **call.kwargs))
-        ]
+        parts = pytree.tree_leaves(call.func(plane.expand(tensor.shape), *call.args[1:], **call.kwargs))
         equal = len({part.shape for part in parts}) == 1 and len(parts) > 1
         for part in parts:
             if part.numel() and part.numel() < tensor.numel() and not equal:
@@ -277,8 +275,8 @@ def _copy(notes: Notes, call: Call) -> list[Labels]:
 def _scattered(notes: Notes, call: Call) -> list[Labels]:
     """Rows at indices along one dimension: labels along the others meet."""
     given = call.given
-    target, source, dim = given["self"], given.get("source", given.get("src")), given["dim"] % given["self"].ndim
-    index = given["index"]
+    target, index, dim = given["self"], given["index"], given["dim"] % given["self"].ndim
+    source = given["source"] if "source" in given else given["src"]
     if any(dim in varying(plane) for t in (target, source) for plane in notes.planes(t)) or notes.planes(index):
         notes.freeze(call.tensors, f"operation {call.name} writes along channels")
         return [Labels()]

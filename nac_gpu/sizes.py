@@ -49,7 +49,8 @@ def set_sizes(module: nn.Module) -> None:
     elif isinstance(module, nn.RNNCellBase):
         module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
     elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # Hugging Face's transposed Linear
-        module.nx, module.nf = module.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        weight = module.get_parameter("weight")
+        vars(module).update(nx=weight.shape[0], nf=weight.shape[1])
 
 
 def _set_convolution(module: nn.modules.conv._ConvNd) -> None:

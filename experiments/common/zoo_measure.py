@@ -1,0 +1,138 @@
+"""What is measured of one model of the zoo: by this library, and by Torch-Pruning."""
+
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import nac_gpu as nac
+from common.checks import compressible_share, identity, outputs, randomise, training_step
+from common.zoo_models import Case
+from nac_gpu.plan import prepare
+
+Row = dict[str, Any]
+WIDTH = 0.5
+
+
+def memory() -> int:
+    """The most memory that this process ever held, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1 if sys.platform != "darwin" else 1024) // 1024
+
+
+def said(error: BaseException) -> str:
+    """An error in one line: its type, what it says, and the last place in the stack."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:400]
+    return f"{type(error).__name__}: {text} ({place.name}, line {place.lineno})"
+
+
+def built(case: Case) -> tuple[nn.Module, Any]:
+    """The model in eval mode with random weights, and its inputs."""
+    torch.manual_seed(0)
+    return randomise(case.build()).eval(), case.inputs()
+
+
+def compression(case: Case, note: Callable[[Row], None]) -> None:
+    """Plan, identity and a network of half the width.
+
+    Args:
+        case: the model.
+        note: takes what is known so far, after every stage.
+    """
+    row: Row = {"stage": "building"}
+
+    def reached(stage: str, **known: Any) -> None:
+        row.update(known, stage=stage, memory=memory(), processor_seconds=time.process_time())
+        note(row)
+
+    try:
+        model, inputs = built(case)
+        reached("planning", parameters=sum(p.numel() for p in model.parameters()))
+        start = time.perf_counter()
+        try:
+            plan, groups = prepare(model, inputs, WIDTH)  # what nac.plan does
+        except ValueError as error:
+            if not str(error).startswith("nothing to compress"):
+                raise
+            reached(
+                "done",
+                seconds=time.perf_counter() - start,
+                groups=0,
+                share=0.0,
+                left_alone=[["", 0, str(error)[:2000]]],
+            )
+            return
+        reached(
+            "identity",
+            seconds=time.perf_counter() - start,
+            groups=len(groups),
+            share=compressible_share(model, groups),
+            left_alone=[[alone.layer, alone.size, alone.reason] for alone in plan.left_alone],
+        )
+        found = identity(model, inputs, groups, list(plan.widths.values()))
+        reached("compressing", identity=found.error, effect=found.effect, vacuous=found.vacuous)
+        small = nac.compress(model, inputs, width=WIDTH, method="random")
+        reached("training", after=sum(p.numel() for p in small.parameters()))
+        del model
+        training_step(small, inputs)
+        if case.afterwards is not None:
+            reached("generating")
+            case.afterwards(small)
+        reached("done")
+    except Exception as error:  # whatever goes wrong is what the zoo is there to find
+        reached(row["stage"], error=said(error))
+
+
+def last_layer(model: nn.Module) -> list[nn.Module]:
+    """The last Linear, or where there is none the last convolution."""
+    for kind in (nn.Linear, nn.modules.conv._ConvNd):
+        found: list[nn.Module] = [module for module in model.modules() if isinstance(module, kind)]
+        if found:
+            return found[-1:]
+    return []
+
+
+def peer(case: Case, note: Callable[[Row], None]) -> None:
+    """Torch-Pruning to the same share of the channels.
+
+    Args:
+        case: the model.
+        note: takes what is known so far, after every stage.
+    """
+    import torch_pruning as tp  # pyright: ignore[reportMissingImports] -- optional
+
+    row: Row = {"stage": "building"}
+
+    def reached(stage: str, **known: Any) -> None:
+        row.update(known, stage=stage, memory=memory(), processor_seconds=time.process_time())
+        note(row)
+
+    try:
+        model, inputs = built(case)
+        heads: dict[Any, Any] = {  # as its documentation asks for with attention written in the manner of timm
+            module.qkv: module.num_heads
+            for module in model.modules()
+            if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads")
+        }
+        reached("pruning", parameters=sum(p.numel() for p in model.parameters()))
+        start = time.perf_counter()
+        pruner = tp.pruner.MagnitudePruner(
+            model,
+            inputs,
+            importance=tp.importance.GroupMagnitudeImportance(),
+            pruning_ratio=1 - WIDTH,
+            ignored_layers=last_layer(model),
+            num_heads=heads,
+        )
+        pruner.step()
+        reached("running", seconds=time.perf_counter() - start, after=sum(p.numel() for p in model.parameters()))
+        outputs(model, inputs)
+        reached("done", outcome="ok")
+    except Exception as error:  # whatever goes wrong is the result
+        reached(row["stage"], outcome=f"fails: {said(error)}")

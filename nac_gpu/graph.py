@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode
 
 from nac_gpu.groups import Graph, LeftAlone, find_groups
 from nac_gpu.labels import Atoms, Labels
@@ -30,6 +31,7 @@ class _Record(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.flops = 0
         self.modules: list[str] = [type(model).__name__]  # that are running, the innermost last
         named = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(tensor): name for name, tensor in named}
@@ -126,7 +128,7 @@ def evaluating(model: nn.Module, *, auxiliary: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_small_operations(model: nn.Module) -> Iterator[None]:
+def in_small_operations(model: nn.Module) -> Iterator[None]:
     """Attention and LSTM as the matrix products that they are, not as one operation."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     before = torch._C._get_mkldnn_enabled(), torch.backends.cudnn.enabled
@@ -161,7 +163,7 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
             f"the example inputs do not fit the forward pass: {seen.modules[-1]} raised {type(error).__name__}: "
             f"{error}; expected inputs with which model(...) runs, got {_describe(example_inputs)}"
         ) from error
-    auxiliary = False
+    auxiliary, flops = False, seen.flops
     if seen.unread():
         again = _Record(model)
         with contextlib.suppress(Exception):  # training may need targets, say
@@ -170,7 +172,7 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
             seen = again if auxiliary else seen
     unread = [LeftAlone(name.removesuffix(".weight"), size, NOT_RUN) for name, size in seen.unread().items()]
     graph = find_groups(seen.notes)
-    return replace(graph, left_alone=(*graph.left_alone, *unread), auxiliary=auxiliary)
+    return replace(graph, left_alone=(*graph.left_alone, *unread), auxiliary=auxiliary, flops=flops)
 
 
 NOT_RUN = "it does not run on these example inputs"
@@ -190,8 +192,10 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxi
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
-        with evaluating(model, auxiliary=auxiliary), _in_small_operations(model), mode:
+        counter = FlopCounterMode(display=False)
+        with evaluating(model, auxiliary=auxiliary), in_small_operations(model), counter, mode:
             output = call(model, example_inputs)
+        mode.flops = counter.get_total_flops()
     finally:
         for hook in hooks:
             hook.remove()

@@ -104,11 +104,13 @@ class Graph:
         groups: in the order of the pass.
         left_alone: what is in no group.
         auxiliary: layers were seen that run in training only.
+        flops: of the pass, as `nac_gpu.cost` counts them.
     """
 
     groups: tuple[Group, ...]
     left_alone: tuple[LeftAlone, ...]
     auxiliary: bool = False
+    flops: int = 0
 
 
 @dataclass(frozen=True)

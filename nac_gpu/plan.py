@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nac_gpu.cost import Cost, cost
+from nac_gpu.cost import Cost
 from nac_gpu.graph import ExampleInputs, record
 from nac_gpu.groups import Graph, Group, LeftAlone
-from nac_gpu.rebuild import rebuild, tensors
-from nac_gpu.sizes import attributes
-from nac_gpu.trial import Trial, shrunk
+from nac_gpu.trial import Trial
 from nac_gpu.unwrap import computed, unwrapped
 
 Width = float | Mapping[str, int | float]
@@ -162,12 +160,10 @@ def prepare(
     graph = replace(graph, groups=tuple(g for g, _ in chosen), left_alone=(*graph.left_alone, *trial.alone))
     if not graph.groups:
         raise ValueError(f"nothing to compress: {_reasons(graph)}")
-    widths = [kept for _, kept in chosen]
     planned = tuple(GroupPlan(g.name, g.layers, g.size, kept, bool(g.units)) for g, kept in chosen)
-    small = rebuild(model, shrunk(tensors(model), graph.groups, widths), attributes(model, graph.groups, widths))
-    made = Plan(
-        planned, graph.left_alone, cost(model, example_inputs), cost(small, example_inputs), (*wrappers, *changes)
-    )
+    assert trial.after is not None, "they were tried together"
+    before = Cost(sum(parameter.numel() for parameter in model.parameters()), graph.flops)
+    made = Plan(planned, graph.left_alone, before, trial.after, (*wrappers, *changes))
     return Prepared(made, model, graph.groups)
 
 

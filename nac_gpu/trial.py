@@ -4,18 +4,19 @@ Some neurons of every group are made copies of others. Merging copies must not c
 or if the smaller network does not run (a size is written into the model's code), the group is left alone.
 """
 
-import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
-from nac_gpu.graph import ExampleInputs, call, evaluating, tensors_in
+from nac_gpu.cost import Cost
+from nac_gpu.graph import ExampleInputs, call, evaluating, in_small_operations, tensors_in
 from nac_gpu.groups import Group, LeftAlone
-from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.sizes import attributes, guesses
 
@@ -52,7 +53,7 @@ def random_labels(size: int, clusters: int, generator: torch.Generator) -> Tenso
 
 def outputs(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool = False) -> list[Tensor]:
     """All tensors that the model returns in eval mode, with what auxiliary heads return if asked for."""
-    with evaluating(model, auxiliary=auxiliary):
+    with evaluating(model, auxiliary=auxiliary), in_small_operations(model):
         return list(tensors_in(call(model, example_inputs)))
 
 
@@ -68,108 +69,104 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     return worst
 
 
-def in_dtype(model: nn.Module, example_inputs: ExampleInputs, dtype: torch.dtype) -> tuple[nn.Module, ExampleInputs]:
-    """A copy of the model and its inputs in another type."""
-
-    def cast(value: object) -> object:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return copy.deepcopy(model).to(dtype), pytree.tree_map(cast, example_inputs)
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors in another type, anything else as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def in_float64(model: nn.Module, example_inputs: ExampleInputs) -> tuple[nn.Module, ExampleInputs]:
     """A copy of the model and its inputs in float64."""
-    return in_dtype(model, example_inputs, torch.float64)
+    return copy.deepcopy(model).double(), pytree.tree_map(lambda value: in_dtype(value, torch.float64), example_inputs)
 
 
-def lively(tensor: Tensor, generator: torch.Generator) -> Tensor:
+def lively(tensor: Any, generator: torch.Generator) -> Any:
     """The tensor, or random numbers of its shape where it holds one constant.
 
     Zero-initialised heads, layer scales of 1e-6 and inputs of zeros hide what merging does; none may make the trial
     vacuous.
     """
-    if tensor.numel() < 2 or not tensor.is_floating_point() or not bool((tensor == tensor.flatten()[0]).all()):
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.numel() < 2
+        or not tensor.is_floating_point()
+        or not bool((tensor == tensor.flatten()[0]).all())
+    ):
         return tensor
     fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
     drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
     return drawn / fan_in**0.5
 
 
-def failure(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    groups: Sequence[Group],
-    widths: Sequence[int],
-    *,
-    seed: int = 0,
-    auxiliary: bool = False,
-    tolerance: float = TOLERANCE[torch.float64],
-) -> str | None:
-    """Why these groups cannot be merged to these widths, or None if they can.
+def merged_copies(state: Mapping[str, Tensor], groups: Sequence[Group], labels: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Tensors in which every cluster of identical neurons is one, whose outgoing connections are summed.
 
     Args:
-        model: in float64, or the widest type that it runs in; not changed.
-        example_inputs: in the same type; inputs and parameters that hold one constant are replaced by random ones.
-        groups: to merge, all at once.
-        widths: clusters of each.
-        seed: of the choice of copies.
-        auxiliary: compare what auxiliary heads return, too.
-        tolerance: largest relative error.
+        state: tensors by name; not changed.
+        groups: the groups.
+        labels: for each group, int64 [n].
     """
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {name for name, _ in model.named_parameters()}
-    copies = {name: lively(t, generator) if name in parameters else t for name, t in tensors(model).items()}
-    example_inputs = pytree.tree_map(lambda v: lively(v, generator) if isinstance(v, Tensor) else v, example_inputs)
-    labels = [random_labels(group.size, width, generator) for group, width in zip(groups, widths, strict=True)]
+    small = dict(state)
+    all_moves: dict[tuple[str, int], list[tuple[Tensor, Tensor, bool]]] = {}
     for group, chosen in zip(groups, labels, strict=True):
-        copies = copy_neurons(copies, group, chosen)
-    merger = Merger(copies)
-    for group, chosen in zip(groups, labels, strict=True):
-        merger.merge(group, chosen)
-    modes = (False, True) if auxiliary else (False,)
-    copied = rebuild(model, copies)
-    expected = [tensor for mode in modes for tensor in outputs(copied, example_inputs, auxiliary=mode)]
-    del copied
-    try:
-        small = rebuild(model, merger.finish(), attributes(model, groups, widths))
-        found = [tensor for mode in modes for tensor in outputs(small, example_inputs, auxiliary=mode)]
-    except Exception as error:  # whatever the user's code raises when a width is not what it was written for
-        return f"the smaller network does not run: {type(error).__name__}: {error}"
-    error = relative_error(found, expected)
-    if not error <= tolerance:
-        return f"merging identical neurons changed the outputs (relative error {error:.1e})"
-    return None
-
-
-def shrunk(state: Mapping[str, Tensor], groups: Sequence[Group], widths: Sequence[int]) -> dict[str, Tensor]:
-    """Tensors of the sizes that a compression will give, whatever their values."""
-    merger = Merger(dict(state))
-    for group, width in zip(groups, widths, strict=True):
-        merger.merge(group, torch.arange(group.size).clamp_max(width - 1))
-    return merger.finish()
+        first = torch.full((int(chosen.max()) + 1,), group.size, dtype=torch.int64)
+        first.scatter_reduce_(0, chosen, torch.arange(group.size), "amin")
+        home = first[chosen]
+        away = home != torch.arange(group.size)
+        for member in group.members:
+            moved = member.index[away].flatten(), member.index[home][away].flatten()
+            all_moves.setdefault((member.tensor, member.dim), []).append((*moved, member.role == "sum"))
+    for (name, dim), moves in sorted(
+        all_moves.items(), key=lambda item: any(added for _, _, added in item[1])
+    ):  # small ones first
+        old = small[name]
+        kept = torch.ones(old.shape[dim], dtype=torch.bool)
+        for source, _, _ in moves:
+            kept[source] = False
+        place = (kept.cumsum(0) - 1).to(old.device)
+        new = old.index_select(dim, kept.nonzero().flatten().to(old.device))
+        for source, target, added in moves:
+            if added:
+                parts = old.index_select(dim, source.to(old.device))
+                new.index_add_(dim, place[target.to(old.device)], parts)
+        small[name] = new
+    return small
 
 
 Chosen = list[tuple[Group, int]]
 
 
 class Trial:
-    """Tries groups on the example inputs; `alone` lists those that failed.
+    """Tries groups on the example inputs.
+
+    Attributes:
+        alone: groups that failed, and why.
+        after: cost of the smaller network, once all that passed have been tried together.
 
     Args:
         model: not changed.
-        example_inputs: as for `record`.
+        example_inputs: as for `record`; inputs and parameters that hold one constant are replaced by random ones.
         auxiliary: compare what auxiliary heads return, too.
+        seed: of the choice of copies.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool = False, seed: int = 0
+    ) -> None:
         self.alone: list[LeftAlone] = []
+        self.after: Cost | None = None
+        self._model, self._inputs, self._seed = model, example_inputs, seed
         self._auxiliary = auxiliary
-        for dtype, tolerance in TOLERANCE.items():
-            self._model, self._inputs = in_dtype(model, example_inputs, dtype)
-            self._tolerance = tolerance
-            with contextlib.suppress(Exception):  # an operation that float64 has not: float32 then
-                outputs(self._model, self._inputs, auxiliary=auxiliary)
-                return
+        self._set_dtype(torch.float64)
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(self._seed)
+        self._dtype = dtype
+        parameters = {name for name, _ in self._model.named_parameters()}
+        self._state = {
+            name: lively(value, generator) if name in parameters else value
+            for name, value in pytree.tree_map(lambda value: in_dtype(value, dtype), tensors(self._model)).items()
+        }
+        self._lively_inputs = pytree.tree_map(lambda value: lively(in_dtype(value, dtype), generator), self._inputs)
 
     def passed(self, chosen: Chosen) -> Chosen:
         """The groups, with their widths, that can be merged; attributes that have to follow them are found out.
@@ -179,20 +176,50 @@ class Trial:
         """
         likely = [(replace(group, attributes=next(guesses(self._model, group))), width) for group, width in chosen]
         good = self._good(likely)
-        together = self._failure(good) if len(good) < len(likely) else None
+        together = self.failure(good) if len(good) < len(likely) else None
         if together is None:
             return good
         self.alone += [LeftAlone(g.name, g.size, f"together with the other groups: {together}") for g, _ in good]
         return []
 
-    def _failure(self, tried: Chosen) -> str | None:
+    def failure(self, tried: Chosen) -> str | None:
+        """Why these groups cannot be merged to these widths, all at once, or None if they can."""
         groups, widths = [group for group, _ in tried], [width for _, width in tried]
-        return failure(self._model, self._inputs, groups, widths, auxiliary=self._auxiliary, tolerance=self._tolerance)
+        generator = torch.Generator().manual_seed(self._seed)
+        labels = [random_labels(group.size, width, generator) for group, width in tried]
+        copies = self._state
+        for group, chosen in zip(groups, labels, strict=True):
+            copies = copy_neurons(copies, group, chosen)
+        copied = rebuild(self._model, copies)
+        try:
+            expected = outputs(copied, self._lively_inputs)
+            if self._auxiliary:
+                expected += outputs(copied, self._lively_inputs, auxiliary=True)
+        except Exception:
+            if self._dtype == torch.float32:
+                raise
+            self._set_dtype(torch.float32)  # an operation that float64 has not
+            return self.failure(tried)
+        del copied
+        counter = FlopCounterMode(display=False)
+        try:
+            small = rebuild(self._model, merged_copies(copies, groups, labels), attributes(self._model, groups, widths))
+            with counter:
+                found = outputs(small, self._lively_inputs)
+            if self._auxiliary:
+                found += outputs(small, self._lively_inputs, auxiliary=True)
+        except Exception as error:  # whatever the user's code raises when a width is not what it was written for
+            return f"the smaller network does not run: {type(error).__name__}: {error}"
+        error = relative_error(found, expected)
+        if not error <= TOLERANCE[self._dtype]:
+            return f"merging identical neurons changed the outputs (relative error {error:.1e})"
+        self.after = Cost(sum(parameter.numel() for parameter in small.parameters()), counter.get_total_flops())
+        return None
 
     def _good(self, tried: Chosen) -> Chosen:
         if not tried:
             return []
-        why = self._failure(tried)
+        why = self.failure(tried)
         if why is None:
             return tried
         if len(tried) > 1:
@@ -201,7 +228,7 @@ class Trial:
         group, width = tried[0]
         for more in list(guesses(self._model, group))[1:]:
             again = replace(group, attributes=more)
-            if self._failure([(again, width)]) is None:
+            if self.failure([(again, width)]) is None:
                 return [(again, width)]
         share = width / group.size
         found = self._good([(other, max(1, round(share * other.size))) for other in group.otherwise])

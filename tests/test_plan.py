@@ -202,15 +202,16 @@ def test_the_trial_is_not_vacuous_behind_a_head_of_zeros() -> None:
     """A wrong rule would be caught by the trial alone."""
     from nac_gpu.graph import record
     from nac_gpu.groups import Group, Member
-    from nac_gpu.trial import failure, in_float64
+    from nac_gpu.trial import Trial, in_float64
 
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     nn.init.zeros_(model[2].weight)
     double, inputs = in_float64(model, torch.zeros(2, 6))
     (group,) = record(double, inputs).groups
-    assert failure(double, inputs, [group], [4]) is None
+    trial = Trial(double, inputs)
+    assert trial.failure([(group, 4)]) is None
     wrong = tuple(Member(m.tensor, m.dim, "mean", m.index) for m in group.members)
     broken = Group(group.name, group.size, wrong, group.producers, group.norms)
-    message = failure(double, inputs, [broken], [4])
+    message = trial.failure([(broken, 4)])
     assert message is not None
     assert "changed the outputs" in message

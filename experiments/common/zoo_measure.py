@@ -56,7 +56,7 @@ def compression(case: Case, note: Callable[[Row], None]) -> None:
         reached("planning", parameters=sum(p.numel() for p in model.parameters()))
         start = time.perf_counter()
         try:
-            plan, groups = prepare(model, inputs, WIDTH)  # what nac.plan does
+            prepared = prepare(model, inputs, WIDTH)  # what nac.plan does
         except ValueError as error:
             if not str(error).startswith("nothing to compress"):
                 raise
@@ -71,15 +71,15 @@ def compression(case: Case, note: Callable[[Row], None]) -> None:
         reached(
             "identity",
             seconds=time.perf_counter() - start,
-            groups=len(groups),
-            share=compressible_share(model, groups),
-            left_alone=[[alone.layer, alone.size, alone.reason] for alone in plan.left_alone],
+            groups=len(prepared.groups),
+            share=compressible_share(prepared.model, prepared.groups),
+            left_alone=[[alone.layer, alone.size, alone.reason] for alone in prepared.plan.left_alone],
         )
-        found = identity(model, inputs, groups, list(plan.widths.values()))
+        found = identity(prepared.model, inputs, prepared.groups, list(prepared.plan.widths.values()))
         reached("compressing", identity=found.error, effect=found.effect, vacuous=found.vacuous)
         small = nac.compress(model, inputs, width=WIDTH, method="random")
         reached("training", after=sum(p.numel() for p in small.parameters()))
-        del model
+        del model, prepared
         training_step(small, inputs)
         if case.afterwards is not None:
             reached("generating")

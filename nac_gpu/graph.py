@@ -72,7 +72,7 @@ class _Record(TorchDispatchMode):
             outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
             labels = apply(self.notes, Call(func, args, kwargs, outputs))
             for tensor, found in zip(outputs, labels, strict=True):
-                if found.planes or found.uniform or id(tensor) in self._labels:
+                if found.planes or found.uniform or found.pending or id(tensor) in self._labels:
                     self._labels[id(tensor)] = (tensor, found)
         return out
 
@@ -200,6 +200,7 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxi
         for hook in hooks:
             hook.remove()
     for tensor in tensors_in(output):
+        mode.notes.atoms.separations.extend(mode.labels_of(tensor).pending)
         for plane in mode.labels_of(tensor).planes:
             mode.notes.atoms.freeze(plane, "model output")
 

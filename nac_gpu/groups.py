@@ -195,7 +195,7 @@ def _level(notes: Notes, level: int, numbers: dict[str, int]) -> _Level:
     made = made[classes]
     why = torch.full((count,), len(numbers), dtype=torch.int64)
     for separation in reversed(atoms.separations):
-        if separation.level & level:
+        if separation.level & level and bool((separation.keys != separation.keys[:1]).any()):  # not only a part
             why[classes[separation.atoms]] = numbers[separation.reason]
     why = why[classes]
     why = torch.where(why == len(numbers), numbers[_ONE], why)
@@ -209,7 +209,7 @@ def _level(notes: Notes, level: int, numbers: dict[str, int]) -> _Level:
     if level == CHANNELS:
         why = torch.where(of_units, numbers[_OF_UNITS], why)
 
-    used = (usable & (roles > 0) & ~virtual).nonzero().flatten()
+    used = (usable & ((roles > 0) | virtual)).nonzero().flatten()
     used = used[classes[used].argsort(stable=True)]  # by class, in each by atom
     _, row, sizes = classes[used].unique_consecutive(return_inverse=True, return_counts=True)
     starts = sizes.cumsum(0) - sizes
@@ -224,6 +224,7 @@ def _level(notes: Notes, level: int, numbers: dict[str, int]) -> _Level:
         if len(rows) < 2:
             continue
         neurons = used[starts[rows, None] + torch.arange(int(sizes[rows[0]]))]
+        neurons = neurons[:, ~virtual[neurons[0]]]
         root = classes[neurons[0, 0]]
         units: tuple[str, ...] = ()
         if level == UNITS:

@@ -33,6 +33,7 @@ class Labels:
         planes: each an int64 tensor broadcastable to the tensor's shape, no two varying along the same dimension.
         parameter: the tensor is a parameter, or only a rearrangement of one.
         source: number of the producing operation whose bare result this is (before anything nonlinear), else None.
+        pending: holds as soon as something reads the tensor: an average that nobody looks at keeps nothing apart.
         uniform: the tensor was made in the pass and holds one constant at whatever size: initial states, say.
     """
 
@@ -40,6 +41,7 @@ class Labels:
     parameter: bool = False
     source: int | None = None
     uniform: bool = False
+    pending: tuple["Separation", ...] = ()
 
 
 def compact(plane: Tensor) -> Tensor | None:
@@ -149,13 +151,18 @@ class Atoms:
 
     def separate(self, plane: Tensor, dims: Sequence[int], reason: str, level: int = BOTH) -> None:
         """Keep the atoms of a plane apart along these dimensions."""
+        self.separations.append(self.separation(plane, dims, reason, level))
+
+    @staticmethod
+    def separation(plane: Tensor, dims: Sequence[int], reason: str, level: int = BOTH) -> Separation:
+        """What `separate` notes down."""
         key = torch.zeros((), dtype=torch.int64)
         for dim in dims:
             shape = [1] * plane.ndim
             shape[dim] = plane.shape[dim]
             key = key * plane.shape[dim] + torch.arange(plane.shape[dim]).reshape(shape)
         known = plane >= 0
-        self.separations.append(Separation(plane[known], key.expand(plane.shape)[known], reason, level))
+        return Separation(plane[known], key.expand(plane.shape)[known], reason, level)
 
     def freeze(self, atoms: Tensor, reason: str, level: int = BOTH) -> None:
         """These atoms must stay as they are (`NONE` among them is ignored)."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nac_gpu.labels import BOTH, CHANNELS, MEAN, UNITS, Atoms, Labels, varying
+from nac_gpu.labels import BOTH, CHANNELS, MEAN, UNITS, Atoms, Labels, Separation, varying
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,14 @@ class Notes:
             return self.atoms.slot_at(int(plane.flatten()[0])).dim
         return min(1, tensor.ndim - 1)
 
-    def mix(self, planes: Iterable[Tensor], dims: Iterable[int], reason: str, level: int = BOTH) -> list[Tensor]:
+    def mix(
+        self,
+        planes: Iterable[Tensor],
+        dims: Iterable[int],
+        reason: str,
+        level: int = BOTH,
+        pending: list[Separation] | None = None,
+    ) -> list[Tensor]:
         """An operation lets values meet along these dimensions: what varies there stays apart there.
 
         Rows of such values are units: where a plane varies along other dimensions too, whole rows can be merged.
@@ -171,6 +178,7 @@ class Notes:
             dims: along which values meet.
             reason: shown to the user.
             level: `UNITS` where the equations of the channels are known to the caller.
+            pending: takes the separations, where they are to hold only once the result is read.
 
         Returns:
             What is left once these dimensions are gone: planes that do not vary along them, and planes of units.
@@ -181,7 +189,10 @@ class Notes:
             if not own:
                 left.append(plane)
                 continue
-            self.separate(plane, own, reason, level)
+            if pending is None:
+                self.separate(plane, own, reason, level)
+            else:
+                pending.append(self.atoms.separation(plane, own, f"{reason} in {self.module()}", level))
             if len(own) == len(varying(plane)):
                 continue
             first = plane

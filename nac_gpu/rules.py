@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nac_gpu.labels import BOTH, CHANNELS, MEAN, NONE, Labels, compact, varying
+from nac_gpu.labels import BOTH, CHANNELS, MEAN, NONE, Labels, Separation, compact, varying
 from nac_gpu.norms import BATCH_NORMS, batch_norm, group_norm, layer_norm
 from nac_gpu.notes import Call, Notes, aligned, inner_axis
 from nac_gpu.products import MATRIX_PRODUCTS, convolution, embedding, matrix_product
@@ -53,6 +53,8 @@ def apply(notes: Notes, call: Call) -> list[Labels]:
     """The labels of an operation's outputs, in order; what it means is noted."""
     if call.name in FACTORIES:
         return call.each(Labels(uniform=True))
+    for tensor in call.tensors:
+        notes.atoms.separations.extend(notes.labels_of(tensor).pending)
     labelled = [tensor for tensor in call.tensors if notes.planes(tensor)]
     if not labelled or call.name in VALUE_FREE:
         return call.each(Labels(uniform=_stays_uniform(notes, call)))
@@ -349,10 +351,11 @@ def _reduction(notes: Notes, call: Call) -> list[Labels]:
     if dims is None or dims == []:
         dims = range(tensor.ndim)
     reduced = {dim % tensor.ndim for dim in (dims if isinstance(dims, Sequence) else [dims])}
-    kept = notes.mix(notes.planes(tensor), reduced, f"{call.name.strip('_')} is taken over channels")
+    pending: list[Separation] = []
+    kept = notes.mix(notes.planes(tensor), reduced, f"{call.name.strip('_')} is taken over channels", pending=pending)
     if not given.get("keepdim", False):
         kept = [plane.reshape([s for dim, s in enumerate(plane.shape) if dim not in reduced]) for plane in kept]
-    return call.each(Labels(tuple(kept)))
+    return call.each(Labels(tuple(kept), pending=tuple(pending)))
 
 
 def _along_dim(notes: Notes, call: Call) -> list[Labels]:

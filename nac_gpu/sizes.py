@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from nac_gpu.attention import shrink
 from nac_gpu.groups import Group
 
 #: New values by (module, attribute).
@@ -48,6 +49,10 @@ def set_sizes(module: nn.Module) -> None:
             module.hidden_size = weight.shape[1]
     elif isinstance(module, nn.RNNCellBase):
         module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
+    elif isinstance(module, nn.MultiheadAttention):
+        weight = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
+        if len(weight) != module.embed_dim * (1 if module.in_proj_weight is None else 3):
+            shrink(module)
     elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # Hugging Face's transposed Linear
         weight = module.get_parameter("weight")
         vars(module).update(nx=weight.shape[0], nf=weight.shape[1])

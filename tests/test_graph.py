@@ -108,7 +108,7 @@ def test_a_bare_result_that_something_else_reads_too_is_not_folded() -> None:
         (lambda x: x.roll(3, 1), "channels are moved by a fixed number of places in Net"),
         (lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1), "channels are moved by a fixed number of places in Net"),
         (lambda x: x[:, [3, 1, 0, 2, 4, 5, 6, 7]], "channels are picked by index in Net"),
-        (lambda x: x[:, :1] + x[:, 1:].sum(1, keepdim=True) + x, "channels are cut into parts"),
+        (lambda x: x[:, :1] + x[:, 1:].sum(1, keepdim=True) + x, "sum is taken over channels in Net"),
         (lambda x: torch.fft.fft2(x).real, "operation _fft_"),
         (lambda x: torch.zeros(1, 16, 6, 6)[:, :8].copy_(x), "values are written in place"),
         (lambda x: torch.zeros(1, 16, 6, 6)[:, :8].add_(x), "values are written in place"),

@@ -215,3 +215,66 @@ def test_the_trial_is_not_vacuous_behind_a_head_of_zeros() -> None:
     message = trial.failure([(broken, 4)])
     assert message is not None
     assert "changed the outputs" in message
+
+
+def test_only_and_skip_by_name_module_and_pattern() -> None:
+    model, inputs = network("vgg19")
+    names = [g.name for g in nac.plan(model, inputs, width=0.5).groups]
+    assert names[0] == "features.0"
+    assert list(nac.plan(model, inputs, width=0.5, only=["features.0", "features.4*"]).widths) == [
+        name for name in names if name == "features.0" or name.startswith("features.4")
+    ]
+    plan = nac.plan(model, inputs, width=0.5, skip=["features.0"])
+    assert list(plan.widths) == names[1:]
+    assert ("features.0", "it is named in skip=") in {(a.layer, a.reason) for a in plan.left_alone}
+    assert nac.plan(model, inputs, width=0.5, only=["features"]).widths.keys() == dict.fromkeys(names).keys()
+    small = nac.compress(model, inputs, width=0.5, only=["features.0"], method="random")
+    assert nac.cost(small, inputs) == nac.plan(model, inputs, width=0.5, only=["features.0"]).after
+
+
+@pytest.mark.parametrize("option", ["only", "skip"])
+def test_unknown_names_in_filters(option: str) -> None:
+    model, inputs = network("cnn")
+    with pytest.raises(ValueError, match=rf"unknown layer 'nothing' in {option}=, expected some of: 0, 2, "):
+        nac.plan(model, inputs, width=0.5, **{option: ["nothing"]})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=rf"{option}='2': expected a sequence of names, such as \['2'\]"):
+        nac.plan(model, inputs, width=0.5, **{option: "2"})  # type: ignore[arg-type]
+
+
+class Auxiliary(nn.Module):
+    """A head that runs in training only, and one that never does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.extra = nn.Linear(6, 10), nn.Linear(10, 3), nn.Linear(10, 4)
+        self.unused = nn.Linear(10, 7)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.body(x).relu()
+        return (self.head(x), self.extra(x)) if self.training else self.head(x)
+
+
+def test_heads_that_run_in_training_only_are_compressed_too() -> None:
+    model = Auxiliary().eval()
+    plan = nac.plan(model, torch.randn(2, 6), width=0.5)
+    assert plan.widths == {"body": 5}
+    alone = {a.layer: a.reason for a in plan.left_alone}
+    assert alone == {
+        "head": "model output",
+        "extra": "model output",
+        "unused": "it does not run on these example inputs",
+    }
+    small = nac.compress(model, torch.randn(2, 6), plan)
+    assert [tuple(t.shape) for t in small.train()(torch.randn(2, 6))] == [(2, 3), (2, 4)]
+    assert not model.training
+
+
+def test_a_plan_says_what_are_heads() -> None:
+    model = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)
+    plan = nac.plan(model, torch.randn(2, 5, 8), width={"self_attn.*": 2})
+    assert [(g.name, g.before, g.after, g.units) for g in plan.groups] == [
+        ("self_attn.in_proj_weight", 4, 2, True),
+        ("linear1", 16, 16, False),
+    ]
+    assert "4       2  heads or groups of self_attn.in_proj_weight" in str(plan)
+    assert nac.Plan.from_json(plan.to_json()) == plan

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 class MultiheadAttention(nn.MultiheadAttention):
     """What an `nn.MultiheadAttention` becomes when heads are merged; never built, see `shrink`.
 
-    PyTorch's own computes the width of a head as `embed_dim // num_heads`, so its heads cannot be fewer. Parameters keep
-    their names; `forward` takes and gives the same.
+    PyTorch's own computes the width of a head as `embed_dim // num_heads`, so its heads cannot be fewer. Parameters
+    keep their names; `forward` takes and gives the same.
     """
 
     def forward(

@@ -93,7 +93,7 @@ def test_data_parallel_and_compiled_modules() -> None:
         assert said == (f"{kind} was taken off; wrap the smaller network again",)
         small = nac.compress(wrapped, INPUTS, width=0.5)  # type: ignore[arg-type]
         assert type(small) is nn.Sequential
-            with torch.no_grad():
+        with torch.no_grad():
             assert relative_error([copy.deepcopy(small)(INPUTS)], [small(INPUTS)]) == 0
 
 

@@ -225,5 +225,8 @@ def test_the_vgg_experiment_from_end_to_end(network: str, tmp_path: Path, capsys
 
 def test_results_of_another_configuration_are_not_mixed(tmp_path: Path) -> None:
     Results(tmp_path / "r.json", {"epochs": 1}, torch.device("cpu")).measure("row", 0, lambda: {"error": 1.0})
-    with pytest.raises(ValueError, match="was measured with"):
-        Results(tmp_path / "r.json", {"epochs": 2}, torch.device("cpu"))
+    for other in ({"epochs": 2}, {}, {"epochs": 1, "warp": 0.1}):
+        with pytest.raises(ValueError, match="was measured with"):
+            Results(tmp_path / "r.json", other, torch.device("cpu"))
+    newer = Results(tmp_path / "r.json", {"epochs": 1, "warp": 0.0}, torch.device("cpu"))
+    assert newer.values("row", "error") == [1.0]

@@ -22,16 +22,15 @@ from pathlib import Path
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
-import nac_gpu as nac
-from common.data import Images, load, statistics
+from common.data import statistics
+from common.mnist import METHODS, Run, printed, split
 from common.models import mnist_cnn
-from common.results import Measured, Results, mean_sd, table
-from common.training import Precision, Recipe, error_rate, fit
+from common.results import Measured, Results
+from common.training import Precision, Recipe
 
 WIDTHS = {"2": 5, "5": 12, "7": 12, "10": 80, "14": 60}  # conv_2 to conv_5 and the first linear layer; conv_1 stays 6
-METHODS = ("ward", "kmeans", "random")
 PAPER = {"baseline": ("0.69", "-"), "ward": ("5.14", "0.63")}  # error in percent: without fine-tuning, with
 
 
@@ -86,50 +85,24 @@ def initialised(seed: int) -> nn.Sequential:
 
 
 @dataclass(frozen=True)
-class Run:
+class CnnRun(Run):
     """The measurements of one seed.
 
     Attributes:
         options: of the command line.
-        seed: of everything drawn.
-        train: images to learn from, on the device.
-        test: images to measure on, on the device.
-        precision: where and how the arithmetic is done.
     """
 
     options: Options
-    seed: int
-    train: Images
-    test: Images
-    precision: Precision
 
-    def fit(self, model: nn.Module, row: str, recipe: Recipe) -> float:
-        """Train a model in place; its error in percent after the last epoch."""
-        label, name = f"seed {self.seed}, {row}", f"seed{self.seed}/{row.replace(' ', '-')}.pt"
-        checkpoint = self.options.output / name
-        errors = fit(
-            model, self.train, self.test, recipe, self.precision, seed=self.seed, label=label, checkpoint=checkpoint
-        )
-        return errors[-1]
-
-    def size(self, model: nn.Module) -> Measured:
-        """Parameters, and FLOPs of one image (2 per multiply-add)."""
-        cost = nac.cost(model, self.train.pixels[:1].float())
-        return {"parameters": cost.parameters, "flops": cost.flops}
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """Mean 0 and deviation 1 over the training images."""
+        return statistics(self.train)
 
     def baseline(self) -> tuple[nn.Module, Measured]:
-        """The trained network, and its size and error."""
+        """The trained network, in eval mode, and its size and error."""
         model = initialised(self.seed)
         error = self.fit(model, "baseline", self.options.baseline)
         return model, {**self.size(model), "error": error}
-
-    def merged(self, model: nn.Module, method: str) -> nn.Module:
-        """A network merged to Table 3's widths."""
-        return nac.compress(model, self.train.pixels[:1].float(), width=WIDTHS, method=method, seed=self.seed)
-
-    def measured(self, model: nn.Module) -> Measured:
-        """A network's size and error."""
-        return {**self.size(model), "error": error_rate(model, self.test, statistics(self.train), self.precision)}
 
     def tuned(self, model: nn.Module, row: str) -> Measured:
         """A network's error after fine-tuning, which changes it in place."""
@@ -140,7 +113,7 @@ class Run:
         model, values = self.baseline()
         results.measure("baseline", self.seed, lambda: values)
         for method in METHODS:
-            small = self.merged(model, method)
+            small = self.compressed(model, WIDTHS, method)
             results.measure(method, self.seed, partial(self.measured, small))
             results.measure(f"{method}, fine-tuned", self.seed, partial(self.tuned, small, method))
 
@@ -150,23 +123,9 @@ class Run:
         results.measure("baseline, fine-tuned", self.seed, lambda: self.tuned(model, "baseline trained on"))
 
 
-def printed(results: Results) -> str:
-    """Table 3: errors in percent, mean and sample standard deviation over the seeds, beside the paper's."""
-    rows = []
-    for row in ("baseline", *METHODS):
-        sizes = [results.values(row, column)[:1] for column in ("parameters", "flops")]
-        errors = [mean_sd(results.values(name, "error")) for name in (row, f"{row}, fine-tuned")]
-        rows.append([row, *(f"{size[0]:,}" if size else "-" for size in sizes), *errors, *PAPER.get(row, ("-", "-"))])
-    return table(["network", "parameters", "FLOPs", "error, %", "fine-tuned", "paper: error", "fine-tuned"], rows)
-
-
 def main(options: Options) -> None:
     """Measure every seed, write the results after every row, print the table."""
-    train, test = load("mnist", options.data, options.download)
-    if options.validate:
-        held_out = len(train) // 6
-        train, test = train.part(0, len(train) - held_out), train.part(len(train) - held_out, len(train))
-    train = train.part(0, options.images or len(train))
+    train, test = split(options.data, options.download, options.images, options.validate)
     precision = Precision.best(options.device)
     configuration = {
         "widths": WIDTHS,
@@ -177,12 +136,12 @@ def main(options: Options) -> None:
     }
     results = Results(options.results / "mnist_cnn.json", configuration, precision.device)
     train, test = train.to(precision.device), test.to(precision.device)
-    runs = [Run(options, seed, train, test, precision) for seed in options.seeds]
+    runs = [CnnRun(seed, train, test, precision, options.output, options) for seed in options.seeds]
     for run in runs:
         run.measure(results)
     for run in runs:
         run.controls(results)
-    print(printed(results))
+    print(printed(results, ("baseline", *METHODS), PAPER))
 
 
 if __name__ == "__main__":

@@ -23,21 +23,13 @@ def merge_centroids(centroids: Tensor, clusters: Clusters) -> None:
     if not uses_triton(centroids):
         return merge_centroids_torch(centroids, clusters)
     m, d = centroids.shape
-    masses, merges = torch.empty_like(clusters.masses), clusters.merges
+    masses = torch.empty_like(clusters.masses)
     _merge_centroids_kernel[(m,)](
         centroids,
-        clusters.masses,
-        clusters.nearest,
-        clusters.nearest_cost,
-        clusters.made_at,
-        clusters.point,
-        clusters.size,
+        *clusters.fields(),
         masses,
         clusters.alive,
-        merges.partner,
-        merges.cost,
-        merges.round,
-        merges.size,
+        *clusters.merges.fields(),
         d,
         clusters.rounds,
         DIMENSIONS=_DIMENSIONS,

@@ -22,6 +22,10 @@ class Merges:
     round: Tensor
     size: Tensor
 
+    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is kept per point, in the order in which kernels take it."""
+        return self.partner, self.cost, self.round, self.size
+
 
 @dataclass
 class Clusters:
@@ -76,6 +80,10 @@ class Clusters:
                 size=torch.zeros_like(slots),
             ),
         )
+
+    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What is kept per slot, in the order in which kernels take it."""
+        return self.masses, self.nearest, self.nearest_cost, self.made_at, self.point, self.size
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The lower and the higher slot of every pair of mutual nearest neighbours, int64 [p], lower ones ascending."""

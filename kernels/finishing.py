@@ -32,21 +32,12 @@ def finish(costs: Tensor, clusters: Clusters, batch: Batch) -> None:
     """
     if not uses_triton(costs):
         return finish_torch(costs, clusters, batch)
-    merges = clusters.merges
     scratch = torch.empty_like(clusters.nearest)
     _finish_kernel[(len(batch),)](
         costs,
-        clusters.masses,
-        clusters.nearest,
-        clusters.nearest_cost,
-        clusters.made_at,
-        clusters.point,
-        clusters.size,
+        *clusters.fields(),
         scratch,
-        merges.partner,
-        merges.cost,
-        merges.round,
-        merges.size,
+        *clusters.merges.fields(),
         batch.table,
         clusters.rounds,
         SLOTS=MOST_SLOTS,
@@ -60,8 +51,7 @@ def finish(costs: Tensor, clusters: Clusters, batch: Batch) -> None:
 
 def finish_torch(costs: Tensor, clusters: Clusters, batch: Batch) -> None:
     """The plain PyTorch twin of `finish`: one problem after the other, a round at a time."""
-    parts = (clusters.masses, clusters.nearest, clusters.nearest_cost, clusters.made_at, clusters.point, clusters.size)
-    for matrix, *slots in zip(batch.costs(costs), *(batch.slots(part) for part in parts), strict=True):
+    for matrix, *slots in zip(batch.costs(costs), *map(batch.slots, clusters.fields()), strict=True):
         one = Clusters(*slots, alive=clusters.alive.clone(), rounds=clusters.rounds, merges=clusters.merges)
         update_neighbours_torch(matrix, one, every=True)
         while (one.masses > 0).sum() > 1:

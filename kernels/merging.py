@@ -34,21 +34,13 @@ def merge_pairs(costs: Tensor, clusters: Clusters) -> None:
     if not uses_triton(costs):
         return merge_pairs_torch(costs, clusters)
     m = len(costs)
-    masses, merges = torch.empty_like(clusters.masses), clusters.merges
+    masses = torch.empty_like(clusters.masses)
     _merge_kernel[(m,)](
         costs,
-        clusters.masses,
-        clusters.nearest,
-        clusters.nearest_cost,
-        clusters.made_at,
-        clusters.point,
-        clusters.size,
+        *clusters.fields(),
         masses,
         clusters.alive,
-        merges.partner,
-        merges.cost,
-        merges.round,
-        merges.size,
+        *clusters.merges.fields(),
         m,
         clusters.rounds,
         COLUMNS=_COLUMNS,

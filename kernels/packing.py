@@ -28,13 +28,12 @@ def pack_slots(clusters: Clusters, size: int) -> Tensor:
     """
     if not uses_triton(clusters.masses):
         return pack_slots_torch(clusters, size)
-    old, m = clusters, len(clusters.masses)
-    position = (old.masses > 0).cumsum(0)
-    fields = (old.masses, old.nearest, old.nearest_cost, old.made_at, old.point, old.size)
-    new = [field.new_empty(size) for field in fields]
+    m = len(clusters.masses)
+    position = (clusters.masses > 0).cumsum(0)
+    new = [field.new_empty(size) for field in clusters.fields()]
     keep = position.new_empty(size)
     _pack_slots_kernel[(triton.cdiv(m, _COLUMNS),)](
-        *fields, position, *new, keep, m, size, COLUMNS=_COLUMNS, enable_fp_fusion=False
+        *clusters.fields(), position, *new, keep, m, size, COLUMNS=_COLUMNS, enable_fp_fusion=False
     )
     clusters.masses, clusters.nearest, clusters.nearest_cost, clusters.made_at, clusters.point, clusters.size = new
     return keep

@@ -54,7 +54,7 @@ class WardClustering:
         """Cluster the points.
 
         Args:
-            X: [n, d], n and d at least 1, finite real numbers of any dtype. Memory is that of n² float64.
+            X: [n, d], n and d at least 1, finite real numbers of any dtype. Memory is at most that of n² float64.
             y: ignored; scikit-learn's pipelines pass it.
             sample_weight: [n], the mass of every point, positive; None for unit masses. A point of mass 3 counts as
                 three equal points. May be of another kind, or on another device, than X.

@@ -104,8 +104,9 @@ def ward_linkage(
 
     Raises:
         TypeError: points or weights are not tensors of real (points: floating) numbers.
-        ValueError: the shape, device or values of points or weights are not as above, or a height overflows the dtype
-            of the result.
+        ValueError: the shape, device or values of points or weights are not as above; the weights of a sequence are
+            one tensor, or not as many as the sets; dtype or algorithm is none of those above; a set has too many points
+            for "batched"; or a height overflows the dtype of the result.
         MemoryError: not even the matrix-free algorithm fits.
     """
     if dtype not in (torch.float64, torch.float32):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import vgg_cifar
-from common.data import Images, augment, load, normalise, statistics
+from common.data import Images, augment, load, normalise, statistics, warped
 from common.fast_conv import fast_weight_gradients
 from common.results import Results
 from common.training import Precision, Recipe, error_rate, fit
@@ -69,6 +69,10 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pyte
         fit(loaded, blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=3, label="again", checkpoint=checkpoint) == expected
     )
     assert torch.equal(loaded[0].weight, whole[0].weight)
+    older = torch.load(checkpoint, weights_only=True)
+    del older["recipe"]["cutout"]  # a file from before there was cutout
+    torch.save(older, checkpoint)
+    assert fit(loaded, blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=3, label="old", checkpoint=checkpoint) == expected
     other = replace(RECIPE, epochs=4)
     with pytest.raises(ValueError, match="was made with"):
         fit(loaded, blobs(64, 0), blobs(32, 1), other, CPU, seed=3, label="other", checkpoint=checkpoint)
@@ -122,6 +126,23 @@ def test_augmented_images_are_shifted_and_mirrored_originals() -> None:
         assert any(torch.equal(image, c) or torch.equal(image, c.flip(2)) for c in candidates)
     assert not torch.equal(found, images)
     assert augment(images, 0, False, torch.Generator()) is images
+
+
+def test_warped_images_are_near_their_originals_and_black_outside() -> None:
+    pixels = torch.zeros(40, 1, 28, 28, dtype=torch.uint8)
+    pixels[:, :, 10:18, 12:16] = 200
+    found = warped(pixels, 0.15, torch.Generator().manual_seed(0))
+    assert found.shape == pixels.shape
+    assert found.dtype == torch.uint8
+    assert (found[:, :, 13:15, 13:15] == 200).all()
+    assert (found[:, :, :6] == 0).all()
+    assert len({image.numpy().tobytes() for image in found}) == 40
+    area = found.double().sum((1, 2, 3)) / 200
+    assert ((area > 32 / 1.4) & (area < 32 / 0.68)).all()
+    assert torch.equal(augment(pixels, 0, False, torch.Generator().manual_seed(0), warp=0.15), found)
+    bright = warped(torch.full_like(pixels, 200), 0.3, torch.Generator().manual_seed(0))
+    assert (bright[:, :, 0, 0] < 200).any()
+    assert torch.equal(warped(pixels, 0.0, torch.Generator()), pixels)
 
 
 def test_normalised_images_have_mean_zero_and_deviation_one() -> None:
@@ -204,5 +225,8 @@ def test_the_vgg_experiment_from_end_to_end(network: str, tmp_path: Path, capsys
 
 def test_results_of_another_configuration_are_not_mixed(tmp_path: Path) -> None:
     Results(tmp_path / "r.json", {"epochs": 1}, torch.device("cpu")).measure("row", 0, lambda: {"error": 1.0})
-    with pytest.raises(ValueError, match="was measured with"):
-        Results(tmp_path / "r.json", {"epochs": 2}, torch.device("cpu"))
+    for other in ({"epochs": 2}, {}, {"epochs": 1, "warp": 0.1}):
+        with pytest.raises(ValueError, match="was measured with"):
+            Results(tmp_path / "r.json", other, torch.device("cpu"))
+    newer = Results(tmp_path / "r.json", {"epochs": 1, "warp": 0.0}, torch.device("cpu"))
+    assert newer.values("row", "error") == [1.0]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mnist_cnn
 import mnist_dbn
+from common.models import dbn
 
 
 def write_idx(values: Tensor, path: Path) -> None:
@@ -57,6 +58,17 @@ def test_an_experiment_fills_its_table_and_measures_nothing_twice(
                 assert 0 <= rows[f"{prefix}{method}{suffix}"]["error"] <= 100
     (mnist_cnn if experiment is mnist_cnn else mnist_dbn).main(options)  # type: ignore[arg-type]
     assert (digits / f"{name}.json").read_bytes() == stored
+
+
+def test_dropout_is_laid_around_the_same_layers() -> None:
+    torch.manual_seed(0)
+    model = dbn((30, 20, 10))
+    wrapped = mnist_dbn.with_dropout(model, 0.3)
+    assert [id(p) for p in wrapped.parameters()] == [id(p) for p in model.parameters()]
+    assert [layer.p for layer in wrapped if isinstance(layer, nn.Dropout)] == [0.3] * 3
+    images = torch.rand(5, 1, 28, 28)
+    assert not torch.equal(wrapped.train()(images), model(images))
+    assert torch.equal(wrapped.eval()(images), model(images))
 
 
 def test_a_restricted_boltzmann_machine_learns_its_data() -> None:

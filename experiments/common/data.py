@@ -114,12 +114,17 @@ def statistics(images: Images) -> tuple[Tensor, Tensor]:
     return flat.mean(1), flat.std(1)
 
 
-def augment(pixels: Tensor, shift: int, flip: bool, generator: torch.Generator, cutout: int = 0) -> Tensor:
+def augment(
+    pixels: Tensor, shift: int, flip: bool, generator: torch.Generator, cutout: int = 0, warp: float = 0.0
+) -> Tensor:
     """Each image shifted by up to `shift` pixels both ways (edges reflected) and, with `flip`, mirrored half the time.
 
     With `cutout`, a square of so many pixels a side, anywhere in the image, is painted grey (DeVries and Taylor 2017).
+    With `warp`, each image is turned, stretched and slanted first, as `warped` does.
     Works on whole batches where they lie: no worker processes.
     """
+    if warp:
+        pixels = warped(pixels, warp, generator)
     n, _, height, width = pixels.shape
     device = pixels.device
     if shift:
@@ -139,6 +144,21 @@ def augment(pixels: Tensor, shift: int, flip: bool, generator: torch.Generator, 
         square = (inside_rows[:, :, None] & inside_columns[:, None, :]).to(device)
         pixels = pixels.masked_fill(square[:, None], 128)
     return pixels
+
+
+def warped(pixels: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Each image under a linear map about its centre, black outside: uint8 of the same shape.
+
+    Args:
+        pixels: uint8 [n, channels, height, width].
+        most: each of the four entries of the map differs from the identity's by up to this, independently. 0.15 is a
+            turn by up to 9 degrees, and stretches and slants by up to 15 %.
+        generator: on the CPU.
+    """
+    change = most * (2 * torch.rand(len(pixels), 2, 2, generator=generator) - 1)
+    maps = torch.cat([torch.eye(2) + change, torch.zeros(len(pixels), 2, 1)], dim=2).to(pixels.device)
+    grid = torch.nn.functional.affine_grid(maps, list(pixels.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(pixels.float(), grid, align_corners=False).round().to(pixels.dtype)
 
 
 def _between(places: Tensor, start: Tensor, length: int) -> Tensor:

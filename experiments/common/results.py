@@ -75,7 +75,7 @@ class Results:
         self.seeds: dict[str, dict[str, Any]] = {}
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["configuration"] != self.configuration:
+            if not _same(stored["configuration"], self.configuration):
                 raise ValueError(
                     f"{path} was measured with {stored['configuration']}, not {self.configuration}: "
                     "remove it or give another --results"
@@ -111,6 +111,14 @@ class Results:
     def write(self) -> None:
         """Write the file anew, summary first."""
         write_json({"configuration": self.configuration, "summary": self.summary(), "seeds": self.seeds}, self.path)
+
+
+def _same(stored: Any, now: Any) -> bool:
+    """Whether two configurations are the same. What is newer than the file was 0 or False when it was written."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        old = all(key in now and _same(value, now[key]) for key, value in stored.items())
+        return old and not any(value for key, value in now.items() if key not in stored)
+    return stored == now
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

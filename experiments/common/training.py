@@ -27,6 +27,7 @@ class Recipe:
         shift: augmentation, pixels (0: none).
         flip: augmentation, mirror half of the images.
         cutout: augmentation, side of a grey square in every image, pixels (0: none).
+        warp: augmentation, how far each image is turned, stretched and slanted (0: not at all).
     """
 
     epochs: int
@@ -39,6 +40,7 @@ class Recipe:
     shift: int = 0
     flip: bool = False
     cutout: int = 0
+    warp: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def fit(
     errors: list[float] = []
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, map_location=precision.device, weights_only=True)
-        if state["recipe"] != asdict(recipe):
+        if Recipe(**state["recipe"]) != recipe:  # what is newer than the file has its default there
             raise ValueError(
                 f"{checkpoint} was made with {state['recipe']}, not {asdict(recipe)}: remove it to start anew"
             )
@@ -172,7 +174,7 @@ def fit(
         bar = tqdm(range(steps_per_epoch), desc=f"{label} {epoch + 1}/{recipe.epochs}", unit="step", leave=False)
         for step in bar:
             index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size].to(precision.device)
-            pixels = augment(train.pixels[index], recipe.shift, recipe.flip, generator, recipe.cutout)
+            pixels = augment(train.pixels[index], recipe.shift, recipe.flip, generator, recipe.cutout, recipe.warp)
             with precision():
                 outputs = model(_inputs(pixels, (mean, std), precision))
             loss = loss_of(outputs.float(), train.labels[index])

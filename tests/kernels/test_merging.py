@@ -117,6 +117,7 @@ def test_centroids_of_merged_clusters(d, place):
     points = torch.tensor(rng.standard_normal((5, d)), device=place)
     cost = torch.tensor([1.0, 2, 2, 1, 1], dtype=torch.float64, device=place)
     clusters = clusters_of(masses, torch.tensor([3, 2, 1, 0, 0], device=place), cost)
+    clusters.made_at[:] = torch.tensor([0.5, 2.5, 7, 1.25, 9], device=place)
     centroids = points.clone()
     merge_centroids(centroids, clusters)
     assert clusters.masses.tolist() == [0, 0, 5, 3, 5]
@@ -124,5 +125,23 @@ def test_centroids_of_merged_clusters(d, place):
     torch.testing.assert_close(centroids[2], (3 * points[1] + 2 * points[2]) / 5, rtol=1e-13, atol=1e-15)
     assert torch.equal(centroids[4], points[4])
     assert clusters.merges.partner[:2].tolist() == [3, 2]
-    assert clusters.merges.cost[:2].tolist() == [1, 2]
+    # 0 and 3 merge at 1, below the 1.25 that 3 was made at; 1 and 2 at 2, below the 2.5 of 1 and the 7 of 2.
+    assert clusters.merges.cost[:2].tolist() == [1.25, 7]
+    assert clusters.made_at[2:].tolist() == [7, 1.25, 9]
     assert clusters.alive.item() == 3
+
+
+@pytest.mark.parametrize("made_at", [(5.0, 0.0), (0.0, 5.0), (1.0, 1.0)], ids=str)
+@pytest.mark.parametrize("matrix", [True, False], ids=["matrix", "centroids"])
+def test_no_merge_is_lower_than_those_before_it(matrix, made_at, place):
+    """Rounding may make a merge cheaper than the one that made a part of it; its height is then that one's."""
+    points = torch.tensor([[0.0], [2.0]], dtype=torch.float64, device=place)
+    clusters = Clusters.of_points(torch.ones(2, dtype=torch.float64, device=place))
+    costs = squared_distances(points, clusters.masses)
+    update_neighbours(costs, clusters, every=True)
+    clusters.made_at[:] = torch.tensor(made_at, device=place)
+    if matrix:
+        merge_pairs(costs, clusters)
+    else:
+        merge_centroids(points, clusters)
+    assert clusters.merges.cost[0].item() == clusters.made_at[1].item() == max(2.0, *made_at)

@@ -10,7 +10,7 @@ from nac_gpu.merge import Merger, Rule
 from nac_gpu.neurons import neuron_vectors
 from nac_gpu.plan import Names, Plan, Width, prepare
 from nac_gpu.rebuild import rebuild, tensors
-from nac_gpu.sizes import attributes
+from nac_gpu.sizes import attributes, set_configs
 
 
 def compress(
@@ -74,4 +74,6 @@ def compress(
             continue
         points = neuron_vectors(merger.state, group, fold=fold)
         merger.merge(group, assign(points, kept, seed=seed))
-    return rebuild(model, merger.finish(), attributes(model, groups, widths))
+    small = rebuild(model, merger.finish(), attributes(model, groups, widths))
+    set_configs(small, groups, widths)
+    return small

@@ -16,6 +16,8 @@ from nac_gpu.groups import Group
 Attributes = Mapping[tuple[str, str], object]
 
 _COUNT = re.compile(r"heads?$|groups$")
+_HEADS = re.compile(r"heads$|n_head$")
+_HIDDEN = re.compile(r"intermediate_size$|ffn_dim$|d_ff$|n_inner$")
 _WIDTH = re.compile(r"dim|size|width|channels|features|hidden|planes|inner|embed|chunk|split")
 
 
@@ -89,6 +91,44 @@ def attributes(model: nn.Module, groups: Sequence[Group], widths: Sequence[int])
 def _scaled(value: object, before: int, after: int) -> object:
     assert isinstance(value, int), "only whole numbers are scaled"
     return value * after // before
+
+
+def set_configs(model: nn.Module, groups: Sequence[Group], widths: Sequence[int]) -> None:
+    """Make the configurations of a compressed Hugging Face model say what its layers are, where one number can.
+
+    A configuration holds one width for all layers: it is changed where all its groups of that width became equal.
+
+    Args:
+        model: compressed; its configurations are its own.
+        groups: what was compressed.
+        widths: to how many.
+    """
+    modules = dict(model.named_modules())
+    found: dict[int, tuple[object, list[tuple[Group, int]]]] = {}
+    for group, width in zip(groups, widths, strict=True):
+        for length in range(len(group.layers[0].split(".")), -1, -1):
+            holder = modules.get(".".join(group.layers[0].split(".")[:length]))
+            config = getattr(holder, "config", None)
+            if hasattr(config, "to_dict"):
+                found.setdefault(id(config), (config, []))[1].append((group, width))
+                break
+    for config, members in found.values():
+        for name, value in list(vars(config).items()):
+            heads = _HEADS.search(name) is not None
+            if not isinstance(value, int) or not (heads or _HIDDEN.search(name)):
+                continue
+            changes = {
+                (group.size, width)
+                for group, width in members
+                if bool(group.units) == heads and (value % group.size == 0 if heads else value == group.size)
+            }
+            if len(changes) != 1:
+                continue
+            before, after = changes.pop()
+            hidden = getattr(config, "hidden_size", None)
+            if heads and "key_value" not in name and hidden and getattr(config, "head_dim", None) is None:
+                vars(config)["head_dim"] = hidden // value  # no longer what follows from the number of heads
+            setattr(config, name, value * after // before)
 
 
 def guesses(model: nn.Module, group: Group) -> Iterator[tuple[tuple[str, str], ...]]:

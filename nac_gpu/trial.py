@@ -175,7 +175,8 @@ class Trial:
         were preferred to.
         """
         likely = [(replace(group, attributes=next(guesses(self._model, group))), width) for group, width in chosen]
-        good = self._good(likely)
+        place = {group.name: at for at, (parent, _) in enumerate(chosen) for group in (*parent.otherwise, parent)}
+        good = sorted(self._good(likely), key=lambda item: place[item[0].name])
         together = self.failure(good) if len(good) < len(likely) else None
         if together is None:
             return good
@@ -222,16 +223,48 @@ class Trial:
         why = self.failure(tried)
         if why is None:
             return tried
-        if len(tried) > 1:
-            half = len(tried) // 2
-            return self._good(tried[:half]) + self._good(tried[half:])
+        kinds: dict[str, Chosen] = {}
+        for group, width in tried:
+            kinds.setdefault(self._kind(group), []).append((group, width))
+        if len(kinds) > 1:
+            return [item for alike in kinds.values() for item in self._good(alike)]
+        if tried[0][0].units or len(tried) == 1:
+            return self._good_alike(tried, why)
+        half = len(tried) // 2
+        return self._good(tried[:half]) + self._good(tried[half:])
+
+    def _kind(self, group: Group) -> str:
+        """What groups have in common whose fates are alike: units in modules of one class, or channels."""
+        modules = dict(self._model.named_modules())
+        return " ".join(sorted({type(modules.get(name, self._model)).__qualname__ for name in group.units}))
+
+    def _good_alike(self, tried: Chosen, why: str) -> Chosen:
+        """Units of one kind: what is found out about the first of them is taken to hold for all."""
         group, width = tried[0]
-        for more in list(guesses(self._model, group))[1:]:
-            again = replace(group, attributes=more)
-            if self.failure([(again, width)]) is None:
-                return [(again, width)]
-        share = width / group.size
-        found = self._good([(other, max(1, round(share * other.size))) for other in group.otherwise])
-        if not found:
-            self.alone.append(LeftAlone(group.name, group.size, why))
+        if len(tried) > 1:
+            why = self.failure(tried[:1]) or ""
+        ways = [] if not why else list(guesses(self._model, group))[1:]
+        for number, attributes_too in enumerate(ways, 1):
+            if self.failure([(replace(group, attributes=attributes_too), width)]) is None:
+                same = [(replace(g, attributes=self._guess(g, number)), w) for g, w in tried]
+                return same if len(same) == 1 or self.failure(same) is None else self._one_by_one(same)
+        if not why:
+            return self._one_by_one(tried)
+        rest = [
+            (other, max(1, round(width / group.size * other.size)))
+            for group, width in tried
+            for other in group.otherwise
+        ]
+        found = self._good(rest)
+        kept = {other.name for other, _ in found}
+        for group, _ in tried:
+            if not any(other.name in kept for other in group.otherwise):
+                self.alone.append(LeftAlone(group.name, group.size, why))
         return found
+
+    def _guess(self, group: Group, number: int) -> tuple[tuple[str, str], ...]:
+        found = list(guesses(self._model, group))
+        return found[min(number, len(found) - 1)]
+
+    def _one_by_one(self, tried: Chosen) -> Chosen:
+        return [found for item in tried for found in self._good([item])]

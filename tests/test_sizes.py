@@ -1,0 +1,130 @@
+"""What modules and configurations say about their sizes after a compression."""
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nac_gpu as nac
+from common.checks import difference, leaves, outputs, randomise, training_step
+
+
+class Config(SimpleNamespace):
+    """As of Hugging Face: one number for all layers."""
+
+    def to_dict(self) -> dict[str, object]:
+        return dict(vars(self))
+
+
+class Block(nn.Module):
+    """Attention and two linear layers, with the sizes kept in the manner of several libraries."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads, self.head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        self.inner_dim = config.intermediate_size
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.up, self.down = (
+            nn.Linear(config.hidden_size, self.inner_dim),
+            nn.Linear(self.inner_dim, config.hidden_size),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim)
+        x = x + self.out(y)
+        return x + self.down(self.up(x).relu().view(b * t, self.inner_dim)).view(b, t, -1)
+
+
+def model(hidden: int = 12, heads: int = 4, intermediate: int = 20) -> nn.Module:
+    torch.manual_seed(0)
+    config = Config(hidden_size=hidden, num_attention_heads=heads, intermediate_size=intermediate, layers=2)
+    made = nn.Sequential(nn.Linear(5, hidden), Block(config), Block(config), nn.LayerNorm(hidden), nn.Linear(hidden, 3))
+    made.config = config  # type: ignore[assignment]
+    return made.eval()
+
+
+INPUTS = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+def test_attributes_of_other_peoples_modules_follow() -> None:
+    """Heads follow by name; a size that the code asks for is found by trying."""
+    whole = model()
+    plan = nac.plan(whole, INPUTS, width=0.5)
+    assert [(g.name, g.before, g.after, g.units) for g in plan.groups] == [
+        ("1.qkv", 4, 2, True),
+        ("1.up", 20, 10, False),
+        ("2.qkv", 4, 2, True),
+        ("2.up", 20, 10, False),
+    ]
+    small = nac.compress(whole, INPUTS, plan)
+    for block in (small[1], small[2]):  # type: ignore[index]
+        assert (block.num_heads, block.head_dim, block.inner_dim) == (2, 3, 10)
+        assert (block.qkv.out_features, block.out.in_features) == (18, 6)
+    assert whole[1].num_heads == 4  # type: ignore[index]
+
+
+def test_a_configuration_says_what_all_layers_have_in_common() -> None:
+    whole = model()
+    small = nac.compress(whole, INPUTS, width={"1.qkv": 2, "2.qkv": 2, "1.up": 7, "2.up": 9})
+    assert small.config is small[1].config  # type: ignore[index]
+    assert vars(small.config) == {  # type: ignore[arg-type]
+        "hidden_size": 12,
+        "num_attention_heads": 2,
+        "head_dim": 3,
+        "intermediate_size": 20,  # the layers differ: one number cannot say it
+        "layers": 2,
+    }
+    assert vars(whole.config)["num_attention_heads"] == 4  # type: ignore[arg-type]
+
+
+ROUND = [
+    *("unet", "resnext", "shufflenet", "squeeze_excitation", "inverted_residual", "group_norm", "instance_norm"),
+    *("transformer_encoder", "llama", "lstm_bidirectional", "gru", "wavenet", "dcgan", "weight_norm", "dict_output"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.layers._flat_weights")
+@pytest.mark.parametrize("name", ROUND)
+def test_the_result_can_do_what_modules_can(name: str) -> None:
+    torch.manual_seed(0)
+    entry = ARCHITECTURES[name]
+    whole, inputs = randomise(entry.build()).eval(), entry.inputs()
+    small = nac.compress(whole, inputs, width=0.5, method="random")
+    expected = outputs(small, inputs)
+    assert repr(small).count("\n") == repr(whole).count("\n") or name == "weight_norm"
+    copied = copy.deepcopy(small)
+    for parameter in copied.parameters():
+        nn.init.zeros_(parameter)
+    copied.load_state_dict(small.state_dict())
+    assert difference(outputs(copied, inputs), expected) == 0
+    exported = torch.export.export(small, *_arguments(inputs))
+    arguments, named = _arguments(inputs)
+    with torch.no_grad():
+        found = [t for t in leaves(exported.module(check_guards=False)(*arguments, **named)) if t.is_floating_point()]
+    assert difference(found, expected) < 1e-5
+    training_step(copied, inputs)
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    return ((), dict(inputs)) if isinstance(inputs, dict) else (tuple(inputs), {})
+
+
+@pytest.mark.parametrize("build", [model], ids=["blocks"])
+def test_the_result_compiles(build: Callable[[], nn.Module]) -> None:
+    small = nac.compress(build(), INPUTS, width=0.5)
+    compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert difference([compiled(INPUTS)], [small(INPUTS)]) < 1e-6

@@ -46,6 +46,9 @@ class Labels:
 
 def compact(plane: Tensor) -> Tensor | None:
     """The plane with size 1 along every dimension where it does not vary; None if it holds no label at all."""
+    for dim in range(plane.ndim):
+        if plane.stride(dim) == 0:  # expanded
+            plane = plane.narrow(dim, 0, min(1, plane.shape[dim]))
     if not (plane >= 0).any():
         return None
     for dim in range(plane.ndim):

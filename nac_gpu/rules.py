@@ -25,6 +25,7 @@ MOVEMENT = frozenset(
 )
 #: Movement that works on a plane as it is: the plane need not be expanded to the tensor's shape.
 PERMUTATION = frozenset("permute transpose t unsqueeze movedim swapaxes".split())
+RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias".split())
 #: Equal parts stay in step: the code that reads them expects them to be equal.
 PARTS = frozenset("split split_with_sizes chunk unbind unsafe_split unsafe_chunk".split())
 IDENTITY = frozenset("alias detach clone contiguous _to_copy lift_fresh lift_fresh_copy dropout alpha_dropout".split())
@@ -142,9 +143,12 @@ def _movement(notes: Notes, call: Call) -> list[Labels]:
         return _padded(notes, call)
     per_output: list[list[Tensor]] = [[] for _ in call.outputs]
     for plane in labels.planes:
-        full = plane.clone() if call.name in PERMUTATION else plane.expand(tensor.shape).contiguous()
+        full = plane.clone() if call.name in PERMUTATION else plane.expand(tensor.shape)
         _check_order(notes, call, plane)
-        moved = [v for v in pytree.tree_leaves(call.func(full, *rest, **call.kwargs)) if isinstance(v, Tensor)]
+        if call.name in RESHAPES:
+            moved = [full.reshape(call.outputs[0].shape)]  # copies nothing where the plane is expanded
+        else:
+            moved = [v for v in pytree.tree_leaves(call.func(full, *rest, **call.kwargs)) if isinstance(v, Tensor)]
         small = [compact(result) for result in moved]
         for target, result in zip(per_output, small, strict=True):
             if result is not None:

@@ -29,6 +29,9 @@ class GroupPlan:
         before: how many there are.
         after: how many are kept.
         units: they are heads of attention, or groups of channels, not channels.
+        parameters_before: how many parameters belong to them, in all layers that make, scale or read them; a weight
+            between two groups belongs to both.
+        parameters_after: the same of the compressed model.
     """
 
     name: str
@@ -36,6 +39,8 @@ class GroupPlan:
     before: int
     after: int
     units: bool = False
+    parameters_before: int = 0
+    parameters_after: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,14 @@ class Plan:
     def __str__(self) -> str:
         """A table of the groups, what is left alone, and the cost before and after."""
         name = max([len("group"), *(len(group.name) for group in self.groups)])
-        lines = [f"{'group':{name}}  {'neurons':>7}  {'kept':>6}  layers"]
+        count = max(len(f"{group.parameters_before:,}") for group in self.groups) if self.groups else 0
+        count = max(count, len("parameters"))
+        title = f"{'group':{name}}  {'neurons':>7}  {'kept':>6}  {'parameters':>{count}}  {'after':>{count}}  layers"
+        lines = [title]
         for group in self.groups:
             layers = ("heads or groups of " if group.units else "") + ", ".join(group.layers)
-            lines.append(f"{group.name:{name}}  {group.before:7,}  {group.after:6,}  {layers}")
+            cells = f"{group.parameters_before:{count},}  {group.parameters_after:{count},}"
+            lines.append(f"{group.name:{name}}  {group.before:7,}  {group.after:6,}  {cells}  {layers}")
         lines += self.changes
         lines += [f"left alone: {alone.layer} ({alone.size:,}): {alone.reason}" for alone in self.left_alone]
         for title, old, new in (
@@ -160,11 +169,30 @@ def prepare(
     graph = replace(graph, groups=tuple(g for g, _ in chosen), left_alone=(*graph.left_alone, *trial.alone))
     if not graph.groups:
         raise ValueError(f"nothing to compress: {_reasons(graph)}")
-    planned = tuple(GroupPlan(g.name, g.layers, g.size, kept, bool(g.units)) for g, kept in chosen)
+    parameters = dict(model.named_parameters())
+    planned = tuple(
+        GroupPlan(g.name, g.layers, g.size, kept, bool(g.units), *_parameters_of(g, kept, parameters, trial.shapes))
+        for g, kept in chosen
+    )
     assert trial.after is not None, "they were tried together"
     before = Cost(sum(parameter.numel() for parameter in model.parameters()), graph.flops)
     made = Plan(planned, graph.left_alone, before, trial.after, (*wrappers, *changes))
     return Prepared(made, model, graph.groups)
+
+
+def _parameters_of(
+    group: Group, kept: int, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size]
+) -> tuple[int, int]:
+    """How many parameters belong to a group's neurons, before and after."""
+    counts = []
+    for share, sizes in ((1.0, {n: p.shape for n, p in parameters.items()}), (kept / group.size, shapes)):
+        others: dict[str, float] = {}  # the share of each tensor that belongs to other neurons
+        for member in group.members:
+            if member.tensor in parameters:
+                own = member.index.numel() * share / sizes[member.tensor][member.dim]
+                others[member.tensor] = others.get(member.tensor, 1.0) * (1 - own)
+        counts.append(round(sum(sizes[name].numel() * (1 - left) for name, left in others.items())))
+    return counts[0], counts[1]
 
 
 def _again(graph: Graph, plan: Plan) -> tuple[Graph, list[int]]:

@@ -141,6 +141,7 @@ class Trial:
     Attributes:
         alone: groups that failed, and why.
         after: cost of the smaller network, once all that passed have been tried together.
+        shapes: of its tensors, by name.
 
     Args:
         model: not changed.
@@ -154,6 +155,7 @@ class Trial:
     ) -> None:
         self.alone: list[LeftAlone] = []
         self.after: Cost | None = None
+        self.shapes: dict[str, torch.Size] = {}
         self._model, self._inputs, self._seed = model, example_inputs, seed
         self._auxiliary = auxiliary
         self._set_dtype(torch.float64)
@@ -204,7 +206,8 @@ class Trial:
         del copied
         counter = FlopCounterMode(display=False)
         try:
-            small = rebuild(self._model, merged_copies(copies, groups, labels), attributes(self._model, groups, widths))
+            merged = merged_copies(copies, groups, labels)
+            small = rebuild(self._model, merged, attributes(self._model, groups, widths))
             with counter:
                 found = outputs(small, self._lively_inputs)
             if self._auxiliary:
@@ -214,6 +217,7 @@ class Trial:
         error = relative_error(found, expected)
         if not error <= TOLERANCE[self._dtype]:
             return f"merging identical neurons changed the outputs (relative error {error:.1e})"
+        self.shapes = {name: tensor.shape for name, tensor in merged.items()}
         self.after = Cost(sum(parameter.numel() for parameter in small.parameters()), counter.get_total_flops())
         return None
 

@@ -70,7 +70,8 @@ def test_groups_of_one_layer_are_told_apart_by_name() -> None:
 def test_it_prints_as_a_table_with_what_is_left_alone() -> None:
     text = str(nac.plan(*network("cnn"), width={"2": 5, "5": 12, "7": 12, "10": 80, "14": 60}))
     assert "group  neurons    kept  parameters       after  layers" in text
-    assert "10         120      80     146,880      46,740  10" in text
+    # 120 x 16 x 9 + 120 and 120 columns of 9 x 120 weights; then 80 x 12 x 9 + 80 and 80 columns of 9 x 60
+    assert "10         120      80     147,000      51,920  10" in text
     assert "left alone: 16 (10): model output" in text
     assert "parameters: 151,920 -> 54,785 (36.1 %)" in text
 

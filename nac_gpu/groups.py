@@ -95,6 +95,28 @@ class LeftAlone:
     size: int
     reason: str
 
+    @property
+    def remedy(self) -> str | None:
+        """What would let them be compressed; None where nothing would, because their number is part of the function."""
+        return next((remedy for part, remedy in _REMEDIES.items() if part in self.reason), None)
+
+
+_POSITIONS = "channels that are used by their position keep their number: give each use a layer of its own"
+_COMPUTED = "weights that forward computes are not seen: compute them with torch.nn.utils.parametrize"
+_REMEDIES = {
+    "does not run:": "a size is written into the code: take it from a tensor's shape in forward",
+    "not known": "the operation has no rule: write it with elementwise operations, products, views and reductions",
+    "changed the outputs": _POSITIONS,
+    "picked by index": _POSITIONS,
+    "moved by a fixed number": _POSITIONS,
+    "both makes and reads": "one weight is used in two ways: give each use a parameter of its own",
+    "written in place": "write into a new tensor (torch.cat, torch.where) instead of into a part of another one",
+    "on these example inputs": "give example inputs with which these layers run",
+    "kernel is not a parameter": _COMPUTED,
+    "bias is not a parameter": _COMPUTED,
+    "parameters are computed": _COMPUTED,
+}
+
 
 @dataclass(frozen=True)
 class Graph:

@@ -98,6 +98,8 @@ class Plan:
             lines.append(f"{group.name:{name}}  {group.before:7,}  {group.after:6,}  {cells}  {layers}")
         lines += self.changes
         lines += [f"left alone: {alone.layer} ({alone.size:,}): {alone.reason}" for alone in self.left_alone]
+        remedies = dict.fromkeys(alone.remedy for alone in self.left_alone if alone.remedy)
+        lines += [f"to compress more: {remedy}" for remedy in remedies]
         for title, old, new in (
             ("parameters", self.before.parameters, self.after.parameters),
             ("FLOPs", self.before.flops, self.after.flops),
@@ -313,4 +315,6 @@ def _neurons(name: str, size: int, value: int | float) -> int:
 def _reasons(graph: Graph) -> str:
     if not graph.left_alone:
         return "no Linear or convolution makes channels that another one reads; expected at least two such layers"
-    return "; ".join(f"{alone.layer} ({alone.size}): {alone.reason}" for alone in graph.left_alone)
+    remedies = dict.fromkeys(alone.remedy for alone in graph.left_alone if alone.remedy)
+    reasons = [f"{alone.layer} ({alone.size}): {alone.reason}" for alone in graph.left_alone]
+    return "; ".join([*reasons, *(f"to compress more: {remedy}" for remedy in remedies)])

@@ -279,3 +279,45 @@ def test_a_plan_says_what_are_heads() -> None:
     ]
     assert "4       2  heads or groups of self_attn.in_proj_weight" in str(plan)
     assert nac.Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("the smaller network does not run: RuntimeError: shape", "take it from a tensor's shape"),
+        ("operation _fft_c2c is not known in Net", "no rule: write it with"),
+        ("merging identical neurons changed the outputs (relative error 1e-2)", "used by their position"),
+        ("channels are picked by index in Net", "used by their position"),
+        ("channels are moved by a fixed number of places in Net", "used by their position"),
+        ("its weight both makes and reads these channels", "a parameter of its own"),
+        ("values are written in place in Net", "write into a new tensor"),
+        ("it does not run on these example inputs", "inputs with which these layers run"),
+        ("a convolution's kernel is not a parameter in Net", "torch.nn.utils.parametrize"),
+        ("multiplied by values that are not a parameter in Net", None),
+        ("normalised over channels in norm", None),
+        ("model output", None),
+    ],
+)
+def test_refusals_say_what_would_help(reason: str, remedy: str | None) -> None:
+    found = nac.LeftAlone("layer", 3, reason).remedy
+    if remedy is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert remedy in found
+
+
+def test_remedies_are_printed_once() -> None:
+    class Kernels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+            self.d, self.e = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            moved = self.a(x).roll(1, 1), self.b(x).roll(2, 1)
+            return self.c(moved[0]) + self.c(moved[1]) + self.e(self.d(x).relu())
+
+    text = str(nac.plan(Kernels(), torch.randn(2, 4), width=0.5))
+    assert text.count("channels are moved by a fixed number of places") == 2
+    assert text.count("to compress more: channels that are used by their position keep their number") == 1

@@ -5,7 +5,7 @@ from typing import get_args
 from torch import nn
 
 from nac_gpu.clustering import METHODS, AssignmentMethod
-from nac_gpu.graph import ExampleInputs
+from nac_gpu.forward import ExampleInputs
 from nac_gpu.merge import Merger, Rule
 from nac_gpu.neurons import neuron_vectors
 from nac_gpu.plan import Names, Plan, Width, prepare

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from nac_gpu.graph import ExampleInputs, call, evaluating, in_small_operations
+from nac_gpu.forward import ExampleInputs, call, evaluating, flop_counter, in_small_operations
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Cost:
 
 def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
     """Count a model's parameters and the operations of its forward pass on these inputs, in eval mode."""
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     with evaluating(model), in_small_operations(model), counter:
         call(model, example_inputs)
     return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops())

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from nac_gpu.cost import Cost
-from nac_gpu.graph import ExampleInputs, record
+from nac_gpu.forward import ExampleInputs
+from nac_gpu.graph import record
 from nac_gpu.groups import Graph, Group, LeftAlone
 from nac_gpu.trial import Trial
 from nac_gpu.unwrap import computed, unwrapped

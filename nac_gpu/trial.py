@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from nac_gpu.cost import Cost
-from nac_gpu.graph import ExampleInputs, call, evaluating, in_small_operations, tensors_in
+from nac_gpu.forward import ExampleInputs, call, evaluating, flop_counter, in_small_operations, tensors_in
 from nac_gpu.groups import Group, LeftAlone
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.sizes import attributes, guesses
@@ -204,7 +203,7 @@ class Trial:
             self._set_dtype(torch.float32)  # an operation that float64 has not
             return self.failure(tried)
         del copied
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
         try:
             merged = merged_copies(copies, groups, labels)
             small = rebuild(self._model, merged, attributes(self._model, groups, widths))

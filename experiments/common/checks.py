@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nac_gpu.graph import ExampleInputs, call, evaluating
+from nac_gpu.forward import ExampleInputs, call, evaluating
 from nac_gpu.groups import Group
 from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors

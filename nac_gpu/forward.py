@@ -1,0 +1,95 @@
+"""How a model is run on example inputs: in eval mode, unnoticed, in small operations, counted."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """One forward pass: a tensor is the only argument, a sequence the arguments, a mapping the keyword arguments."""
+    if isinstance(example_inputs, Tensor):
+        return model(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    return model(*example_inputs)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors of a value: in sequences, mappings, dataclasses and other objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
+        for item in vars(value).values():
+            yield from tensors_in(item)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, *, auxiliary: bool = False) -> Iterator[None]:
+    """Eval mode without gradients; every module's mode and the random state are put back, whatever happens.
+
+    Args:
+        model: the model.
+        auxiliary: let modules that only hold other modules believe that they are trained: layers run that run in
+            training only (auxiliary heads), while dropout and normalisations still do what they do in eval mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        model.eval()
+        if auxiliary:
+            for module in model.modules():
+                module.training = any(True for _ in module.children())
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def in_small_operations(model: nn.Module) -> Iterator[None]:
+    """Attention and LSTM as the matrix products that they are, not as one operation."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    before = torch._C._get_mkldnn_enabled(), torch.backends.cudnn.enabled
+    try:
+        if recurrent:
+            torch._C._set_mkldnn_enabled(False)
+            torch.backends.cudnn.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(before[0])
+        torch.backends.cudnn.enabled = before[1]
+
+
+class _NoTracker:
+    """In the place of what counts for each module: it fails on views of parameters without gradients."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context in which floating point operations are counted, of the whole model only."""
+    counter = FlopCounterMode(display=False)
+    vars(counter)["mod_tracker"] = _NoTracker()
+    return counter

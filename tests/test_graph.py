@@ -287,3 +287,44 @@ def test_transposed_convolutions_and_matrix_vector_products() -> None:
 
     graph = record(Decoder(), torch.randn(2, 3, 4, 4))
     assert [(g.name, g.size) for g in graph.groups] == [("up", 8), ("read", 6)]
+
+
+def test_shuffled_channels_merge_in_step() -> None:
+    """However a shuffle is read, its two halves keep the same order."""
+    graph = record(Net(lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)), torch.randn(1, 3, 6, 6))
+    (group,) = graph.groups
+    members = {(m.tensor, m.dim): m.index.tolist() for m in group.members}
+    assert members["make.weight", 0] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert members["read.weight", 1] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_groups_of_a_convolution_merge_in_step_or_as_units() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1, groups=2), nn.Conv2d(4, 5, 1))
+    graph = record(layers, torch.randn(1, 3, 4, 4))
+    assert [(g.name, g.size, g.units) for g in graph.groups] == [("0", 4, ()), ("1", 2, ())]
+    members = {(m.tensor, m.dim): m.index.tolist() for m in graph.groups[0].members}
+    assert members["0.weight", 0] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert members["1.weight", 1] == [[0], [1], [2], [3]]
+    depthwise = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1, groups=4), nn.Conv2d(8, 5, 1))
+    (group,) = record(depthwise, torch.randn(1, 3, 4, 4)).groups
+    assert group.size == 4
+    norm = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.Conv2d(8, 5, 1))
+    (group,) = record(norm, torch.randn(1, 3, 4, 4)).groups
+    assert (group.size, group.units) == (4, ("1",))
+
+
+def test_an_average_over_heads_keeps_them_apart_only_if_somebody_reads_it() -> None:
+    class Attends(nn.Module):
+        def __init__(self, returned: bool) -> None:
+            super().__init__()
+            self.attention, self.out, self.returned = nn.MultiheadAttention(8, 4), nn.Linear(8, 2), returned
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y, weights = self.attention(x, x, x)
+            return (self.out(y), weights) if self.returned else (self.out(y),)
+
+    found = [
+        [g.name for g in record(Attends(returned), torch.randn(5, 2, 8)).groups if g.units]
+        for returned in (False, True)
+    ]
+    assert found == [["attention.in_proj_weight"], []]

@@ -10,26 +10,21 @@ Builder = TypeVar("Builder", bound=Callable[[], nn.Module])
 
 
 class Architecture(NamedTuple):
-    """How to build a network and its example inputs.
-
-    `minimum_share` is the share of its parameters that must lie in groups that can be compressed: 0 where nobody has
-    said yet what a plan must find.
-    """
+    """How to build a network and its example inputs."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], Any]
-    minimum_share: float = 0.0
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
 
 
-def architecture(name: str, inputs: Callable[[], Any], minimum_share: float = 0.0) -> Callable[[Builder], Builder]:
+def architecture(name: str, inputs: Callable[[], Any]) -> Callable[[Builder], Builder]:
     """Enter a module class, or a function that builds a module."""
 
     def enter(build: Builder) -> Builder:
         assert name not in ARCHITECTURES, name
-        ARCHITECTURES[name] = Architecture(build, inputs, minimum_share)
+        ARCHITECTURES[name] = Architecture(build, inputs)
         return build
 
     return enter

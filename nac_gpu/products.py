@@ -112,7 +112,6 @@ def _consume(notes: Notes, weight: list[Tensor], values: list[Tensor], tensor: T
             left, right = torch.broadcast_tensors(own, plane)
             notes.atoms.unite(left, right, level)
             notes.freeze_planes([left[right < 0]], "reads values that are not channels")
-            notes.freeze_planes([own], "reads units, laid out in another way", BOTH - level)
         if len(varying(plane)) > 1:  # (heads, channels): the result still has its heads
             kept += notes.mix([plane], [SHARED], "summed by a weight", UNITS)
     return kept

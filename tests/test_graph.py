@@ -328,3 +328,14 @@ def test_an_average_over_heads_keeps_them_apart_only_if_somebody_reads_it() -> N
         for returned in (False, True)
     ]
     assert found == [["attention.in_proj_weight"], []]
+
+
+def test_parts_of_the_channels_that_go_other_ways_are_other_groups() -> None:
+    """However the parts are read: a neuron of one merged with one of the other would have to do both."""
+
+    def halves(x: Tensor) -> Tensor:
+        half = x.shape[1] // 2
+        return torch.cat([x[:, :half].relu(), x[:, half:]], 1)
+
+    graph = record(Net(halves), torch.randn(1, 3, 6, 6))
+    assert [g.members[0].index.flatten().tolist() for g in graph.groups] == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -136,7 +136,8 @@ def _constant(notes: Notes, call: Call) -> list[Labels]:
 
 
 def _movement(notes: Notes, call: Call) -> list[Labels]:
-    tensor, rest = call.args[0], call.args[1:]
+    tensor = call.args[0]
+    rest, named = pytree.tree_map(_on_cpu, (call.args[1:], call.kwargs))
     notes.freeze([t for t in call.tensors if t is not tensor], "channels are used as indices")
     labels = notes.labels_of(tensor)
     if call.name == "constant_pad_nd":
@@ -148,7 +149,7 @@ def _movement(notes: Notes, call: Call) -> list[Labels]:
         if call.name in RESHAPES:
             moved = [full.reshape(call.outputs[0].shape)]  # copies nothing where the plane is expanded
         else:
-            moved = [v for v in pytree.tree_leaves(call.func(full, *rest, **call.kwargs)) if isinstance(v, Tensor)]
+            moved = [v for v in pytree.tree_leaves(call.func(full, *rest, **named)) if isinstance(v, Tensor)]
         small = [compact(result) for result in moved]
         for target, result in zip(per_output, small, strict=True):
             if result is not None:
@@ -164,6 +165,11 @@ def _movement(notes: Notes, call: Call) -> list[Labels]:
             notes.freeze_planes(planes, "several labelled dimensions are flattened")
             planes.clear()
     return [Labels(tuple(planes), labels.parameter, labels.source) for planes in per_output]
+
+
+def _on_cpu(value: object) -> object:
+    """Planes are on the CPU, and so must be the indices that move them."""
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:

@@ -30,7 +30,7 @@ def compress(
 
     Layer by layer, in the order of the forward pass: the neurons' weights are clustered, each cluster becomes its
     centroid, the outgoing connections are summed (Algorithm 1 of Wang et al. 2020). No data is needed. The copy is
-    dense and of the same classes; fine-tune it as any model. The original is not changed.
+    dense and of the same classes (but for `nn.MultiheadAttention`, see `nac_gpu.attention`); fine-tune it as any model. The original is not changed.
 
     Args:
         model: any module whose forward pass runs on the example inputs.
@@ -58,6 +58,10 @@ def compress(
     """
     if (plan is None) == (width is None):
         raise ValueError("expected either a plan or width=, got " + ("neither" if plan is None else "both"))
+    if plan is not None and (only is not None or skip):
+        raise ValueError(
+            "only= and skip= are part of a plan, expected them in nac_gpu.plan(...), got them beside a plan"
+        )
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}, or a function")
     if rule not in get_args(Rule):

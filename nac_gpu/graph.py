@@ -1,8 +1,8 @@
 """One recorded forward pass of a model: which channels belong together, and which must be left alone.
 
 The pass runs on example inputs, in eval mode and without gradients, under a `TorchDispatchMode`: every ATen operation
-is seen, however the model is written. `nac_gpu.rules` says what each operation does to channels; this module runs the
-model, and turns the equations into groups.
+is seen, however the model is written. `nac_gpu.rules` says what each operation does to channels; `nac_gpu.groups` turns
+the equations into groups.
 """
 
 import contextlib

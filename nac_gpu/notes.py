@@ -22,12 +22,10 @@ class Production:
     Attributes:
         atoms: int64 [channels], the atoms of the weight that name the channels.
         bias: int64 [channels] atoms of the bias added in the same operation, or None.
-        module: the module that was running.
     """
 
     atoms: Tensor
     bias: Tensor | None
-    module: str
 
 
 @dataclass(frozen=True)
@@ -286,7 +284,7 @@ class Notes:
         atoms = atoms.flatten()
         self.atoms.role(atoms, MEAN)
         bias_atoms = self.along(bias, -1) if bias is not None and self.labels_of(bias).parameter else None
-        self.productions.append(Production(atoms[atoms >= 0], bias_atoms, self.module()))
+        self.productions.append(Production(atoms[atoms >= 0], bias_atoms))
         return len(self.productions) - 1
 
 

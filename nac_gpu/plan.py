@@ -169,6 +169,9 @@ def prepare(
         widths = resolve(graph, width)
     trial = Trial(model, example_inputs, auxiliary=graph.auxiliary)
     chosen = trial.passed(list(zip(graph.groups, widths, strict=True)))
+    if isinstance(width, Plan) and trial.alone:
+        alone = trial.alone[0]
+        raise ValueError(f"the plan cannot be carried out: {alone.layer} ({alone.size}): {alone.reason}; make it again")
     graph = replace(graph, groups=tuple(g for g, _ in chosen), left_alone=(*graph.left_alone, *trial.alone))
     if not graph.groups:
         raise ValueError(f"nothing to compress: {_reasons(graph)}")
@@ -208,7 +211,8 @@ def _again(graph: Graph, plan: Plan) -> tuple[Graph, list[int]]:
             "model lacks; make it again"
         )
     groups = tuple(known[planned.name, planned.before] for planned in plan.groups)
-    return replace(graph, groups=groups, left_alone=plan.left_alone), [planned.after for planned in plan.groups]
+    widths = [_neurons(planned.name, planned.before, planned.after) for planned in plan.groups]
+    return replace(graph, groups=groups, left_alone=plan.left_alone), widths
 
 
 def _filtered(graph: Graph, only: Names, skip: Names) -> Graph:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nac_gpu.labels import BOTH, CHANNELS, MEAN, NONE, Labels, Separation, compact, varying
+from nac_gpu.labels import BOTH, CHANNELS, MEAN, NONE, UNITS, Labels, Separation, compact, varying
 from nac_gpu.norms import BATCH_NORMS, batch_norm, group_norm, layer_norm
 from nac_gpu.notes import Call, Notes, aligned, inner_axis
 from nac_gpu.products import MATRIX_PRODUCTS, convolution, embedding, matrix_product
@@ -179,7 +179,7 @@ def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
     or a list of channels means others once there are fewer.
     """
     given, tensor = call.given, call.args[0]
-    dims = given.get("dim", given.get("dims", 0))
+    dims = given.get("dim", given.get("dims") or (range(tensor.ndim) if call.name == "roll" else 0))
     dims = [dim % max(1, tensor.ndim) for dim in (dims if isinstance(dims, Sequence) else [dims])]
     if call.name in ("index", "index_select", "gather"):
         if call.name == "gather" and set(varying(plane)) & set(dims):
@@ -199,14 +199,14 @@ def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
     if call.name == "roll" or (call.name == "slice" and given.get("step", 1) != 1):
         level = CHANNELS if len(varying(plane)) > 1 and own == [inner_axis(plane)] else BOTH
         notes.freeze_planes([plane], "channels are moved by a fixed number of places", level)
-    elif call.name in ("slice", "narrow", "select", "split_with_sizes"):
+    elif call.name in PARTS or call.name in ("slice", "narrow", "select"):
         parts = pytree.tree_leaves(call.func(plane.expand(tensor.shape), *call.args[1:], **call.kwargs))
         equal = len({part.shape for part in parts}) == 1 and len(parts) > 1
         for part in parts:
-            if part.numel() and part.numel() < tensor.numel() and not equal:
+            if part.numel() and part.numel() < tensor.numel():
                 small = compact(part)
-                if small is not None:
-                    notes.separate(small, [], "channels are cut into parts")
+                if small is not None:  # channels of equal parts are kept in step, which is more
+                    notes.separate(small, [], "channels are cut into parts", UNITS if equal else BOTH)
 
 
 def _in_order(index: Tensor, size: int) -> bool:

@@ -339,3 +339,29 @@ def test_parts_of_the_channels_that_go_other_ways_are_other_groups() -> None:
 
     graph = record(Net(halves), torch.randn(1, 3, 6, 6))
     assert [g.members[0].index.flatten().tolist() for g in graph.groups] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_unequal_parts_of_a_split_are_other_groups() -> None:
+    def split(x: Tensor) -> Tensor:
+        first, second = x.split(5, 1)
+        return torch.cat([first.relu(), second], 1)
+
+    graph = record(Net(split), torch.randn(1, 3, 6, 6))
+    assert [g.size for g in graph.groups] == [5, 3]
+
+
+def test_units_of_equal_parts_are_other_groups() -> None:
+    def halves(x: Tensor) -> Tensor:
+        first, second = F.group_norm(x, 4).chunk(2, 1)
+        return torch.cat([first.relu(), second.tanh()], 1)
+
+    graph = record(Net(halves), torch.randn(1, 3, 6, 6))
+    assert [(g.size, g.producers[0].member.index.tolist()) for g in graph.groups] == [
+        (2, [[0, 1], [2, 3]]),
+        (2, [[4, 5], [6, 7]]),
+    ]
+
+
+def test_rolling_all_values_at_once_moves_channels() -> None:
+    found = reasons(Net(lambda x: x.roll(1)), 1, 3, 6, 6)
+    assert "channels are moved by a fixed number of places" in found["make"]

@@ -321,3 +321,28 @@ def test_remedies_are_printed_once() -> None:
     text = str(nac.plan(Kernels(), torch.randn(2, 4), width=0.5))
     assert text.count("channels are moved by a fixed number of places") == 2
     assert text.count("to compress more: channels that are used by their position keep their number") == 1
+
+
+def test_a_plan_is_carried_out_whole_or_not_at_all() -> None:
+    model, inputs = network("split")
+    plan = nac.plan(model, inputs, width=0.5)
+    with pytest.raises(ValueError, match="only= and skip= are part of a plan"):
+        nac.compress(model, inputs, plan, skip=["make"])
+    with pytest.raises(ValueError, match=r"make: cannot keep 99 of 6 neurons"):
+        nac.compress(model, inputs, nac.Plan.from_json(plan.to_json().replace('"after": 3', '"after": 99', 1)))
+
+
+def test_a_plan_that_does_not_run_any_more_is_an_error() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.half = nn.Linear(4, 8), nn.Linear(8, 2), 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).view(-1, 2, self.half).flatten(1))
+
+    model, inputs = Sized(), torch.randn(2, 4)
+    first = nac.GroupPlan("first", ("first",), 4, 3)
+    cost = nac.cost(model, inputs)
+    with pytest.raises(ValueError, match=r"the plan cannot be carried out: first \(4\): the smaller network does not"):
+        nac.compress(model, inputs, nac.Plan((first,), (), cost, cost))

@@ -38,6 +38,17 @@ def built(case: Case) -> tuple[nn.Module, Any]:
     return randomise(case.build()).eval(), case.inputs()
 
 
+def started(note: Callable[[Row], None]) -> tuple[Row, Callable[..., None]]:
+    """A new row, and what notes the stage that it has reached with all that is known by then."""
+    row: Row = {"stage": "building"}
+
+    def reached(stage: str, **known: Any) -> None:
+        row.update(known, stage=stage, memory=memory(), processor_seconds=time.process_time())
+        note(row)
+
+    return row, reached
+
+
 def compression(case: Case, note: Callable[[Row], None]) -> None:
     """Plan, identity and a network of half the width.
 
@@ -45,12 +56,7 @@ def compression(case: Case, note: Callable[[Row], None]) -> None:
         case: the model.
         note: takes what is known so far, after every stage.
     """
-    row: Row = {"stage": "building"}
-
-    def reached(stage: str, **known: Any) -> None:
-        row.update(known, stage=stage, memory=memory(), processor_seconds=time.process_time())
-        note(row)
-
+    row, reached = started(note)
     try:
         model, inputs = built(case)
         reached("planning", parameters=sum(p.numel() for p in model.parameters()))
@@ -107,12 +113,7 @@ def peer(case: Case, note: Callable[[Row], None]) -> None:
     """
     import torch_pruning as tp  # pyright: ignore[reportMissingImports] -- optional
 
-    row: Row = {"stage": "building"}
-
-    def reached(stage: str, **known: Any) -> None:
-        row.update(known, stage=stage, memory=memory(), processor_seconds=time.process_time())
-        note(row)
-
+    row, reached = started(note)
     try:
         model, inputs = built(case)
         heads: dict[Any, Any] = {  # as its documentation asks for with attention written in the manner of timm

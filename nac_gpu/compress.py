@@ -30,7 +30,8 @@ def compress(
 
     Layer by layer, in the order of the forward pass: the neurons' weights are clustered, each cluster becomes its
     centroid, the outgoing connections are summed (Algorithm 1 of Wang et al. 2020). No data is needed. The copy is
-    dense and of the same classes (but for `nn.MultiheadAttention`, see `nac_gpu.attention`); fine-tune it as any model. The original is not changed.
+    dense and of the same classes (but for `nn.MultiheadAttention`, see `nac_gpu.attention`); fine-tune it as any model.
+    The original is not changed.
 
     Args:
         model: any module whose forward pass runs on the example inputs.

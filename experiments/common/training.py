@@ -52,9 +52,10 @@ class Precision:
 
     @staticmethod
     def best(device: str | None = None, bfloat16: bool | None = None) -> "Precision":
-        """CUDA if there is any; bfloat16 wherever the hardware multiplies it (CUDA, or a CPU with AMX)."""
+        """CUDA if there is any; bfloat16 wherever the hardware multiplies it (CUDA, or a CPU with AMX or AVX-512)."""
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        fast = place.type == "cuda" or (torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported())
+        multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        fast = place.type == "cuda" or (torch.backends.mkldnn.is_available() and multiplies)
         return Precision(place, fast if bfloat16 is None else bfloat16)
 
     @contextlib.contextmanager

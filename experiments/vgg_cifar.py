@@ -132,7 +132,7 @@ def widths(model: nn.Module, options: Options) -> nac.Width:
 def compressed(model: nn.Module, example: Tensor, kept: nac.Width, method: Method, options: Options) -> nn.Module:
     """The network with fewer neurons, chosen by a method."""
     if method == "l1":
-        return nac.compress(model, example, width=kept, method=l1_filters, fold=False)
+        return nac.compress(model, example, width=kept, method=l1_filters, rule="restored", neurons="weights")
     return nac.compress(model, example, width=kept, method=method, rule=options.rule)
 
 

@@ -11,18 +11,22 @@ from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.estimator import WardClustering
 from nac_gpu.groups import LeftAlone
 from nac_gpu.linkage import ward_linkage
-from nac_gpu.plan import GroupPlan, Plan, Width, plan
+from nac_gpu.plan import GroupPlan, Plan, plan
+from nac_gpu.widths import Calibration, LimitsByLayer, Share, Width
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
     "AssignmentMethod",
+    "Calibration",
     "Cost",
     "Dendrogram",
     "GroupPlan",
     "LeftAlone",
+    "LimitsByLayer",
     "Plan",
+    "Share",
     "WardClustering",
     "Width",
     "compress",

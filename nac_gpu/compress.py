@@ -1,16 +1,23 @@
 """`compress`: plan, cluster, merge, rebuild."""
 
-from typing import get_args
+from typing import Literal, get_args
 
+import torch
 from torch import nn
 
-from nac_gpu.clustering import METHODS, AssignmentMethod
+from nac_gpu.clustering import METHODS, AssignmentMethod, ward
+from nac_gpu.compensation import Compensator
+from nac_gpu.evidence import gather
 from nac_gpu.forward import ExampleInputs
-from nac_gpu.merge import Merger, Rule
+from nac_gpu.merge import Merger
 from nac_gpu.neurons import neuron_vectors
-from nac_gpu.plan import Names, Plan, Width, prepare
+from nac_gpu.plan import Names, Plan, prepare
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.sizes import attributes, set_configs
+from nac_gpu.widths import Calibration, LimitsByLayer, Share, Wanted, Width
+
+Rule = Literal["compensated", "restored", "centroid"]
+Neurons = Literal["activations", "folded", "weights"]
 
 
 def compress(
@@ -19,17 +26,23 @@ def compress(
     plan: Plan | None = None,
     *,
     width: Width | None = None,
+    params: Share | None = None,
+    flops: Share | None = None,
+    calibration: Calibration = "dream",
+    limits: LimitsByLayer | None = None,
+    multiple_of: int | None = None,
     only: Names = None,
     skip: Names = (),
     method: str | AssignmentMethod = "ward",
-    fold: bool = True,
-    rule: Rule = "restored",
+    rule: Rule = "compensated",
+    neurons: Neurons | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """A smaller copy of a trained model: similar neurons of every layer become one.
 
-    Layer by layer, in the order of the forward pass: the neurons' weights are clustered, each cluster becomes its
-    centroid, the outgoing connections are summed (Algorithm 1 of Wang et al. 2020). No data is needed. The copy is
+    Layer by layer, in the order of the forward pass: the neurons are clustered, each cluster becomes its centroid, the
+    outgoing connections are summed (Algorithm 1 of Wang et al. 2020) and then changed to make up for what was lost
+    (see `nac_gpu.compensation`). No training data is needed; some unlabelled inputs make the result better. The copy is
     dense and of the same classes (but for `nn.MultiheadAttention`, see `nac_gpu.attention`); fine-tune it as any model.
     The original is not changed.
 
@@ -37,48 +50,96 @@ def compress(
         model: any module whose forward pass runs on the example inputs.
         example_inputs: what the model is called with: a tensor, a sequence of arguments, or a mapping of keyword
             arguments.
-        plan: made by `nac_gpu.plan` for this model; else give `width`.
+        plan: made by `nac_gpu.plan` for this model; else give `width`, `params` or `flops`.
         width: as for `nac_gpu.plan`.
+        params: as for `nac_gpu.plan`.
+        flops: as for `nac_gpu.plan`.
+        calibration: on what activations are compared and compensated: batches of unlabelled inputs, such as a list of
+            tensors or a DataLoader (a few hundred inputs; labels beside them are not looked at); `"dream"` for inputs
+            made up from BatchNorm's statistics; `"none"`, or a model without BatchNorm: neurons are compared by their
+            weights and the rule is `"restored"`.
+        limits: as for `nac_gpu.plan`.
+        multiple_of: as for `nac_gpu.plan`.
         only: as for `nac_gpu.plan`.
         skip: as for `nac_gpu.plan`.
         method: `"ward"` (agglomerative clustering), `"kmeans"`, `"random"`, or a function of the same signature;
             a label of -1 removes a neuron instead of merging it.
-        fold: compare neurons as what they compute in eval mode, BatchNorm folded in; without, by their bare weights.
-        rule: how much a merged channel with BatchNorm deviates: `"restored"`, as the merged ones did in the mean,
-            which is much better without fine-tuning; or `"centroid"`, the paper's rule, as their mean does.
-        seed: of methods that draw numbers; the global random state is not touched.
+        rule: how a merged neuron and what reads it are chosen: `"compensated"`; `"restored"`, without compensation: a
+            merged channel with BatchNorm deviates as the merged ones did in the mean; or `"centroid"`, the paper's
+            rule: it deviates as their mean does.
+        neurons: how they are compared: by their `"activations"` (the default where they are compensated), by their
+            weights with BatchNorm `"folded"` in (else the default), or by their bare `"weights"`.
+        seed: of methods and dreams that draw numbers; the global random state is not touched.
 
     Returns:
         A new module: the original's device, dtype, mode, `requires_grad` and hooks, smaller tensors.
 
     Raises:
-        ValueError: as `nac_gpu.plan`; also an unknown method, both or neither of `plan` and `width`, or a plan that
-            was made for another model.
-        TypeError: integer or complex weights.
-        RuntimeError: the forward pass fails on the example inputs.
+        ValueError: as `nac_gpu.plan`; also an unknown method or rule, a plan beside what makes one, or a plan that was
+            made for another model.
+        TypeError: as `nac_gpu.plan`.
+        RuntimeError: the forward pass fails on the example inputs or the calibration data.
     """
-    if (plan is None) == (width is None):
-        raise ValueError("expected either a plan or width=, got " + ("neither" if plan is None else "both"))
-    if plan is not None and (only is not None or skip):
-        raise ValueError(
-            "only= and skip= are part of a plan, expected them in nac_gpu.plan(...), got them beside a plan"
-        )
-    if isinstance(method, str) and method not in METHODS:
-        raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}, or a function")
-    if rule not in get_args(Rule):
-        raise ValueError(f"unknown rule {rule!r}, expected one of {', '.join(get_args(Rule))}")
-    assign = METHODS[method] if isinstance(method, str) else method
-    wanted = plan if plan is not None else width
-    assert wanted is not None, "checked above"
+    wanted = _wanted(plan, Wanted(width, params, flops, limits, multiple_of, calibration, seed), only, skip)
+    assign = _method(method)
+    for name, value, known in (("rule", rule, get_args(Rule)), ("neurons", neurons, (None, *get_args(Neurons)))):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(k for k in known if k)}")
     prepared = prepare(model, example_inputs, wanted, only, skip)
     model, groups = prepared.model, prepared.groups
     widths = [planned.after for planned in prepared.plan.groups]
-    merger = Merger(tensors(model), rule)
+    evidence = prepared.evidence
+    if evidence is None and (rule == "compensated" or neurons == "activations"):
+        evidence = gather(model, example_inputs, groups, calibration, seed)
+    merger = Merger(tensors(model), "centroid" if rule == "centroid" else "restored")
+    compensator = None
+    if rule == "compensated" and evidence is not None and evidence.batches:
+        compensator = Compensator(model, prepared.graph, merger, evidence.batches)
+    by_activations = neurons == "activations" or (neurons is None and compensator is not None)
+    changed = False
     for group, kept in zip(groups, widths, strict=True):
         if kept == group.size:
-            continue
-        points = neuron_vectors(merger.state, group, fold=fold)
-        merger.merge(group, assign(points, kept, seed=seed))
+            labels = torch.arange(kept)
+        elif by_activations and evidence is not None and group.name in evidence.activities:
+            if assign is ward:
+                labels = evidence.tree(group).cut(kept)
+            else:
+                points, masses = evidence.points(group)
+                labels = assign(points, kept, weights=masses, seed=seed)
+        else:
+            points = neuron_vectors(merger.state, group, fold=neurons != "weights")
+            labels = assign(points, kept, seed=seed)
+        changed = changed or kept < group.size
+        if compensator is not None and changed:
+            compensator.merge(group, labels)
+        elif kept < group.size:
+            merger.merge(group, labels)
     small = rebuild(model, merger.finish(), attributes(model, groups, widths))
     set_configs(small, groups, widths)
     return small
+
+
+def _wanted(plan: Plan | None, wanted: Wanted, only: Names, skip: Names) -> Plan | Wanted:
+    """A plan, or what to make one from.
+
+    Raises:
+        ValueError: both, or neither.
+    """
+    if plan is None:
+        wanted.check()
+        return wanted
+    if wanted.width is not None or wanted.budget or wanted.limits is not None or wanted.multiple_of is not None:
+        raise ValueError("expected either a plan or width=, params= or flops=, got both")
+    if only is not None or skip:
+        raise ValueError(
+            "only= and skip= are part of a plan, expected them in nac_gpu.plan(...), got them beside a plan"
+        )
+    return plan
+
+
+def _method(method: str | AssignmentMethod) -> AssignmentMethod:
+    if not isinstance(method, str):
+        return method
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}, or a function")
+    return METHODS[method]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import flop_registry
 
 from nac_gpu.forward import ExampleInputs, call, evaluating, flop_counter, in_small_operations, tensors_in
 from nac_gpu.groups import Graph, LeftAlone, find_groups
@@ -27,6 +28,7 @@ class _Record(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.flops = 0
+        self.operations: dict[str, int] = {}  # by the name of the parameter that they multiply with
         self.modules: list[str] = [type(model).__name__]  # that are running, the innermost last
         named = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(tensor): name for name, tensor in named}
@@ -35,6 +37,7 @@ class _Record(TorchDispatchMode):
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase):  # statistics are per channel, as weights are
                 self._labelled |= {id(tensor) for tensor in module.buffers(recurse=False) if tensor.ndim}
+        self._storages = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
         self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is held, so that its id stays its own
         self.notes = Notes(
             Atoms(),
@@ -63,6 +66,7 @@ class _Record(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self._count(func, args, kwargs, out)
         with _disable_current_modes():
             outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
             labels = apply(self.notes, Call(func, args, kwargs, outputs))
@@ -70,6 +74,14 @@ class _Record(TorchDispatchMode):
                 if found.planes or found.uniform or found.pending or id(tensor) in self._labels:
                     self._labels[id(tensor)] = (tensor, found)
         return out
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note down the operations that multiply with a parameter."""
+        counted = flop_registry.get(func._overloadpacket)
+        names = [self._storages.get(value.untyped_storage().data_ptr()) for value in args if isinstance(value, Tensor)]
+        name = next((name for name in names if name is not None), None) if counted is not None else None
+        if counted is not None and name is not None:
+            self.operations[name] = self.operations.get(name, 0) + counted(*args, **kwargs, out_val=out)
 
 
 def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
@@ -92,7 +104,7 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
             f"the example inputs do not fit the forward pass: {seen.modules[-1]} raised {type(error).__name__}: "
             f"{error}; expected inputs with which model(...) runs, got {_describe(example_inputs)}"
         ) from error
-    auxiliary, flops = False, seen.flops
+    auxiliary, flops, operations = False, seen.flops, seen.operations
     if seen.unread():
         again = _Record(model)
         with contextlib.suppress(Exception):  # training may need targets, say
@@ -101,7 +113,8 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
             seen = again if auxiliary else seen
     unread = [LeftAlone(name.removesuffix(".weight"), size, NOT_RUN) for name, size in seen.unread().items()]
     graph = find_groups(seen.notes)
-    return replace(graph, left_alone=(*graph.left_alone, *unread), auxiliary=auxiliary, flops=flops)
+    alone = (*graph.left_alone, *unread)
+    return replace(graph, left_alone=alone, auxiliary=auxiliary, flops=flops, operations=operations)
 
 
 NOT_RUN = "it does not run on these example inputs"

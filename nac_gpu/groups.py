@@ -1,6 +1,6 @@
 """What the record's equations say: groups of neurons that share one assignment, and what is left alone and why."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -127,12 +127,16 @@ class Graph:
         left_alone: what is in no group.
         auxiliary: layers were seen that run in training only.
         flops: of the pass, as `nac_gpu.cost` counts them.
+        operations: of the pass, by the name of the parameter that they multiply with.
+        norms: by the name of a weight, the BatchNorm that takes its bare result and nothing else does.
     """
 
     groups: tuple[Group, ...]
     left_alone: tuple[LeftAlone, ...]
     auxiliary: bool = False
     flops: int = 0
+    operations: Mapping[str, int] = field(default_factory=dict)
+    norms: Mapping[str, Norm] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,19 @@ def find_groups(notes: Notes) -> Graph:
             key = (_layer(atoms.slot_at(int(left[0]))), reasons[number])
             alone[key] = alone.get(key, 0) + count
     left_alone = tuple(LeftAlone(layer, size, why) for (layer, why), size in alone.items())
-    return Graph(_unique_names([group for _, group in found]), left_alone)
+    return Graph(_unique_names([group for _, group in found]), left_alone, norms=_norms_behind(notes))
+
+
+def _norms_behind(notes: Notes) -> dict[str, Norm]:
+    """By the name of a weight, the BatchNorm that takes its bare result and nothing else does."""
+    found = {}
+    for number, production in enumerate(notes.productions):
+        slot = notes.atoms.slot_at(int(production.atoms[0]))
+        behind = _only_norm(number, slot, notes)
+        if behind is not None:
+            norm = notes.normalisations[behind]
+            found[slot.tensor] = Norm(*norm.tensors, norm.eps)
+    return found
 
 
 def _atoms_of(notes: Notes, group: Group) -> Tensor:

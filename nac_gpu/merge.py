@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nac_gpu.groups import Group, Norm, Producer
+from nac_gpu.groups import Group, Member, Norm, Producer
 from nac_gpu.neurons import norm_scale, working_dtype
 
 Rule = Literal["restored", "centroid"]
@@ -48,6 +48,11 @@ class Merger:
             group: the group.
             labels: int64 [n], the cluster of each neuron, 0 to k - 1; -1 removes it.
         """
+        self.merge_made(group, labels)
+        self.merge_read(group, labels)
+
+    def merge_made(self, group: Group, labels: Tensor) -> None:
+        """The first half of `merge`: what makes or scales the neurons."""
         home, share = _homes(labels.cpu())
         done: set[str] = set()
         for producer in group.producers:
@@ -56,17 +61,28 @@ class Merger:
         for norm in group.norms:
             done |= self._merge_norm(norm, group, home, share)
         for member in group.members:
-            tensor = self.state[member.tensor]
-            source, target = _spread(member.index, home)
-            if member.role == "sum" or member.tensor not in done:
-                factor = torch.ones(tensor.shape[member.dim], dtype=torch.float64)
-                if member.role == "mean":
-                    factor[member.index.flatten()] = share.repeat_interleave(member.index.shape[1])
-                self.state[member.tensor] = _combine(tensor, member.dim, source, target, factor)
-            kept = torch.zeros(tensor.shape[member.dim], dtype=torch.bool)
-            kept[target] = True
-            dropped = self._dropped.setdefault((member.tensor, member.dim), torch.zeros_like(kept))
-            dropped[member.index.flatten()] = ~kept[member.index.flatten()]
+            if member.role == "mean":
+                self._merge_member(member, home, None if member.tensor in done else share)
+
+    def merge_read(self, group: Group, labels: Tensor) -> None:
+        """The second half of `merge`: what reads the neurons."""
+        home, _ = _homes(labels.cpu())
+        for member in group.members:
+            if member.role == "sum":
+                self._merge_member(member, home, torch.ones(group.size, dtype=torch.float64))
+
+    def _merge_member(self, member: Member, home: Tensor, share: Tensor | None) -> None:
+        """Sum up the neurons of each cluster times their share (None: it is done) and note down which are gone."""
+        tensor = self.state[member.tensor]
+        source, target = _spread(member.index, home)
+        if share is not None:
+            factor = torch.ones(tensor.shape[member.dim], dtype=torch.float64)
+            factor[member.index.flatten()] = share.repeat_interleave(member.index.shape[1])
+            self.state[member.tensor] = _combine(tensor, member.dim, source, target, factor)
+        kept = torch.zeros(tensor.shape[member.dim], dtype=torch.bool)
+        kept[target] = True
+        dropped = self._dropped.setdefault((member.tensor, member.dim), torch.zeros_like(kept))
+        dropped[member.index.flatten()] = ~kept[member.index.flatten()]
 
     def finish(self) -> dict[str, Tensor]:
         """All parameters and buffers, merged and at their new sizes."""

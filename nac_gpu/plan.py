@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from nac_gpu.budget import Limits, Sizes, allocate
 from nac_gpu.cost import Cost
+from nac_gpu.evidence import Evidence, gather
 from nac_gpu.forward import ExampleInputs
 from nac_gpu.graph import record
 from nac_gpu.groups import Graph, Group, LeftAlone
-from nac_gpu.trial import Trial
+from nac_gpu.trial import Chosen, Trial
 from nac_gpu.unwrap import computed, unwrapped
+from nac_gpu.widths import Calibration, LimitsByLayer, Share, Wanted, Width, limits_of, neurons, resolve
 
-Width = float | Mapping[str, int | float]
 Names = Sequence[str] | None
 
 
@@ -110,9 +112,22 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, example_inputs: ExampleInputs, *, width: Width, only: Names = None, skip: Names = ()
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    width: Width | None = None,
+    params: Share | None = None,
+    flops: Share | None = None,
+    calibration: Calibration = "dream",
+    limits: LimitsByLayer | None = None,
+    multiple_of: int | None = None,
+    only: Names = None,
+    skip: Names = (),
+    seed: int = 0,
 ) -> Plan:
     """Work out what a compression would do, and try it on the example inputs. The model is not changed.
+
+    Give widths, or what the whole model may cost: then widths are chosen so that least is lost (see `nac_gpu.budget`).
 
     Args:
         model: any module whose forward pass runs on the example inputs.
@@ -120,17 +135,27 @@ def plan(
             arguments. Values hardly matter, shapes do; no data is learnt from them.
         width: how many neurons to keep. One number is the share of every group's neurons that is kept, in (0, 1]. A
             mapping goes from a layer's name (or a pattern such as `"features.*"`) to a number of neurons (int) or a
-            share (float); the layers it does not name keep their width.
+            share (float); the layers it does not name keep their width. Beside a budget, one number is the most that
+            any group keeps, and the layers that a mapping names are fixed while the others are chosen.
+        params: the parameters of the whole model after: a share of those before (float), or a number (int).
+        flops: the same for the operations of a forward pass on the example inputs. Both may be given.
+        calibration: what a budget is judged by: batches of unlabelled inputs; `"dream"` for inputs made up from
+            BatchNorm's statistics where there are any, else the weights alone; `"none"` for the weights alone, which
+            is quick.
+        limits: for a budget, the fewest and most neurons of layers (names or patterns), numbers or shares.
+        multiple_of: for a budget, widths are multiples of this; by default 8 on CUDA, where odd widths are slow.
         only: names of layers, of modules that hold layers, or patterns: nothing else is compressed.
         skip: the same, of what is not compressed.
+        seed: of dreams; the global random state is not touched.
 
     Raises:
         ValueError: weights that are not finite, a width outside of what is possible, an unknown layer, a model with
-            nothing to compress.
-        TypeError: integer or complex weights.
-        RuntimeError: the forward pass fails on the example inputs.
+            nothing to compress, a budget that cannot be met (with the least that can be).
+        TypeError: integer or complex weights, calibration data of another kind than the example inputs.
+        RuntimeError: the forward pass fails on the example inputs or the calibration data.
     """
-    return prepare(model, example_inputs, width, only, skip).plan
+    wanted = Wanted(width, params, flops, limits, multiple_of, calibration, seed)
+    return prepare(model, example_inputs, wanted, only, skip).plan
 
 
 @dataclass(frozen=True)
@@ -140,38 +165,55 @@ class Prepared:
     Attributes:
         plan: the plan.
         model: the network itself (see `nac_gpu.unwrap`).
-        groups: in the order of the plan.
+        graph: its record, with the groups in the order of the plan.
+        evidence: what its neurons were judged by, if they had to be.
     """
 
     plan: Plan
     model: nn.Module
-    groups: tuple[Group, ...]
+    graph: Graph
+    evidence: Evidence | None = None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups, in the order of the plan."""
+        return self.graph.groups
 
 
 def prepare(
     model: nn.Module,
     example_inputs: ExampleInputs,
-    width: Width | Plan,
+    wanted: Wanted | Plan,
     only: Names = None,
     skip: Names = (),
 ) -> Prepared:
     """Make a plan, or find the groups of one that was made for this model."""
+    if isinstance(wanted, Wanted):
+        wanted.check()
     model, wrappers = unwrapped(model)
     model, changes = computed(model)
     check_weights(model)
     graph = record(model, example_inputs)
-    if isinstance(width, Plan):
-        graph, widths = _again(graph, width)
+    trial = Trial(model, example_inputs, auxiliary=graph.auxiliary)
+    before = Cost(sum(parameter.numel() for parameter in model.parameters()), graph.flops)
+    evidence = None
+    if isinstance(wanted, Plan):
+        graph, widths = _again(graph, wanted)
+        chosen = trial.passed(list(zip(graph.groups, widths, strict=True)))
+        if trial.alone:
+            alone = trial.alone[0]
+            why = f"{alone.layer} ({alone.size}): {alone.reason}; make it again"
+            raise ValueError(f"the plan cannot be carried out: {why}")
     else:
         graph = _filtered(graph, only, skip)
         if not graph.groups:
             raise ValueError(f"nothing to compress: {_reasons(graph)}")
-        widths = resolve(graph, width)
-    trial = Trial(model, example_inputs, auxiliary=graph.auxiliary)
-    chosen = trial.passed(list(zip(graph.groups, widths, strict=True)))
-    if isinstance(width, Plan) and trial.alone:
-        alone = trial.alone[0]
-        raise ValueError(f"the plan cannot be carried out: {alone.layer} ({alone.size}): {alone.reason}; make it again")
+        if wanted.budget:
+            chosen, evidence = _chosen(model, example_inputs, graph, wanted, trial, before)
+            changes = (*changes, evidence.source)
+        else:
+            assert wanted.width is not None, "checked"
+            chosen = trial.passed(list(zip(graph.groups, resolve(graph, wanted.width), strict=True)))
     graph = replace(graph, groups=tuple(g for g, _ in chosen), left_alone=(*graph.left_alone, *trial.alone))
     if not graph.groups:
         raise ValueError(f"nothing to compress: {_reasons(graph)}")
@@ -181,9 +223,73 @@ def prepare(
         for g, kept in chosen
     )
     assert trial.after is not None, "they were tried together"
-    before = Cost(sum(parameter.numel() for parameter in model.parameters()), graph.flops)
     made = Plan(planned, graph.left_alone, before, trial.after, (*wrappers, *changes))
-    return Prepared(made, model, graph.groups)
+    return Prepared(made, model, graph, evidence)
+
+
+_ATTEMPTS = 4  # at a budget, until what it really costs is right
+_TOLERANCE = 0.01
+
+
+def _chosen(
+    model: nn.Module, example_inputs: ExampleInputs, graph: Graph, wanted: Wanted, trial: Trial, before: Cost
+) -> tuple[Chosen, Evidence]:
+    """Groups and widths that keep a budget, and what they were judged by."""
+    limits = {
+        group.name: limit
+        for group, limit in zip(graph.groups, limits_of(graph, wanted, _step(model, wanted)), strict=True)
+    }
+    halves = [
+        (group, max(limits[group.name].least, min(limits[group.name].most, max(1, group.size // 2))))
+        for group in graph.groups
+    ]
+    good = [group for group, _ in trial.passed(halves)]
+    if not good:
+        raise ValueError(f"nothing to compress: {_reasons(replace(graph, left_alone=tuple(trial.alone)))}")
+    evidence = gather(model, example_inputs, good, wanted.calibration, wanted.seed)
+    curves = {group.name: evidence.curve(group) for group in good}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    asked = wanted.most(before.parameters, before.flops)
+    most = asked
+    best: tuple[float, Chosen] | None = None
+    for _ in range(_ATTEMPTS):
+        own = [limits.get(group.name, Limits(1, group.size)) for group in good]
+        sizes = Sizes(good, shapes, graph.operations, before.flops)
+        widths = allocate([curves[group.name] for group in good], own, sizes, most)
+        found = trial.passed(list(zip(good, widths, strict=True)))
+        assert trial.after is not None, "they were tried together"
+        used = [c / a for c, a in zip((trial.after.parameters, trial.after.flops), asked, strict=True)]
+        if len(found) == len(good) and max(used) <= 1 and (best is None or max(used) > best[0]):
+            best = max(used), found
+        if len(found) < len(good):  # some fail at these widths only
+            good = [group for group, _ in found]
+        elif 1 - _TOLERANCE <= max(used) <= 1:
+            break
+        elif max(used) > 1 and widths == [limit.least for limit in own]:
+            raise ValueError(_impossible(wanted, before, trial.after))
+        else:
+            most = (most[0] / max(used), most[1] / max(used))
+    if best is None:
+        raise ValueError(f"no widths were found that meet the budget in {_ATTEMPTS} attempts; give width= instead")
+    return trial.passed(best[1]), evidence
+
+
+def _step(model: nn.Module, wanted: Wanted) -> int:
+    if wanted.multiple_of is not None:
+        return wanted.multiple_of
+    return 8 if any(parameter.is_cuda for parameter in model.parameters()) else 1
+
+
+def _impossible(wanted: Wanted, before: Cost, least: Cost) -> str:
+    parts = []
+    for name, asked, whole, possible in (
+        ("params", wanted.params, before.parameters, least.parameters),
+        ("flops", wanted.flops, before.flops, least.flops),
+    ):
+        if asked is not None:
+            share = f"{possible / whole:.4f}" if isinstance(asked, float) else f"{possible:,}"
+            parts.append(f"{name}={asked!r} cannot be met, the smallest possible is {share}")
+    return "; ".join(parts) + ": one neuron is left in each group, or what limits= and width= allow"
 
 
 def _parameters_of(
@@ -211,7 +317,7 @@ def _again(graph: Graph, plan: Plan) -> tuple[Graph, list[int]]:
             "model lacks; make it again"
         )
     groups = tuple(known[planned.name, planned.before] for planned in plan.groups)
-    widths = [_neurons(planned.name, planned.before, planned.after) for planned in plan.groups]
+    widths = [neurons(planned.name, planned.before, planned.after) for planned in plan.groups]
     return replace(graph, groups=groups, left_alone=plan.left_alone), widths
 
 
@@ -266,55 +372,6 @@ def check_weights(model: nn.Module) -> None:
                 f"{name} has {bad} values that are NaN or infinite, expected finite weights; "
                 "the training that made them has diverged, take an earlier checkpoint"
             )
-
-
-def resolve(graph: Graph, width: Width) -> list[int]:
-    """The number of neurons to keep in each group.
-
-    Raises:
-        ValueError: an unknown layer, two widths for one group, or a width outside of what is possible.
-    """
-    if not isinstance(width, Mapping):
-        return [_neurons(group.name, group.size, float(width)) for group in graph.groups]
-    chosen: dict[str, tuple[str, int]] = {}
-    for pattern, value in width.items():
-        exact = [group for group in graph.groups if group.name == pattern]
-        matches = exact or [group for group in graph.groups if _matches(group, pattern)]
-        if not matches:
-            raise ValueError(_unknown(graph, pattern))
-        for group in matches:
-            kept = _neurons(pattern, group.size, value)
-            before = chosen.setdefault(group.name, (pattern, kept))
-            if before[1] != kept:
-                raise ValueError(
-                    f"{before[0]} and {pattern} share their neurons (group {group.name}), expected one width, "
-                    f"got {before[1]} and {kept}"
-                )
-    return [chosen[group.name][1] if group.name in chosen else group.size for group in graph.groups]
-
-
-def _matches(group: Group, pattern: str) -> bool:
-    return any(name == pattern or fnmatchcase(name, pattern) for name in (group.name, *group.layers))
-
-
-def _unknown(graph: Graph, pattern: str) -> str:
-    for alone in graph.left_alone:
-        if alone.layer == pattern:
-            return f"{pattern} cannot be compressed: {alone.reason}; take it out of the widths"
-    known = ", ".join(group.name for group in graph.groups)
-    return f"unknown layer {pattern!r} in the widths, expected one of: {known}"
-
-
-def _neurons(name: str, size: int, value: int | float) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}: width is {value!r}, expected a number of neurons (int) or a share (float)")
-    if isinstance(value, int):
-        if not 1 <= value <= size:
-            raise ValueError(f"{name}: cannot keep {value} of {size} neurons, expected 1 to {size}")
-        return value
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}: cannot keep the share {value}, expected more than 0 and at most 1")
-    return max(1, round(value * size))
 
 
 def _reasons(graph: Graph) -> str:

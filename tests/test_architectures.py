@@ -11,6 +11,7 @@ from torch import nn
 import nac_gpu as nac
 from common.checks import compressible_share, difference, identity, outputs, randomise, training_step
 from nac_gpu.plan import prepare
+from nac_gpu.widths import Wanted
 
 
 def built(name: str) -> tuple[nn.Module, Any]:
@@ -27,9 +28,9 @@ def test_plans_hold(name: str) -> None:
     before = outputs(model, inputs)
     if SHARES[name] == 0:
         with pytest.raises(ValueError, match="nothing to compress: "):
-            prepare(model, inputs, 0.5)
+            prepare(model, inputs, Wanted(width=0.5))
         return
-    prepared = prepare(model, inputs, 0.5)
+    prepared = prepare(model, inputs, Wanted(width=0.5))
     assert compressible_share(prepared.model, prepared.groups) >= SHARES[name]
     for seed in (1, 2):
         found = identity(prepared.model, inputs, prepared.groups, list(prepared.plan.widths.values()), seed)

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from common.checks import identity, randomise
 from nac_gpu.plan import prepare
+from nac_gpu.widths import Wanted
 
 DEFECT = "merging identical neurons changed"  # what the trial says where a rule of the record was wrong
 
@@ -16,7 +17,7 @@ def reasons(blocks: list[Block], head: str) -> list[str]:
     model = randomise(build(blocks, head)).eval()
     inputs = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     try:
-        prepared = prepare(model, inputs, 0.5)
+        prepared = prepare(model, inputs, Wanted(width=0.5))
     except ValueError as error:
         if not str(error).startswith("nothing to compress: "):
             raise

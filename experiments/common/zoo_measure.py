@@ -14,6 +14,7 @@ import nac_gpu as nac
 from common.checks import compressible_share, identity, outputs, randomise, training_step
 from common.zoo_models import Case
 from nac_gpu.plan import prepare
+from nac_gpu.widths import Wanted
 
 Row = dict[str, Any]
 WIDTH = 0.5
@@ -62,7 +63,7 @@ def compression(case: Case, note: Callable[[Row], None]) -> None:
         reached("planning", parameters=sum(p.numel() for p in model.parameters()))
         start = time.perf_counter()
         try:
-            prepared = prepare(model, inputs, WIDTH)  # what nac.plan does
+            prepared = prepare(model, inputs, Wanted(width=WIDTH))  # what nac.plan does
         except ValueError as error:
             if not str(error).startswith("nothing to compress"):
                 raise

@@ -1,0 +1,251 @@
+"""Budgets: how many neurons every group keeps, so that the whole model costs what it may.
+
+One clustering of a group gives a partition for every number of clusters k. Its error e(k) is what a ridge regression
+from the k merged neurons leaves of the activations, as the layers that read see it: `tr(Oᵀ E O) / tr(Oᵀ C O)` for
+outgoing weights O, covariances C of the activations and E of what is left. It is a share, so layers can be compared;
+errors of layers one after another multiply like `1 - e`, so `-log(1 - e)` is added up. From the full widths on, that
+group gives up neurons which adds the least for what is saved, until the budget is met.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nac_gpu.activations import Activity
+from nac_gpu.groups import Group
+
+_RIDGE = 1e-2  # as in compensation
+_MOST = 1 - 1e-6  # a group whose error is complete costs this much, not infinitely much
+
+Curve = Mapping[int, float]
+
+
+def widths_to_try(size: int, ratio: float = 2**0.25) -> list[int]:
+    """Numbers of clusters at which a curve is worked out, ascending: about one in every `ratio`."""
+    steps = math.ceil(math.log(size) / math.log(ratio)) + 1
+    return sorted({max(1, round(size / ratio**step)) for step in range(steps)})
+
+
+def error_curve(cut: Callable[[int], Tensor], size: int, activity: Activity) -> Curve:
+    """The error of merging a group to k neurons, by k.
+
+    Args:
+        cut: gives labels, int64 [n], for a number of clusters.
+        size: number n of neurons.
+        activity: how they are read.
+    """
+    curve = {}
+    for kept in widths_to_try(size, 2**0.25 if size <= 1024 else 2**0.5):
+        if kept == size:
+            curve[kept] = 0.0
+            continue
+        labels = cut(kept).to(activity.gains[0].device)
+        summing = (labels[:, None] == torch.arange(kept, device=labels.device)).to(activity.gains[0].dtype)
+        means = summing / summing.sum(0)
+        errors = [
+            _left(covariance, gain, summing, means)
+            for covariance, gain in zip(activity.covariances, activity.gains, strict=True)
+        ]
+        curve[kept] = sum(errors) / len(errors)
+    return curve
+
+
+def _left(covariance: Tensor, gain: Tensor, summing: Tensor, means: Tensor) -> float:
+    """The share of the variance of what a reader makes that is lost."""
+    whole = float((covariance * gain).sum())
+    if not whole > 0:
+        return 0.0
+    crossed = means.T @ covariance  # [k, n]
+    merged = crossed @ means  # [k, k]
+    missing = crossed - merged @ summing.T
+    level = float(merged.diagonal().mean())
+    damped = merged + max(_RIDGE * level, 1e-30) * torch.eye(len(merged), dtype=merged.dtype, device=merged.device)
+    back = summing + torch.cholesky_solve(missing, torch.linalg.cholesky(damped)).T  # [n, k]
+    mixed = back @ crossed
+    left = covariance - mixed - mixed.T + back @ merged @ back.T
+    return min(max(float((left * gain).sum()) / whole, 0.0), _MOST)
+
+
+def inertia_curve(cut: Callable[[int], Tensor], points: Tensor) -> Curve:
+    """The same for a group of which only the weights are known: the share of their variance within clusters.
+
+    Args:
+        cut: gives labels, int64 [n], for a number of clusters.
+        points: the neurons, [n, d].
+    """
+    centred = points.double() - points.double().mean(0)
+    whole = float(centred.square().sum())
+    curve = {}
+    for kept in widths_to_try(len(points)):
+        labels = cut(kept)
+        sums = torch.zeros(kept, points.shape[1], dtype=torch.float64, device=points.device)
+        sums.index_add_(0, labels, centred)
+        between = float((sums.square().sum(1) / torch.bincount(labels, minlength=kept)).sum())
+        curve[kept] = min(max(1 - between / whole, 0.0), _MOST) if whole > 0 and kept < len(points) else 0.0
+    return curve
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Between which widths a group may end.
+
+    Attributes:
+        least: fewest neurons.
+        most: most neurons.
+        step: a width is a multiple of this, or one of the limits.
+    """
+
+    least: int
+    most: int
+    step: int = 1
+
+    def allowed(self, widths: Sequence[int]) -> list[int]:
+        """The widths among these that may be taken, ascending, with both limits."""
+        rounded = {max(self.step, round(width / self.step) * self.step) for width in widths}
+        inside = {width for width in rounded if self.least <= width <= self.most}
+        return sorted(inside | {self.least, self.most})
+
+
+class Sizes:
+    """What a model costs at other widths, from its shapes alone.
+
+    Args:
+        groups: groups that change their widths.
+        shapes: of all parameters, by name.
+        operations: of one forward pass, by the name of the parameter that they multiply with.
+        flops: of the whole pass; what no parameter accounts for stays as it is.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        shapes: Mapping[str, torch.Size],
+        operations: Mapping[str, int],
+        flops: int,
+    ) -> None:
+        self._before = torch.tensor([group.size for group in groups], dtype=torch.float64)
+        fixed = sum(math.prod(shape) for shape in shapes.values())
+        rows: dict[tuple[str, int], Tensor] = {}
+        for number, group in enumerate(groups):
+            for member in group.members:
+                if member.tensor in shapes:
+                    row = rows.setdefault((member.tensor, member.dim), torch.zeros(len(groups), dtype=torch.float64))
+                    row[number] += member.index.shape[1]
+        names = list(dict.fromkeys(name for name, _ in rows))
+        self._numel = torch.tensor([math.prod(shapes[name]) for name in names], dtype=torch.float64)
+        self._flops = torch.tensor([operations.get(name, 0) for name in names], dtype=torch.float64)
+        self._fixed = torch.tensor(
+            [fixed - float(self._numel.sum()), flops - float(self._flops.sum())], dtype=torch.float64
+        )
+        deepest = max((sum(1 for other, _ in rows if other == name) for name in names), default=1)
+        self._slopes = torch.zeros(deepest, len(names), len(groups), dtype=torch.float64)  # share of a dim, a neuron
+        place = {name: number for number, name in enumerate(names)}
+        depth = dict.fromkeys(names, 0)
+        for (name, dim), row in rows.items():
+            self._slopes[depth[name], place[name]] = row / shapes[name][dim]
+            depth[name] += 1
+
+    def cost(self, widths: Tensor) -> Tensor:
+        """Parameters and operations of one pass, float64 [2], for float64 widths [groups]."""
+        shares = self._shares(widths)
+        return self._of(shares.prod(0))
+
+    def savings(self, widths: Tensor) -> Tensor:
+        """What one neuron less in each group saves, to first order: float64 [2, groups]."""
+        shares = self._shares(widths)
+        change = torch.zeros(self._slopes.shape[1:], dtype=torch.float64)
+        for depth in range(len(shares)):
+            others = shares[[d for d in range(len(shares)) if d != depth]].prod(0)
+            change += self._slopes[depth] * others[:, None]
+        return torch.stack([self._numel @ change, self._flops @ change])
+
+    def _shares(self, widths: Tensor) -> Tensor:
+        """What is left of each dimension of each tensor, [dims, tensors]."""
+        return 1 - self._slopes @ (self._before - widths)
+
+    def _of(self, shares: Tensor) -> Tensor:
+        return self._fixed + torch.stack([self._numel @ shares, self._flops @ shares])
+
+
+def allocate(curves: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, most: tuple[float, float]) -> list[int]:
+    """Widths with the least error that cost no more than they may.
+
+    Args:
+        curves: of each group.
+        limits: of each group.
+        sizes: what widths cost.
+        most: parameters, and operations of one pass; infinity where there is no limit.
+
+    Returns:
+        A width for each group; the narrowest where even those cost more.
+    """
+    target = torch.tensor(most, dtype=torch.float64)
+    steps = [limit.allowed(list(curve)) for curve, limit in zip(curves, limits, strict=True)]
+    deepest = max(len(widths) for widths in steps)
+    widths = torch.full((len(steps), deepest), float("inf"), dtype=torch.float64)  # of each group, ascending
+    losses = torch.full_like(widths, float("inf"))
+    for group, (curve, own) in enumerate(zip(curves, steps, strict=True)):
+        widths[group, : len(own)] = torch.tensor(own, dtype=torch.float64)
+        losses[group, : len(own)] = torch.tensor([_loss(curve, width) for width in own], dtype=torch.float64)
+    at = torch.tensor([len(own) - 1 for own in steps])
+    now = widths.gather(1, at[:, None])[:, 0]
+    cost = sizes.cost(now)
+    while bool((cost > target).any()):
+        saved = torch.where(cost > target, 1 / cost, 0) @ sizes.savings(now)
+        gain = saved[:, None] * (now[:, None] - widths)
+        more = (losses - losses.gather(1, at[:, None])).clamp_min(1e-12)
+        score = torch.where((widths < now[:, None]) & (gain > 0), more / gain, float("inf"))
+        best = int(score.argmin())
+        group, step = divmod(best, deepest)
+        if not bool(torch.isfinite(score[group, step])):
+            break
+        wider = int(now[group])
+        at[group], now[group] = step, widths[group, step]
+        cost = sizes.cost(now)
+        if not bool((cost > target).any()):
+            now[group] = _widest(sizes, now, group, wider, limits[group].step, target)
+            break
+    return _filled(sizes, now, limits, curves, target)
+
+
+def _loss(curve: Curve, width: int) -> float:
+    """`-log(1 - e)`, between known widths linear in the logarithm of the width."""
+    known = sorted(curve)
+    if width in curve:
+        return -math.log1p(-curve[width])
+    above = next(i for i, k in enumerate(known) if k > width)
+    low, high = known[above - 1], known[above]
+    part = math.log(width / low) / math.log(high / low)
+    return -(1 - part) * math.log1p(-curve[low]) - part * math.log1p(-curve[high])
+
+
+def _widest(sizes: Sizes, now: Tensor, group: int, wider: int, step: int, target: Tensor) -> int:
+    """The widest that one group can be below `wider`, in steps, with the others as they are."""
+    low, high = int(now[group]), wider
+    while high - low > step:
+        middle = low + (high - low) // 2 // step * step
+        middle = middle if middle > low else low + step
+        trial = now.clone()
+        trial[group] = middle
+        if bool((sizes.cost(trial) > target).any()):
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def _filled(sizes: Sizes, now: Tensor, limits: Sequence[Limits], curves: Sequence[Curve], target: Tensor) -> list[int]:
+    """Small change: what is left of the budget goes to groups that can still grow by a step, most useful first."""
+    order = sorted(
+        range(len(limits)),
+        key=lambda g: -_loss(curves[g], int(now[g])) / max(1e-12, float(sizes.savings(now)[:, g].sum())),
+    )
+    for group in order:
+        grown = now.clone()
+        grown[group] = min(limits[group].most, int(now[group]) + limits[group].step)
+        if grown[group] > now[group] and bool((sizes.cost(grown) <= target).all()):
+            now = grown
+    return [int(width) for width in now]

@@ -1,0 +1,249 @@
+"""Compensation: what merging lost, made up for in the layers that read.
+
+The layers that read a merged group are changed so that they make of the merged neurons what they made of the original
+ones. Two ridge regressions on the activations that the original and the merged network have on the same inputs, each
+shrunk towards the one before:
+
+- of every original neuron on all merged ones, shrunk towards the sum of Eq. (9); folded into the columns;
+- for layers that read several values a neuron (the positions of a kernel, the channels of a head), of what is still
+  missing in their outputs on these values.
+
+What they make is linear in what they read, so constants go to their bias, or the mean of the BatchNorm behind. Groups
+are compensated in the order of the pass, on the inputs that the merged network itself has: later layers make up for
+what earlier ones left.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nac_gpu.activations import (
+    Batches,
+    Moments,
+    Reading,
+    by_channel,
+    captured,
+    count_calls,
+    floating,
+    outgoing,
+    readings,
+    samples,
+)
+from nac_gpu.forward import evaluating
+from nac_gpu.groups import Graph, Group
+from nac_gpu.merge import Merger
+from nac_gpu.rebuild import rebuild, tensors
+
+_RIDGE_NEURONS = 1e-2  # of the mean square of the merged activations
+_RIDGE_VALUES = 5e-2
+_MOST_ROWS = 32768  # positions looked at in the second regression, all batches together
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """A group's clusters.
+
+    Attributes:
+        group: the group.
+        labels: int64 [n], as `Merger.merge` takes them.
+    """
+
+    group: Group
+    labels: Tensor
+
+    @property
+    def first(self) -> Tensor:
+        """The first neuron of each cluster, where the cluster lives: int64 [k]."""
+        clusters = int(self.labels.max()) + 1
+        places = torch.arange(len(self.labels))
+        kept = self.labels >= 0
+        first = torch.full((clusters,), len(self.labels))
+        return first.scatter_reduce_(0, self.labels[kept], places[kept], "amin")
+
+    @property
+    def summing(self) -> Tensor:
+        """The matrix of Eq. (9): float64 [n, k], one where a neuron is in a cluster."""
+        clusters = torch.arange(int(self.labels.max()) + 1)
+        return (self.labels[:, None] == clusters).double()
+
+
+class Compensator:
+    """Merges groups one after another, and changes the layers that read them.
+
+    Args:
+        model: the original; not changed.
+        graph: its record.
+        merger: of its tensors.
+        batches: inputs of the model.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph, merger: Merger, batches: Batches) -> None:
+        self._model, self._graph, self._merger, self._batches = model, graph, merger, batches
+        self._work = rebuild(model, tensors(model))
+        self._modules = dict(model.named_modules())
+
+    def merge(self, group: Group, labels: Tensor) -> None:
+        """Merge one group and compensate for it.
+
+        Args:
+            group: the group.
+            labels: as `Merger.merge` takes them.
+        """
+        assigned = Assigned(group, labels.cpu())
+        self._merger.merge_made(group, labels)
+        whole = dict(self._merger.state)  # with what is read as it was
+        self._merger.merge_read(group, labels)
+        for name, tensor in [*self._work.named_parameters(), *self._work.named_buffers()]:
+            tensor.data = self._merger.state[name]
+        found = {reading.layer: reading for reading in readings(self._model, group)}
+        with evaluating(self._model), evaluating(self._work):
+            calls = count_calls(self._model, self._batches[0], found)
+            sums = {
+                layer: _Sums(reading, self._modules[layer], assigned, whole, self._merger.state)
+                for layer, reading in found.items()
+                if layer in calls
+            }
+            for batch in self._batches if sums else ():
+                before = captured(self._model, batch, calls)
+                after = captured(self._work, batch, calls)
+                for layer, one in sums.items():
+                    one.add(before[layer], after[layer], len(self._batches))
+        for layer, one in sums.items():
+            self._change(layer, one)
+
+    def _change(self, layer: str, sums: "_Sums") -> None:
+        state = self._merger.state
+        weight = f"{layer}.weight"
+        bias, norm = f"{layer}.bias", self._graph.norms.get(weight)
+        target, sign = (bias, 1) if bias in state else (norm.mean if norm is not None else None, -1)
+        columns, constant = sums.solved(intercept=target is not None)
+        member = sums.reading.member
+        changed = state[weight].clone()
+        view = changed.movedim(member.dim, 0)
+        places = member.index[sums.assigned.first].to(view.device)
+        view[places] = (view[places].to(columns.dtype) + columns).to(view.dtype)
+        state[weight] = changed
+        if target is not None:
+            state[target] = (state[target].to(constant.dtype) + sign * constant).to(state[target].dtype)
+
+
+class _Sums:
+    """What has to be summed up over all samples for one layer that reads."""
+
+    def __init__(
+        self,
+        reading: Reading,
+        module: nn.Module,
+        assigned: Assigned,
+        whole: Mapping[str, Tensor],
+        merged: Mapping[str, Tensor],
+    ) -> None:
+        weight = whole[reading.member.tensor]
+        self.reading, self.assigned, self._module = reading, assigned, module
+        self._whole = outgoing(weight, reading.member)  # [n, m, ...]
+        self._merged = outgoing(merged[reading.member.tensor], reading.member)[assigned.first]  # [k, m, ...]
+        self._index = reading.member.index.to(weight.device)
+        self._first = self._index[assigned.first]
+        self._summing = assigned.summing.to(weight.device)
+        self._neurons, self._missing = Moments(), Moments()
+        self._values, self._errors = Moments(), Moments()
+        self._several = self._whole[0].numel() > self._outputs(self._whole).shape[0]
+
+    def _outputs(self, columns: Tensor) -> Tensor:
+        """Columns [n, m, out, *kernel] or [n, m, out] as [out, n, m, *kernel]."""
+        return columns.movedim(2, 0)
+
+    def add(self, before: Sequence[Tensor], after: Sequence[Tensor], parts: int) -> None:
+        """Take in what the layer was called with, in the original and in the merged network.
+
+        Args:
+            before: a tensor for each call.
+            after: the same.
+            parts: how many batches there will be.
+        """
+        for original, merged in zip(before, after, strict=True):
+            a = floating(samples(self._module, original, self._index))
+            b = floating(samples(self._module, merged, self._first))
+            self._neurons.add(b, b)
+            self._missing.add(b, a - b @ self._summing.T.to(b.dtype))
+            if self._several:
+                self._add_values(original, merged, max(1, _MOST_ROWS // (parts * len(before))))
+
+    def _add_values(self, original: Tensor, merged: Tensor, most: int) -> None:
+        part = _convolved if isinstance(self._module, nn.modules.conv._ConvNd) else _multiplied
+        _, whole = part(self._module, original, self._index, self._outputs(self._whole), most)
+        values, made = part(self._module, merged, self._first, self._outputs(self._merged), most)
+        self._values.add(values, values)
+        self._errors.add(values, whole - made)
+
+    def solved(self, *, intercept: bool) -> tuple[Tensor, Tensor]:
+        """What to add to the columns of the merged neurons, float64 [k, m, ...], and to the outputs, [out].
+
+        Args:
+            intercept: there is a place for the constant; else it is to be made up for by the columns as well.
+        """
+        whole = self._whole.double()
+        flat = whole.flatten(3).sum(-1).sum(1) if whole.ndim > 3 else whole.sum(1)  # [n, out]
+        extra = _ridge(self._neurons, self._missing, _RIDGE_NEURONS, intercept)  # [k, n]
+        columns = torch.einsum("kn,n...->k...", extra, whole)
+        constant = torch.zeros_like(flat[0])
+        if intercept:
+            merged, missing = self._neurons.means[0], self._missing.means[1]
+            constant = (missing - merged @ extra) @ flat
+        if not self._several:
+            return columns, constant
+        moved = self._outputs(columns).flatten(1).T  # [values, out]
+        values = self._values.covariance if intercept else self._values.second
+        errors = (self._errors.covariance if intercept else self._errors.second) - values @ moved
+        more = _solve(values, errors, _RIDGE_VALUES)
+        if intercept:
+            mean, missing = self._errors.means
+            constant = missing - mean @ (moved + more)
+        like = self._outputs(columns)
+        return columns + more.T.reshape(like.shape).movedim(0, 2), constant
+
+
+def _ridge(inputs: Moments, targets: Moments, ridge: float, intercept: bool) -> Tensor:
+    if intercept:
+        return _solve(inputs.covariance, targets.covariance, ridge)
+    return _solve(inputs.second, targets.second, ridge)
+
+
+def _solve(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """Ridge regression: [p, p] moments of the inputs and [p, q] with the targets give coefficients [p, q]."""
+    level = inputs.diagonal().mean()
+    if not float(level) > 0:
+        return torch.zeros_like(targets)
+    damped = inputs + ridge * level * torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
+    return torch.cholesky_solve(targets, torch.linalg.cholesky(damped))
+
+
+def _multiplied(module: nn.Module, inputs: Tensor, index: Tensor, weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """What a linear layer reads of some neurons, [rows, values], and makes of it, [rows, out]; weight [out, n, m]."""
+    values = floating(by_channel(module, inputs).flatten(0, -2))[:, index.flatten()]
+    values = values[:: max(1, len(values) // most)]
+    return values, values @ weight.flatten(1).T.to(values.dtype)
+
+
+def _convolved(module: nn.Module, inputs: Tensor, index: Tensor, weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The same of a convolution, at some of its positions; weight [out, n, 1, *kernel]."""
+    assert isinstance(module, nn.modules.conv._ConvNd), "chosen by the caller"
+    spatial = len(module.kernel_size)
+    x = inputs if inputs.ndim == spatial + 2 else inputs[None]
+    x = floating(x)[:, index.flatten()]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    windows = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    for at, (kernel, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True), 2
+    ):
+        windows = windows.unfold(at, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+    rows = len(x) * math.prod(windows.shape[2 : 2 + spatial])
+    step = max(1, math.ceil((rows / most) ** (1 / spatial)))
+    for at in range(2, 2 + spatial):
+        here = min(step, windows.shape[at])
+        windows = windows[(slice(None),) * at + (slice((windows.shape[at] - 1) % here // 2, None, here),)]
+    values = windows.movedim(1, 1 + spatial).flatten(0, spatial).flatten(1)  # channels before the kernel
+    return values, values @ weight.flatten(1).T.to(values.dtype)

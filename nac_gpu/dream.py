@@ -1,0 +1,134 @@
+"""Inputs dreamed up from what BatchNorm remembers, where no data is at hand.
+
+A trained network with BatchNorm knows the mean and deviation that every channel had on the training data. Noise is
+changed by gradient descent until its statistics are these (Yin et al., "Dreaming to Distill", CVPR 2020; Cai et al.,
+"ZeroQ", CVPR 2020). The result looks like nothing, but drives the channels together as images do.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nac_gpu.forward import ExampleInputs, call, evaluating
+
+BATCH = 64
+STEPS = 60
+_RATE = 0.1  # of Adam, in units of the inputs' deviation
+_SCALES = ((0.0, 1.0), (0.45, 0.25), (115.0, 65.0))  # mean and deviation: normalised, pixels in [0, 1], in [0, 255]
+
+
+def why_not(model: nn.Module, example_inputs: ExampleInputs) -> str | None:
+    """Why inputs cannot be dreamed up for a model, or None if they can."""
+    if not _norms(model):
+        return "it has no BatchNorm that keeps running statistics"
+    if not isinstance(example_inputs, Tensor) or not example_inputs.is_floating_point() or example_inputs.ndim < 2:
+        return "its input is not one floating tensor [batch, ...]"
+    return None
+
+
+def dream(model: nn.Module, inputs: Tensor, *, count: int | None = None, seed: int = 0) -> list[Tensor]:
+    """Inputs on which the statistics of all channels are those that BatchNorm remembers.
+
+    Args:
+        model: has BatchNorm with running statistics; not changed.
+        inputs: an example, [batch, ...]: gives shape, type and device.
+        count: how many; by default 256, down to 64 for large images.
+        seed: of the noise; the global random state is not touched.
+
+    Returns:
+        Batches of inputs [64, ...].
+
+    Raises:
+        RuntimeError: no gradient reaches the inputs.
+    """
+    if count is None:
+        positions = math.prod(inputs.shape[2:])
+        count = max(BATCH, min(256, 256 * 64 * 64 // max(positions, 1)))
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    with evaluating(model), torch.enable_grad():
+        for start in range(0, count, BATCH):
+            noise = _noise((min(BATCH, count - start), *inputs.shape[1:]), generator).to(inputs)
+            batches.append(_dreamed(model, noise))
+    return batches
+
+
+def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Noise of unit deviation; over space its amplitude falls as one over the frequency, as in natural images.
+
+    Args:
+        shape: [batch, channels, ...].
+        generator: on the CPU.
+    """
+    if len(shape) < 3:
+        return torch.randn(shape, generator=generator)
+    shared = torch.randn((shape[0], 1, *shape[2:]), generator=generator)
+    own = torch.randn(shape, generator=generator)
+    white = math.sqrt(0.9) * shared + math.sqrt(0.1) * own  # the channels of images go together
+    space = tuple(range(2, len(shape)))
+    squared = torch.zeros(())
+    for dim in space:
+        frequencies = torch.fft.fftfreq(shape[dim]).square()
+        squared = squared[..., None] + frequencies
+    amplitude = squared.clamp_min(1 / max(shape[2:]) ** 2).rsqrt()
+    noise = torch.fft.ifftn(torch.fft.fftn(white, dim=space) * amplitude, dim=space).real
+    return noise / noise.std()
+
+
+def _dreamed(model: nn.Module, noise: Tensor) -> Tensor:
+    """One batch."""
+    errors: list[Tensor] = []
+
+    def look(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm), "hooked below"
+        assert module.running_mean is not None, "checked when it was hooked"
+        assert module.running_var is not None, "it has a running mean"
+        values = given[0].float() if given[0].dtype != torch.float64 else given[0]
+        over = [dim for dim in range(values.ndim) if dim != 1]
+        mean, variance = values.mean(over), values.var(over, correction=0)
+        deviation = (module.running_var.to(values.dtype) + module.eps).sqrt()
+        off = (mean - module.running_mean.to(values.dtype)) / deviation
+        stretched = (variance + module.eps).sqrt() / deviation - 1
+        errors.append(off.square().mean() + stretched.square().mean())
+
+    def error(inputs: Tensor) -> Tensor:
+        errors.clear()
+        fast = _multiplies_bfloat16(inputs)
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=fast):
+            layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
+            call(model, inputs.contiguous(memory_format=layout) if fast else inputs)
+        return torch.stack(errors).sum()
+
+    hooks = [module.register_forward_pre_hook(look) for module in _norms(model)]
+    try:
+        with torch.no_grad():
+            found = [float(error(mean + scale * noise)) for mean, scale in _SCALES]
+        mean, scale = _SCALES[found.index(min(found))]
+        inputs = (mean + scale * noise).requires_grad_()
+        optimizer = torch.optim.Adam([inputs], lr=_RATE * scale, betas=(0.9, 0.99))
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = _RATE * scale * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+            (inputs.grad,) = torch.autograd.grad(error(inputs), inputs)
+            optimizer.step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return inputs.detach()
+
+
+def _multiplies_bfloat16(inputs: Tensor) -> bool:
+    """The hardware multiplies bfloat16, and the model is in float32."""
+    if inputs.dtype != torch.float32:
+        return False
+    if inputs.device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return inputs.device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

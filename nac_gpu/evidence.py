@@ -1,0 +1,101 @@
+"""What is known of a model's neurons: how they act, on calibration data or dreams, or only what their weights are."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nac_gpu.activations import Activity, Batches, as_batches, observe
+from nac_gpu.budget import Curve, error_curve, inertia_curve
+from nac_gpu.dendrogram import Dendrogram
+from nac_gpu.dream import dream, why_not
+from nac_gpu.forward import ExampleInputs
+from nac_gpu.groups import Group
+from nac_gpu.linkage import ward_linkage
+from nac_gpu.neurons import neuron_vectors
+from nac_gpu.rebuild import tensors
+from nac_gpu.widths import Calibration
+
+
+@dataclass
+class Evidence:
+    """What is known of a model's neurons.
+
+    Attributes:
+        state: the model's tensors by name.
+        batches: inputs on which they were looked at; none if only the weights are known.
+        activities: by the name of a group, how it is read.
+        source: one line for people: where this is from.
+    """
+
+    state: Mapping[str, Tensor]
+    batches: Batches = ()
+    activities: Mapping[str, Activity] = field(default_factory=dict)
+    source: str = ""
+    _trees: dict[str, Dendrogram] = field(default_factory=dict)
+
+    def points(self, group: Group) -> tuple[Tensor, Tensor | None]:
+        """The group's neurons for clustering: points [n, d], and masses [n] or None."""
+        activity = self.activities.get(group.name)
+        if activity is not None:
+            return activity.points()
+        return neuron_vectors(self.state, group), None
+
+    def tree(self, group: Group) -> Dendrogram:
+        """The group's dendrogram by Ward's method."""
+        if group.name not in self._trees:
+            self._trees[group.name] = ward_linkage(*self.points(group))
+        return self._trees[group.name]
+
+    def curve(self, group: Group) -> Curve:
+        """The error of merging the group, by the number of neurons that are kept."""
+        activity = self.activities.get(group.name)
+        if activity is not None:
+            return error_curve(self.tree(group).cut, group.size, activity)
+        return inertia_curve(self.tree(group).cut, self.points(group)[0])
+
+
+def gather(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    groups: Sequence[Group],
+    calibration: Calibration,
+    seed: int = 0,
+) -> Evidence:
+    """Find out what can be known of the neurons of these groups.
+
+    Args:
+        model: not changed.
+        example_inputs: what it is called with.
+        groups: the groups.
+        calibration: batches of inputs; `"dream"` makes some up where BatchNorm's statistics allow it, `"none"` leaves
+            it at the weights.
+        seed: of dreams.
+
+    Raises:
+        TypeError: calibration data of the wrong kind.
+        ValueError: no calibration data, data with activations that are not finite, or an unknown word.
+        RuntimeError: the forward pass fails on the calibration data.
+    """
+    state = tensors(model)
+    if isinstance(calibration, str):
+        if calibration not in ("dream", "none"):
+            raise ValueError(f"calibration={calibration!r}, expected batches of inputs, 'dream' or 'none'")
+        reason = "calibration='none'" if calibration == "none" else why_not(model, example_inputs)
+        if reason is not None:
+            return Evidence(state, source=f"neurons are compared by their weights, without compensation: {reason}")
+        assert isinstance(example_inputs, Tensor), "else there are no dreams"
+        batches: list[ExampleInputs] = list(dream(model, example_inputs, seed=seed))
+        source = "dreamed up from BatchNorm's statistics"
+    else:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        batches = list(as_batches(calibration, example_inputs, device))
+        source = "of calibration data"
+    try:
+        activities = observe(model, state, groups, batches)
+    except (RuntimeError, TypeError) as error:
+        raise RuntimeError(f"the forward pass fails on the calibration data: {error}") from error
+    count = sum(len(batch) if isinstance(batch, Tensor) else 1 for batch in batches)
+    unit = "inputs" if all(isinstance(batch, Tensor) for batch in batches) else "batches"
+    return Evidence(state, batches, activities, f"activations: {count} {unit} {source}")

@@ -2,9 +2,9 @@
 
 One clustering of a group gives a partition for every number of clusters k. Its error e(k) is what a ridge regression
 from the k merged neurons leaves of the activations, as the layers that read see it: `tr(Oᵀ E O) / tr(Oᵀ C O)` for
-outgoing weights O, covariances C of the activations and E of what is left. It is a share, so layers can be compared;
-errors of layers one after another multiply like `1 - e`, so `-log(1 - e)` is added up. From the full widths on, that
-group gives up neurons which adds the least for what is saved, until the budget is met.
+outgoing weights O, covariances C of the activations and E of what is left. What that costs is measured where it can be
+(see `nac_gpu.sensitivity`) and added up over the groups. From the full widths on, that group gives up neurons which
+adds the least for what is saved, until the budget is met.
 """
 
 import math
@@ -170,11 +170,11 @@ class Sizes:
         return self._fixed + torch.stack([self._numel @ shares, self._flops @ shares])
 
 
-def allocate(curves: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, most: tuple[float, float]) -> list[int]:
+def allocate(losses: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, most: tuple[float, float]) -> list[int]:
     """Widths with the least error that cost no more than they may.
 
     Args:
-        curves: of each group.
+        losses: what each group loses, by the number of neurons that are kept.
         limits: of each group.
         sizes: what widths cost.
         most: parameters, and operations of one pass; infinity where there is no limit.
@@ -183,20 +183,20 @@ def allocate(curves: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, mo
         A width for each group; the narrowest where even those cost more.
     """
     target = torch.tensor(most, dtype=torch.float64)
-    steps = [limit.allowed(list(curve)) for curve, limit in zip(curves, limits, strict=True)]
+    steps = [limit.allowed(list(curve)) for curve, limit in zip(losses, limits, strict=True)]
     deepest = max(len(widths) for widths in steps)
     widths = torch.full((len(steps), deepest), float("inf"), dtype=torch.float64)  # of each group, ascending
-    losses = torch.full_like(widths, float("inf"))
-    for group, (curve, own) in enumerate(zip(curves, steps, strict=True)):
+    lost = torch.full_like(widths, float("inf"))
+    for group, (curve, own) in enumerate(zip(losses, steps, strict=True)):
         widths[group, : len(own)] = torch.tensor(own, dtype=torch.float64)
-        losses[group, : len(own)] = torch.tensor([_loss(curve, width) for width in own], dtype=torch.float64)
+        lost[group, : len(own)] = torch.tensor([_loss(curve, width) for width in own], dtype=torch.float64)
     at = torch.tensor([len(own) - 1 for own in steps])
     now = widths.gather(1, at[:, None])[:, 0]
     cost = sizes.cost(now)
     while bool((cost > target).any()):
         saved = torch.where(cost > target, 1 / cost, 0) @ sizes.savings(now)
         gain = saved[:, None] * (now[:, None] - widths)
-        more = (losses - losses.gather(1, at[:, None])).clamp_min(1e-12)
+        more = (lost - lost.gather(1, at[:, None])).clamp_min(1e-12)
         score = torch.where((widths < now[:, None]) & (gain > 0), more / gain, float("inf"))
         best = int(score.argmin())
         group, step = divmod(best, deepest)
@@ -208,18 +208,18 @@ def allocate(curves: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, mo
         if not bool((cost > target).any()):
             now[group] = _widest(sizes, now, group, wider, limits[group].step, target)
             break
-    return _filled(sizes, now, limits, curves, target)
+    return _filled(sizes, now, limits, losses, target)
 
 
-def _loss(curve: Curve, width: int) -> float:
-    """`-log(1 - e)`, between known widths linear in the logarithm of the width."""
-    known = sorted(curve)
-    if width in curve:
-        return -math.log1p(-curve[width])
+def _loss(losses: Curve, width: int) -> float:
+    """The loss at a width; between known widths linear in the width's logarithm."""
+    if width in losses:
+        return losses[width]
+    known = sorted(losses)
     above = next(i for i, k in enumerate(known) if k > width)
     low, high = known[above - 1], known[above]
     part = math.log(width / low) / math.log(high / low)
-    return -(1 - part) * math.log1p(-curve[low]) - part * math.log1p(-curve[high])
+    return (1 - part) * losses[low] + part * losses[high]
 
 
 def _widest(sizes: Sizes, now: Tensor, group: int, wider: int, step: int, target: Tensor) -> int:
@@ -237,11 +237,11 @@ def _widest(sizes: Sizes, now: Tensor, group: int, wider: int, step: int, target
     return low
 
 
-def _filled(sizes: Sizes, now: Tensor, limits: Sequence[Limits], curves: Sequence[Curve], target: Tensor) -> list[int]:
+def _filled(sizes: Sizes, now: Tensor, limits: Sequence[Limits], losses: Sequence[Curve], target: Tensor) -> list[int]:
     """Small change: what is left of the budget goes to groups that can still grow by a step, most useful first."""
     order = sorted(
         range(len(limits)),
-        key=lambda g: -_loss(curves[g], int(now[g])) / max(1e-12, float(sizes.savings(now)[:, g].sum())),
+        key=lambda g: -_loss(losses[g], int(now[g])) / max(1e-12, float(sizes.savings(now)[:, g].sum())),
     )
     for group in order:
         grown = now.clone()

@@ -73,17 +73,31 @@ class Assigned:
 class Compensator:
     """Merges groups one after another, and changes the layers that read them.
 
+    Attributes:
+        merger: what it merges with.
+
     Args:
         model: the original; not changed.
         graph: its record.
-        merger: of its tensors.
         batches: inputs of the model.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, merger: Merger, batches: Batches) -> None:
-        self._model, self._graph, self._merger, self._batches = model, graph, merger, batches
-        self._work = rebuild(model, tensors(model))
+    def __init__(self, model: nn.Module, graph: Graph, batches: Batches) -> None:
+        self._model, self._graph, self._batches = model, graph, batches
+        self._state = tensors(model)
+        self._work = rebuild(model, self._state)
         self._modules = dict(model.named_modules())
+        self.merger = Merger(self._state)
+
+    def start(self) -> None:
+        """Begin anew with the original."""
+        self.merger = Merger(self._state)
+
+    def network(self) -> nn.Module:
+        """The network as it is now, with zeros where neurons were merged away; the next merge changes it."""
+        for name, tensor in [*self._work.named_parameters(), *self._work.named_buffers()]:
+            tensor.data = self.merger.state[name]
+        return self._work
 
     def merge(self, group: Group, labels: Tensor) -> None:
         """Merge one group and compensate for it.
@@ -93,29 +107,28 @@ class Compensator:
             labels: as `Merger.merge` takes them.
         """
         assigned = Assigned(group, labels.cpu())
-        self._merger.merge_made(group, labels)
-        whole = dict(self._merger.state)  # with what is read as it was
-        self._merger.merge_read(group, labels)
-        for name, tensor in [*self._work.named_parameters(), *self._work.named_buffers()]:
-            tensor.data = self._merger.state[name]
+        self.merger.merge_made(group, labels)
+        whole = dict(self.merger.state)  # with what is read as it was
+        self.merger.merge_read(group, labels)
+        work = self.network()
         found = {reading.layer: reading for reading in readings(self._model, group)}
-        with evaluating(self._model), evaluating(self._work):
+        with evaluating(self._model), evaluating(work):
             calls = count_calls(self._model, self._batches[0], found)
             sums = {
-                layer: _Sums(reading, self._modules[layer], assigned, whole, self._merger.state)
+                layer: _Sums(reading, self._modules[layer], assigned, whole, self.merger.state)
                 for layer, reading in found.items()
                 if layer in calls
             }
             for batch in self._batches if sums else ():
                 before = captured(self._model, batch, calls)
-                after = captured(self._work, batch, calls)
+                after = captured(work, batch, calls)
                 for layer, one in sums.items():
                     one.add(before[layer], after[layer], len(self._batches))
         for layer, one in sums.items():
             self._change(layer, one)
 
     def _change(self, layer: str, sums: "_Sums") -> None:
-        state = self._merger.state
+        state = self.merger.state
         weight = f"{layer}.weight"
         bias, norm = f"{layer}.bias", self._graph.norms.get(weight)
         target, sign = (bias, 1) if bias in state else (norm.mean if norm is not None else None, -1)

@@ -91,10 +91,12 @@ def compress(
     evidence = prepared.evidence
     if evidence is None and (rule == "compensated" or neurons == "activations"):
         evidence = gather(model, example_inputs, groups, calibration, seed)
-    merger = Merger(tensors(model), "centroid" if rule == "centroid" else "restored")
     compensator = None
     if rule == "compensated" and evidence is not None and evidence.batches:
-        compensator = Compensator(model, prepared.graph, merger, evidence.batches)
+        compensator = Compensator(model, prepared.graph, evidence.batches)
+        merger = compensator.merger
+    else:
+        merger = Merger(tensors(model), "centroid" if rule == "centroid" else "restored")
     by_activations = neurons == "activations" or (neurons is None and compensator is not None)
     changed = False
     for group, kept in zip(groups, widths, strict=True):

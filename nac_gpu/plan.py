@@ -15,6 +15,7 @@ from nac_gpu.evidence import Evidence, gather
 from nac_gpu.forward import ExampleInputs
 from nac_gpu.graph import record
 from nac_gpu.groups import Graph, Group, LeftAlone
+from nac_gpu.sensitivity import losses
 from nac_gpu.trial import Chosen, Trial
 from nac_gpu.unwrap import computed, unwrapped
 from nac_gpu.widths import Calibration, LimitsByLayer, Share, Wanted, Width, limits_of, neurons, resolve
@@ -247,7 +248,7 @@ def _chosen(
     if not good:
         raise ValueError(f"nothing to compress: {_reasons(replace(graph, left_alone=tuple(trial.alone)))}")
     evidence = gather(model, example_inputs, good, wanted.calibration, wanted.seed)
-    curves = {group.name: evidence.curve(group) for group in good}
+    lost = losses(model, graph, good, evidence)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     asked = wanted.most(before.parameters, before.flops)
     most = asked
@@ -255,7 +256,7 @@ def _chosen(
     for _ in range(_ATTEMPTS):
         own = [limits.get(group.name, Limits(1, group.size)) for group in good]
         sizes = Sizes(good, shapes, graph.operations, before.flops)
-        widths = allocate([curves[group.name] for group in good], own, sizes, most)
+        widths = allocate([lost[group.name] for group in good], own, sizes, most)
         found = trial.passed(list(zip(good, widths, strict=True)))
         assert trial.after is not None, "they were tried together"
         used = [c / a for c, a in zip((trial.after.parameters, trial.after.flops), asked, strict=True)]

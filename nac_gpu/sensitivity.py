@@ -1,0 +1,118 @@
+"""How much the model's outputs change when one group alone is merged: what a budget adds up over the groups.
+
+The error e(k) of a group (see `nac_gpu.budget`) does not say how much the layers that follow make of it. So a few
+errors are tried out, compensated for, and the change of the outputs is measured, as a share of their variance over the
+inputs. In between it grows like a power of e.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from nac_gpu.activations import Batches
+from nac_gpu.budget import Curve
+from nac_gpu.compensation import Compensator
+from nac_gpu.evidence import Evidence
+from nac_gpu.forward import call, evaluating, tensors_in
+from nac_gpu.groups import Graph, Group
+
+_TRIED = (0.03, 0.1, 0.3)  # errors
+_INPUTS = 256  # at most so many, where batches are tensors
+_STEEPEST, _FLATTEST = 4.0, 0.5  # powers of e
+_MOST = 12.0
+
+
+def losses(model: nn.Module, graph: Graph, groups: Sequence[Group], evidence: Evidence) -> dict[str, Curve]:
+    """What merging each group to k neurons costs, by name and k; comparable between groups.
+
+    Without activations, or where the outputs cannot be compared, `-log(1 - e)` of the group's own error.
+
+    Args:
+        model: not changed.
+        graph: its record.
+        groups: groups.
+        evidence: what is known of their neurons.
+    """
+    curves = {group.name: evidence.curve(group) for group in groups}
+    plain: dict[str, Curve] = {
+        name: {k: -math.log1p(-error) for k, error in curve.items()} for name, curve in curves.items()
+    }
+    batches = _some(evidence.batches)
+    if not batches:
+        return plain
+    compensator = Compensator(model, graph, batches)
+    with evaluating(model):
+        expected = [_outputs(model, batch) for batch in batches]
+    result: dict[str, Curve] = {}
+    for group in groups:
+        curve = curves[group.name]
+        points: dict[float, float] = {}
+        for error in _TRIED if group.name in evidence.activities else ():
+            kept = min(curve, key=lambda k: abs(math.log(max(curve[k], 1e-9) / error)))
+            if kept < group.size and curve[kept] > 0 and curve[kept] not in points:
+                compensator.start()
+                compensator.merge(group, evidence.tree(group).cut(kept))
+                change = _change(compensator.network(), batches, expected)
+                if change is None:
+                    return plain
+                points[curve[kept]] = max(change, 1e-9)
+        result[group.name] = _through(points, curve) if points else plain[group.name]
+    return result
+
+
+def _some(batches: Batches) -> Batches:
+    """The first few batches."""
+    chosen: list[Any] = []
+    count = 0
+    for batch in batches:
+        chosen.append(batch)
+        count += len(batch) if isinstance(batch, Tensor) else 1
+        if count >= _INPUTS:
+            break
+    return chosen
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    found = tensors_in(call(model, batch))
+    return [value.double() for value in found if value.is_floating_point()]
+
+
+def _change(model: nn.Module, batches: Batches, expected: Sequence[Sequence[Tensor]]) -> float | None:
+    """The mean squared change of the outputs as a share of their variance over the batch; None for other shapes."""
+    shares = []
+    with evaluating(model):
+        for batch, wanted in zip(batches, expected, strict=True):
+            for found, value in zip(_outputs(model, batch), wanted, strict=True):
+                if found.shape != value.shape or not value.numel():
+                    return None
+                whole = float((value - value.mean(0)).square().mean()) or float(value.square().mean())
+                if whole > 0:
+                    shares.append(float((found - value).square().mean()) / whole)
+    changed = sum(shares) / len(shares) if shares else None
+    return changed if changed is not None and math.isfinite(changed) else None
+
+
+def _through(points: dict[float, float], curve: Curve) -> Curve:
+    """Losses at all widths: straight lines through the logarithms of the measured points."""
+    known = sorted((math.log(error), math.log(change)) for error, change in points.items())
+    errors, changes = [x for x, _ in known], [y for _, y in known]
+
+    def loss(error: float) -> float:
+        if error <= 0:
+            return 0.0
+        x = math.log(error)
+        left = max(0, min(sum(e <= x for e in errors) - 1, len(known) - 2))
+        slope = 1.5
+        if len(known) > 1:
+            slope = (changes[left + 1] - changes[left]) / (errors[left + 1] - errors[left])
+            slope = min(max(slope, _FLATTEST), _STEEPEST)
+        near = left if x < errors[min(left + 1, len(known) - 1)] else min(left + 1, len(known) - 1)
+        return min(math.exp(min(changes[near] + slope * (x - errors[near]), 50.0)), _MOST)
+
+    result, worst = {}, 0.0
+    for kept in sorted(curve, reverse=True):
+        worst = max(worst, loss(curve[kept]))
+        result[kept] = worst
+    return result

@@ -71,39 +71,39 @@ def samples(module: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
 
 
 class Moments:
-    """Sums over samples of `a`, `b` and `a bᵀ`, in float64."""
+    """Means and covariance of samples `a` and `b`, summed up in float64 around the mean of the first ones."""
 
     def __init__(self) -> None:
         self.count = 0
         self._product: Tensor | float = 0.0
-        self._a: Tensor | float = 0.0
-        self._b: Tensor | float = 0.0
+        self._sums: list[Tensor] = []
+        self._centres: list[Tensor] = []
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Take in samples: [samples, p] and [samples, q]."""
+        if not self._centres:
+            self._centres = [a.mean(0), b.mean(0)]
+            self._sums = [torch.zeros_like(centre, dtype=torch.float64) for centre in self._centres]
+        a, b = a - self._centres[0], b - self._centres[1]
         self.count += len(a)
         self._product = self._product + (a.T @ b).double()
-        self._a = self._a + a.sum(0, dtype=torch.float64)
-        self._b = self._b + b.sum(0, dtype=torch.float64)
+        self._sums = [total + part.sum(0, dtype=torch.float64) for total, part in zip(self._sums, (a, b), strict=True)]
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
         """The mean of a [p] and of b [q]."""
-        assert isinstance(self._a, Tensor), "something was added"
-        assert isinstance(self._b, Tensor), "something was added"
-        return self._a / self.count, self._b / self.count
+        a, b = (centre + total / self.count for centre, total in zip(self._centres, self._sums, strict=True))
+        return a, b
 
     @property
     def covariance(self) -> Tensor:
         """The covariance of a and b, float64 [p, q]."""
-        a, b = self.means
-        return self._product / self.count - torch.outer(a, b)
+        return self._product / self.count - torch.outer(self._sums[0], self._sums[1]) / self.count**2
 
     @property
     def second(self) -> Tensor:
         """The mean product of a and b, float64 [p, q]."""
-        assert isinstance(self._product, Tensor), "something was added"
-        return self._product / self.count
+        return self.covariance + torch.outer(*self.means)
 
 
 def floating(tensor: Tensor) -> Tensor:

@@ -97,7 +97,8 @@ def compress(
         merger = compensator.merger
     else:
         merger = Merger(tensors(model), "centroid" if rule == "centroid" else "restored")
-    by_activations = neurons == "activations" or (neurons is None and compensator is not None)
+    alike = compensator is not None and evidence is not None and evidence.alike
+    by_activations = neurons == "activations" or (neurons is None and alike)
     changed = False
     for group, kept in zip(groups, widths, strict=True):
         if kept == group.size:

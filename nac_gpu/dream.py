@@ -1,11 +1,16 @@
-"""Inputs dreamed up from what BatchNorm remembers, where no data is at hand.
+"""Inputs dreamed up from what a network remembers, where no data is at hand.
 
 A trained network with BatchNorm knows the mean and deviation that every channel had on the training data. Noise is
 changed by gradient descent until its statistics are these (Yin et al., "Dreaming to Distill", CVPR 2020; Cai et al.,
 "ZeroQ", CVPR 2020). The result looks like nothing, but drives the channels together as images do.
+
+A network without any normalisation still knows something of its inputs: gradients are sums of inputs, so the weights of
+its first layer span those directions in which inputs vary. Inputs are drawn as random sums of these weights. That is
+enough to compensate, not to compare neurons by.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +19,41 @@ from nac_gpu.forward import ExampleInputs, call, evaluating
 
 BATCH = 64
 STEPS = 60
+_DRAWN = 512  # a batch of random sums
+_LIVELINESS = 0.3  # deviation of what the first layer makes of them, in units of its neurons' norms
 _RATE = 0.1  # of Adam, in units of the inputs' deviation
 _SCALES = ((0.0, 1.0), (0.45, 0.25), (115.0, 65.0))  # mean and deviation: normalised, pixels in [0, 1], in [0, 255]
 
 
+def has_statistics(model: nn.Module) -> bool:
+    """Whether the model has BatchNorm with running statistics."""
+    return bool(_norms(model))
+
+
 def why_not(model: nn.Module, example_inputs: ExampleInputs) -> str | None:
     """Why inputs cannot be dreamed up for a model, or None if they can."""
-    if not _norms(model):
-        return "it has no BatchNorm that keeps running statistics"
     if not isinstance(example_inputs, Tensor) or not example_inputs.is_floating_point() or example_inputs.ndim < 2:
         return "its input is not one floating tensor [batch, ...]"
-    return None
+    if _norms(model):
+        return None
+    if any("norm" in type(module).__name__.lower() for module in model.modules()):
+        return "its normalisation keeps no statistics"
+    return None if _first_layer(model, example_inputs) is not None else "no layer reads its input as it is"
 
 
 def dream(model: nn.Module, inputs: Tensor, *, count: int | None = None, seed: int = 0) -> list[Tensor]:
     """Inputs on which the statistics of all channels are those that BatchNorm remembers.
 
+    Without BatchNorm, random sums of the first layer's weights.
+
     Args:
-        model: has BatchNorm with running statistics; not changed.
+        model: one for which `why_not` knows no reason; not changed.
         inputs: an example, [batch, ...]: gives shape, type and device.
-        count: how many; by default 256, down to 64 for large images.
+        count: how many; by default 256, down to 64 for large images, and 4096 vectors where there is no BatchNorm.
         seed: of the noise; the global random state is not touched.
 
     Returns:
-        Batches of inputs [64, ...].
+        Batches of inputs.
 
     Raises:
         RuntimeError: no gradient reaches the inputs.
@@ -45,12 +61,71 @@ def dream(model: nn.Module, inputs: Tensor, *, count: int | None = None, seed: i
     if count is None:
         positions = math.prod(inputs.shape[2:])
         count = max(BATCH, min(256, 256 * 64 * 64 // max(positions, 1)))
+        count = 4096 if positions == 1 and not _norms(model) else count
     generator = torch.Generator().manual_seed(seed)
+    if not _norms(model):
+        return _drawn(model, inputs, count, generator)
     batches = []
     with evaluating(model), torch.enable_grad():
         for start in range(0, count, BATCH):
             noise = _noise((min(BATCH, count - start), *inputs.shape[1:]), generator).to(inputs)
             batches.append(_dreamed(model, noise))
+    return batches
+
+
+def _first_layer(model: nn.Module, inputs: Tensor) -> nn.Module | None:
+    """The first linear layer or convolution that is called with the input itself, flattened or not."""
+    found: list[nn.Module] = []
+    inputs = inputs.detach()
+
+    def look(module: nn.Module, given: tuple[Any, ...]) -> None:
+        reads = bool(given) and isinstance(given[0], Tensor)
+        if reads and given[0].untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr():
+            found.append(module)
+
+    kinds = nn.Linear | nn.modules.conv._ConvNd
+    hooks = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, kinds)]
+    try:
+        with evaluating(model):
+            call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _drawn(model: nn.Module, inputs: Tensor, count: int, generator: torch.Generator) -> list[Tensor]:
+    """Random sums of the first layer's weights."""
+    layer = _first_layer(model, inputs)
+    assert layer is not None, "why_not() was asked"
+    made: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, result: Tensor) -> None:
+        made.append(result)
+
+    hook = layer.register_forward_hook(keep)
+
+    def first(x: Tensor) -> Tensor:
+        made.clear()
+        call(model, x)
+        return made[0]
+
+    size = min(count, _DRAWN)
+    batches = []
+    try:
+        with evaluating(model):
+            weight = layer.get_parameter("weight")
+            norm = weight.flatten(1).norm(dim=1).mean()
+            for _ in range(0, count, size):
+                with torch.enable_grad():
+                    zeros = torch.zeros((size, *inputs.shape[1:]), dtype=inputs.dtype, device=inputs.device)
+                    nothing = first(zeros.requires_grad_())
+                    drawn = torch.randn(nothing.shape, generator=generator).to(nothing)
+                    (sums,) = torch.autograd.grad(nothing, zeros, drawn)
+                deviation = (first(sums) - nothing.detach()).std()
+                batches.append(sums * (_LIVELINESS * norm / deviation))
+    finally:
+        hook.remove()
     return batches
 
 

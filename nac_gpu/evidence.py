@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nac_gpu.activations import Activity, Batches, as_batches, observe
 from nac_gpu.budget import Curve, error_curve, inertia_curve
 from nac_gpu.dendrogram import Dendrogram
-from nac_gpu.dream import dream, why_not
+from nac_gpu.dream import dream, has_statistics, why_not
 from nac_gpu.forward import ExampleInputs
 from nac_gpu.groups import Group
 from nac_gpu.linkage import ward_linkage
@@ -27,18 +27,20 @@ class Evidence:
         batches: inputs on which they were looked at; none if only the weights are known.
         activities: by the name of a group, how it is read.
         source: one line for people: where this is from.
+        alike: neurons may be compared by their activities, not only be compensated by them.
     """
 
     state: Mapping[str, Tensor]
     batches: Batches = ()
     activities: Mapping[str, Activity] = field(default_factory=dict)
     source: str = ""
+    alike: bool = True
     _trees: dict[str, Dendrogram] = field(default_factory=dict)
 
     def points(self, group: Group) -> tuple[Tensor, Tensor | None]:
         """The group's neurons for clustering: points [n, d], and masses [n] or None."""
         activity = self.activities.get(group.name)
-        if activity is not None:
+        if activity is not None and self.alike:
             return activity.points()
         return neuron_vectors(self.state, group), None
 
@@ -87,15 +89,16 @@ def gather(
             return Evidence(state, source=f"neurons are compared by their weights, without compensation: {reason}")
         assert isinstance(example_inputs, Tensor), "else there are no dreams"
         batches: list[ExampleInputs] = list(dream(model, example_inputs, seed=seed))
-        source = "dreamed up from BatchNorm's statistics"
+        known = has_statistics(model)
+        source = f"dreamed up from {'the statistics of BatchNorm' if known else 'the weights of the first layer'}"
     else:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         batches = list(as_batches(calibration, example_inputs, device))
-        source = "of calibration data"
+        source, known = "of calibration data", True
     try:
         activities = observe(model, state, groups, batches)
     except (RuntimeError, TypeError) as error:
         raise RuntimeError(f"the forward pass fails on the calibration data: {error}") from error
     count = sum(len(batch) if isinstance(batch, Tensor) else 1 for batch in batches)
     unit = "inputs" if all(isinstance(batch, Tensor) for batch in batches) else "batches"
-    return Evidence(state, batches, activities, f"activations: {count} {unit} {source}")
+    return Evidence(state, batches, activities, f"activations: {count} {unit} {source}", known)

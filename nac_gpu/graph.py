@@ -78,9 +78,12 @@ class _Record(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note down the operations that multiply with a parameter."""
         counted = flop_registry.get(func._overloadpacket)
-        names = [self._storages.get(value.untyped_storage().data_ptr()) for value in args if isinstance(value, Tensor)]
-        name = next((name for name in names if name is not None), None) if counted is not None else None
-        if counted is not None and name is not None:
+        if counted is None:
+            return
+        tensors = [value for value in args if isinstance(value, Tensor) and value.ndim > 1]  # no biases
+        names = [self._storages.get(value.untyped_storage().data_ptr()) for value in tensors]
+        name = next((name for name in names if name is not None), None)
+        if name is not None:
             self.operations[name] = self.operations.get(name, 0) + counted(*args, **kwargs, out_val=out)
 
 

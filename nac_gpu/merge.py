@@ -79,6 +79,9 @@ class Merger:
             factor = torch.ones(tensor.shape[member.dim], dtype=torch.float64)
             factor[member.index.flatten()] = share.repeat_interleave(member.index.shape[1])
             self.state[member.tensor] = _combine(tensor, member.dim, source, target, factor)
+        if bool((home < 0).any()):
+            removed = member.index[home < 0].flatten().to(tensor.device)
+            self.state[member.tensor] = self.state[member.tensor].index_fill(member.dim, removed, 0)
         kept = torch.zeros(tensor.shape[member.dim], dtype=torch.bool)
         kept[target] = True
         dropped = self._dropped.setdefault((member.tensor, member.dim), torch.zeros_like(kept))

@@ -50,7 +50,7 @@ class Wanted:
             ValueError: nothing is asked for, or what is asked for is out of range.
         """
         if self.width is None and not self.budget:
-            raise ValueError("expected width=, params= or flops=, got none of them")
+            raise ValueError("expected width=, params= or flops= (or a plan, to compress), got none of them")
         if not self.budget and (self.limits is not None or self.multiple_of is not None):
             raise ValueError("limits= and multiple_of= are for budgets, expected params= or flops= beside them")
         if self.multiple_of is not None and self.multiple_of < 1:

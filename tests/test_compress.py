@@ -168,13 +168,15 @@ def test_seeds_change_random_merging_only_as_asked() -> None:
 def test_misuse() -> None:
     model, inputs = network("cnn")
     plan = nac.plan(model, inputs, width=0.5)
-    with pytest.raises(ValueError, match="expected either a plan or width=, got neither"):
+    with pytest.raises(
+        ValueError, match=r"expected width=, params= or flops= \(or a plan, to compress\), got none of them"
+    ):
         nac.compress(model, inputs)
-    with pytest.raises(ValueError, match="expected either a plan or width=, got both"):
+    with pytest.raises(ValueError, match="expected either a plan or width=, params= or flops=, got both"):
         nac.compress(model, inputs, plan, width=0.5)
     with pytest.raises(ValueError, match="unknown method 'kmean', expected one of ward, kmeans, random, or a function"):
         nac.compress(model, inputs, width=0.5, method="kmean")
-    with pytest.raises(ValueError, match="unknown rule 'mean', expected one of restored, centroid"):
+    with pytest.raises(ValueError, match="unknown rule 'mean', expected one of compensated, restored, centroid"):
         nac.compress(model, inputs, width=0.5, rule="mean")  # type: ignore[arg-type]
     other, other_inputs = network("vgg16")
     with pytest.raises(ValueError, match=r"unknown layer|another model"):

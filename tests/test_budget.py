@@ -1,0 +1,170 @@
+"""Budgets: what is asked for is met, costs are exact, and the widths are good ones."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import NETWORKS, network
+
+import nac_gpu as nac
+from nac_gpu.budget import Limits, Sizes, allocate, error_curve, inertia_curve, widths_to_try
+from nac_gpu.evidence import gather
+from nac_gpu.graph import record
+from nac_gpu.sensitivity import _through
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_costs_follow_from_the_shapes(name: str, seed: int) -> None:
+    model, inputs = network(name)
+    graph = record(model, inputs)
+    generator = torch.Generator().manual_seed(seed)
+    widths = [int(torch.randint(1, group.size + 1, (), generator=generator)) for group in graph.groups]
+    sizes = Sizes(graph.groups, {n: p.shape for n, p in model.named_parameters()}, graph.operations, graph.flops)
+    plan = nac.plan(model, inputs, width={g.name: w for g, w in zip(graph.groups, widths, strict=True)})
+    parameters, flops = sizes.cost(torch.tensor(widths, dtype=torch.float64)).tolist()
+    assert (round(parameters), round(flops)) == (plan.after.parameters, plan.after.flops)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("asked", [{"params": 0.5}, {"flops": 0.4}, {"params": 0.6, "flops": 0.6}], ids=str)
+def test_budgets_are_met(name: str, asked: dict[str, float]) -> None:
+    model, inputs = network(name)
+    plan = nac.plan(model, inputs, calibration="none", **asked)
+    used = {
+        "params": plan.after.parameters / plan.before.parameters,
+        "flops": plan.after.flops / plan.before.flops,
+    }
+    assert all(used[key] <= share for key, share in asked.items())
+    one = max(  # what one neuron more would cost, of the group that costs least
+        min(g.parameters_before / g.before / plan.before.parameters for g in plan.groups if g.after < g.before), 0.01
+    )
+    assert max(used[key] / share for key, share in asked.items()) >= 1 - max(0.01, one / min(asked.values()))
+
+
+def test_numbers_multiples_limits_and_fixed_widths() -> None:
+    model, inputs = network("vgg16")
+    plan = nac.plan(model, inputs, params=100_000, calibration="none")
+    assert 99_000 <= plan.after.parameters <= 100_000
+    plan = nac.plan(model, inputs, params=0.3, multiple_of=4, calibration="none")
+    assert all(width % 4 == 0 for width in plan.widths.values())
+    plan = nac.plan(
+        model,
+        inputs,
+        params=0.3,
+        limits={"classifier.*": (100, 200), "features.0": (0.5, 1.0)},
+        width={"features.3": 7},
+        calibration="none",
+    )
+    assert all(100 <= plan.widths[name] <= 200 for name in ("classifier.0", "classifier.3"))
+    assert plan.widths["features.0"] >= 4
+    assert plan.widths["features.3"] == 7
+    plan = nac.plan(model, inputs, params=0.9, width=0.5, calibration="none")
+    assert all(group.after <= round(group.before / 2) for group in plan.groups)
+
+
+def test_misuse() -> None:
+    model, inputs = network("vgg16")
+    with pytest.raises(ValueError, match=r"expected width=, params= or flops= .* got none of them"):
+        nac.plan(model, inputs)
+    with pytest.raises(ValueError, match=r"params=0.0001 cannot be met, the smallest possible is 0\.00"):
+        nac.plan(model, inputs, params=0.0001, calibration="none")
+    with pytest.raises(ValueError, match=r"params=1.5, expected the share to keep"):
+        nac.plan(model, inputs, params=1.5)
+    with pytest.raises(ValueError, match=r"flops=True, expected the share to keep"):
+        nac.plan(model, inputs, flops=True)
+    with pytest.raises(ValueError, match=r"limits= and multiple_of= are for budgets"):
+        nac.plan(model, inputs, width=0.5, multiple_of=8)
+    with pytest.raises(ValueError, match=r"multiple_of=0, expected at least 1"):
+        nac.plan(model, inputs, params=0.5, multiple_of=0)
+    with pytest.raises(ValueError, match=r"features.0: limits are 8 to 4 neurons, expected the fewest first"):
+        nac.plan(model, inputs, params=0.5, limits={"features.0": (8, 4)})
+    with pytest.raises(ValueError, match=r"features.0: limits are 4, expected a pair"):
+        nac.plan(model, inputs, params=0.5, limits={"features.0": 4})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"unknown layer 'layer9'"):
+        nac.plan(model, inputs, params=0.5, limits={"layer9": (1, 4)})
+    with pytest.raises(ValueError, match="expected either a plan or width="):
+        nac.compress(model, inputs, nac.plan(model, inputs, width=0.5), params=0.5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(0.2, 3.0), min_size=3, max_size=3), st.floats(0.15, 0.8))
+def test_widths_are_nearly_the_best(powers: list[float], share: float) -> None:
+    model, inputs = network("split")
+    graph = record(model, inputs)
+    sizes = Sizes(graph.groups, {n: p.shape for n, p in model.named_parameters()}, graph.operations, graph.flops)
+    groups = graph.groups
+    losses = [
+        {k: (group.size / k) ** power - 1 for k in range(1, group.size + 1)}
+        for group, power in zip(groups, itertools.cycle(powers), strict=False)
+    ]
+    limits = [Limits(1, group.size) for group in groups]
+    whole = float(sizes.cost(torch.tensor([g.size for g in groups], dtype=torch.float64))[0])
+    target = share * whole
+    found = allocate(losses, limits, sizes, (target, math.inf))
+    fits = [
+        widths
+        for widths in itertools.product(*(range(1, group.size + 1) for group in groups))
+        if float(sizes.cost(torch.tensor(widths, dtype=torch.float64))[0]) <= target
+    ]
+
+    def lost(widths: tuple[int, ...] | list[int]) -> float:
+        return sum(loss[width] for loss, width in zip(losses, widths, strict=True))
+
+    if not fits:
+        assert found == [1] * len(groups)
+        return
+    assert tuple(found) in fits
+    narrow = sum(loss[1] for loss in losses)
+    assert lost(found) <= min(map(lost, fits)) + 0.15 * narrow
+
+
+def test_error_curves() -> None:
+    model, inputs = network("vgg16")
+    graph = record(model, inputs)
+    evidence = gather(model, inputs, graph.groups, [torch.randn(64, 3, 32, 32)])
+    for group in graph.groups:
+        curve = evidence.curve(group)
+        assert set(curve) == set(widths_to_try(group.size))
+        assert curve[group.size] == 0
+        assert 0 < curve[1] < 1
+    group = graph.groups[3]
+    activity = evidence.activities[group.name]
+    labels = evidence.tree(group).cut(5)
+    (covariance,), (gain,) = activity.covariances, activity.gains
+    means = nn_means(labels, 5)
+
+    def lost(back: torch.Tensor) -> float:
+        left = torch.eye(group.size, dtype=torch.float64) - back @ means.T
+        return float((left @ covariance @ left.T * gain).sum() / (covariance * gain).sum())
+
+    least = lost(torch.linalg.lstsq(means.T @ covariance @ means, means.T @ covariance).solution.T)  # no ridge
+    summed = lost(torch.nn.functional.one_hot(labels, 5).double())
+    found = error_curve(evidence.tree(group).cut, group.size, activity)[5]
+    assert least <= found <= summed
+    assert found < least + 0.1 * (summed - least)
+
+
+def nn_means(labels: torch.Tensor, k: int) -> torch.Tensor:
+    summing = torch.nn.functional.one_hot(labels, k).double()
+    return summing / summing.sum(0)
+
+
+def test_inertia_is_the_share_of_variance_within_clusters() -> None:
+    points = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    curve = inertia_curve(lambda k: nac.ward_linkage(points).cut(k), points)
+    assert curve[2] == pytest.approx(1 / 101)
+    assert curve[4] == 0
+
+
+def test_losses_go_through_what_was_measured_and_never_fall() -> None:
+    curve = {1: 0.9, 2: 0.3, 4: 0.1, 8: 0.03, 9: 0.02, 16: 0.0}
+    losses = _through({0.03: 0.001, 0.1: 0.02, 0.3: 0.5}, curve)
+    assert (losses[8], losses[4], losses[2]) == pytest.approx((0.001, 0.02, 0.5))
+    ordered = [losses[k] for k in sorted(losses)]
+    assert ordered == sorted(ordered, reverse=True)
+    assert losses[16] == 0
+    assert _through({0.1: 0.02}, curve)[4] == pytest.approx(0.02)

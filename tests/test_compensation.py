@@ -1,0 +1,164 @@
+"""Compensation: exact where it can be, better where it cannot, and nothing else changes."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from networks import NETWORKS, network
+from torch import Tensor, nn
+
+import nac_gpu as nac
+from nac_gpu.activations import Moments, as_batches, readings
+from nac_gpu.compensation import _convolved
+from nac_gpu.graph import record
+from nac_gpu.rebuild import rebuild, tensors
+from nac_gpu.trial import copy_neurons, outputs, random_labels, relative_error
+
+
+def lively_batches(inputs: Tensor, count: int = 4, size: int = 16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(size, *inputs.shape[1:], generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_copies_merge_exactly_with_compensation(name: str) -> None:
+    model, inputs = network(name)
+    model, inputs = model.double(), inputs.double()
+    graph = record(model, inputs)
+    generator = torch.Generator().manual_seed(1)
+    state = tensors(model)
+    labels = {}
+    for group in graph.groups:
+        labels[group.size, group.name] = random_labels(group.size, max(1, group.size // 2), generator)
+        state = copy_neurons(state, group, labels[group.size, group.name])
+    copied = rebuild(model, state)
+    order = iter(labels.values())
+
+    def chosen(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int = 0) -> Tensor:
+        return next(order)
+
+    width = {group.name: max(1, group.size // 2) for group in graph.groups}
+    small = nac.compress(copied, inputs, width=width, method=chosen, calibration=lively_batches(inputs))
+    assert relative_error(outputs(small, inputs), outputs(copied, inputs)) < 1e-8
+
+
+@pytest.mark.parametrize("name", ["cnn", "vgg16", "residual", "conv1d", "conv3d", "sequence"])
+def test_the_same_clusters_lose_less_on_inputs_that_were_not_seen(name: str) -> None:
+    model, inputs = network(name)
+    model = model.double()
+    batches = lively_batches(inputs, 12, 32)
+    seen, new = batches[:8], batches[8:]
+
+    def error(small: nn.Module) -> float:
+        return sum(float((a - b).square().sum()) for x in new for a, b in [(small(x), model(x))])
+
+    with torch.no_grad():
+        with_it = error(nac.compress(model, inputs.double(), width=0.6, calibration=seen, neurons="folded"))
+        without = error(nac.compress(model, inputs.double(), width=0.6, rule="restored"))
+    assert with_it < 0.8 * without
+
+
+class Constant(nn.Module):
+    """Half of the hidden neurons do not depend on the input."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        layer, norm = (nn.Linear, nn.BatchNorm1d) if kind == "linear" else (nn.Conv2d, nn.BatchNorm2d)
+        size = () if kind == "linear" else (3,)
+        self.first = layer(4, 8, *size).double()
+        self.second = layer(8, 6, *size, bias=False).double()
+        self.norm = norm(6).double()
+        self.last = layer(6, 2, *size).double()
+        with torch.no_grad():
+            self.first.weight[4:] = 0
+            self.first.bias.uniform_(0.5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.second(self.first(x).relu())))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_constant_neurons_go_to_bias_or_running_mean(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Constant(kind).eval()
+    inputs = torch.randn(8, 4, *(() if kind == "linear" else (9, 9)), dtype=torch.float64)
+
+    def first_half(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int = 0) -> Tensor:
+        return torch.tensor([0, 1, 2, 3, -1, -1, -1, -1])
+
+    small = nac.compress(model, inputs, width={"first": 4}, method=first_half, calibration=[inputs])
+    assert relative_error(outputs(small, inputs), outputs(model, inputs)) < 1e-8
+    assert not torch.allclose(small.norm.running_mean, model.norm.running_mean)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(3, 4, 3, padding=2, dilation=2),
+        nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 0)),
+        nn.Conv2d(3, 4, 3, padding="same", padding_mode="reflect"),
+        nn.Conv3d(3, 4, 2, stride=2),
+    ],
+    ids=["1d-dilated", "2d-strided", "2d-same-reflect", "3d"],
+)
+def test_values_times_weights_are_what_a_convolution_makes(layer: nn.modules.conv._ConvNd) -> None:
+    inputs = torch.randn(2, 3, *(7,) * len(layer.kernel_size))
+    index = torch.tensor([[2], [0], [1]])
+    weight = layer.weight[:, index.flatten()].unsqueeze(2)
+    made = layer(inputs).detach() - layer.bias.view(-1, *(1,) * len(layer.kernel_size))  # type: ignore[union-attr]
+    expected = made.movedim(1, -1).flatten(0, -2)
+    _, found = _convolved(layer, inputs, index, weight, 10**6)
+    assert torch.allclose(found, expected, atol=1e-5)
+    values, fewer = (part.detach() for part in _convolved(layer, inputs, index, weight, 8))
+    assert len(values) == len(fewer) < len(expected)
+    distances = torch.cdist(fewer, expected).min(1).values
+    assert float(distances.max()) < 1e-2
+
+
+def test_moments_of_large_means_and_small_deviations() -> None:
+    a = 1000 + 0.01 * torch.randn(500, 3)
+    moments = Moments()
+    for part in a.split(50):
+        moments.add(part, part)
+    assert torch.allclose(moments.covariance, a.double().T.cov(correction=0), rtol=1e-3)
+    assert torch.allclose(moments.second, a.double().T @ a.double() / 500)
+    assert torch.allclose(moments.means[0], a.double().mean(0))
+
+
+def test_readings_are_plain_layers_only() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
+    (group,) = record(model, torch.randn(1, 3, 5, 5)).groups
+    assert [reading.layer for reading in readings(model, group)] == ["2"]
+
+
+def test_calibration_takes_loaders_pairs_and_generators() -> None:
+    model, inputs = network("cnn")
+    pairs = torch.utils.data.TensorDataset(torch.randn(32, 1, 28, 28), torch.zeros(32))
+    loader = torch.utils.data.DataLoader(pairs, batch_size=16)
+
+    def once() -> Iterator[Tensor]:
+        yield from (images for images, _ in loader)
+
+    from_pairs, from_generator = (
+        nac.compress(model, inputs, width=0.5, calibration=calibration) for calibration in (loader, once())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(from_pairs.parameters(), from_generator.parameters(), strict=True))
+    mapping = list(as_batches([{"x": inputs}], {"x": inputs}, torch.device("cpu")))
+    assert torch.equal(mapping[0]["x"], inputs)
+
+
+def test_misuse_of_calibration() -> None:
+    model, inputs = network("cnn")
+    with pytest.raises(TypeError, match="calibration is a tensor, expected batches: a list of inputs"):
+        nac.compress(model, inputs, width=0.5, calibration=inputs)
+    with pytest.raises(TypeError, match="batch 0 of the calibration data is str, expected a tensor"):
+        nac.compress(model, inputs, width=0.5, calibration=["images"])
+    with pytest.raises(ValueError, match="the calibration data has no batch"):
+        nac.compress(model, inputs, width=0.5, calibration=[])
+    with pytest.raises(ValueError, match="calibration='dreams', expected batches of inputs, 'dream' or 'none'"):
+        nac.compress(model, inputs, width=0.5, calibration="dreams")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="the forward pass fails on the calibration data"):
+        nac.compress(model, inputs, width=0.5, calibration=[torch.randn(2, 1, 5, 5)])
+    with pytest.raises(ValueError, match="reads activations that are not finite on the calibration data"):
+        nac.compress(model, inputs, width=0.5, calibration=[inputs * math.nan])

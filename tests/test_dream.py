@@ -1,0 +1,102 @@
+"""Dreamed inputs have the statistics that BatchNorm remembers; drawn ones are sums of the first layer's weights."""
+
+import pytest
+import torch
+from networks import network
+from torch import Tensor, nn
+
+import nac_gpu as nac
+from nac_gpu.dream import dream, why_not
+
+
+def trained() -> nn.Sequential:
+    """A network whose BatchNorm has seen inputs that are not noise."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 64, 5))
+    ramp = torch.linspace(-1, 1, 12)
+    for _ in range(200):
+        slopes, levels = torch.randn(2, 32, 3, 1, 1)
+        model(slopes * ramp + levels * ramp[:, None] + 0.3)
+    return model.eval()
+
+
+def off(model: nn.Module, inputs: Tensor) -> float:
+    """How far the statistics of all channels are from those remembered."""
+    errors: list[float] = []
+
+    def look(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        mean, deviation = given[0].mean((0, 2, 3)), given[0].std((0, 2, 3))
+        known = norm.running_var.sqrt()
+        errors.append(float(((mean - norm.running_mean) / known).square().mean()))
+        errors.append(float((deviation / known - 1).square().mean()))
+
+    hooks = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        model(inputs)
+    for hook in hooks:
+        hook.remove()
+    return sum(errors)
+
+
+def test_dreams_have_the_statistics_that_are_remembered() -> None:
+    model = trained()
+    example = torch.zeros(1, 3, 12, 12)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    batches = dream(model, example, count=64, seed=3)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert off(model, torch.cat(batches)) < 0.05 * off(model, torch.randn(64, 3, 12, 12))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    again, other = dream(model, example, count=64, seed=3), dream(model, example, count=64, seed=4)
+    assert torch.equal(batches[0], again[0])
+    assert not torch.equal(batches[0], other[0])
+
+
+def test_pixels_are_dreamed_where_the_network_takes_pixels() -> None:
+    model = trained()
+    first = model[0]
+    with torch.no_grad():
+        first.weight /= 255  # the same network for inputs in [0, 255], on average 115
+        first.bias -= 115 * first.weight.sum((1, 2, 3))
+    pixels = torch.cat(dream(model, torch.zeros(1, 3, 12, 12), count=64))
+    assert 50 < float(pixels.std()) < 1000
+    assert float(pixels.mean()) > 50
+
+
+@pytest.mark.parametrize("name", ["dbn", "cnn"])
+def test_draws_are_sums_of_the_first_weights(name: str) -> None:
+    model, inputs = network(name)
+    batches = dream(model, inputs, count=40)
+    drawn = torch.cat(batches)
+    assert drawn.shape == (40, *inputs.shape[1:])
+    if name == "dbn":
+        weight = model[1].weight.detach()
+        onto = torch.linalg.lstsq(weight.T, drawn.flatten(1).T).solution
+        assert torch.allclose(weight.T @ onto, drawn.flatten(1).T, atol=1e-4)
+        made = (drawn.flatten(1) @ weight.T).std()
+        assert 0.25 < float(made / weight.norm(dim=1).mean()) < 0.35
+
+
+def test_reasons_not_to_dream() -> None:
+    image = torch.randn(1, 3, 8, 8)
+    assert why_not(trained(), image) is None
+    assert why_not(trained(), [image]) == "its input is not one floating tensor [batch, ...]"
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3))
+    assert why_not(layers, image) == "its normalisation keeps no statistics"
+    assert why_not(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3)), image) == "no layer reads its input as it is"
+
+
+def test_a_plan_says_what_it_judged_by() -> None:
+    model = trained()
+    example = torch.zeros(1, 3, 12, 12)
+    assert "64 inputs dreamed up" not in str(nac.plan(model, example, width=0.5))
+    assert "256 inputs dreamed up from the statistics of BatchNorm" in str(nac.plan(model, example, params=0.5))
+    quick = str(nac.plan(model, example, params=0.5, calibration="none"))
+    assert "neurons are compared by their weights, without compensation: calibration='none'" in quick
+    given = [torch.randn(8, 3, 12, 12)]
+    assert "activations: 8 inputs of calibration data" in str(nac.plan(model, example, params=0.5, calibration=given))

@@ -19,7 +19,7 @@ import tyro
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from common.data import DatasetName, Images, load, statistics
+from common.data import DatasetName, Images, load, normalise, statistics
 from common.models import vgg16, vgg19
 from common.results import Measured, Results, mean_sd, table
 from common.training import Precision, Recipe, error_rate, fit
@@ -47,11 +47,15 @@ class Options:
     multiplier: float = 1.0
     """Width multiplier of every layer."""
     width: str = "paper"
-    """Neurons kept: a share such as 0.5, or `paper`, the preset for VGG-16 at 2.37 M parameters."""
+    """Neurons kept: a share such as 0.5, `paper`, the preset for VGG-16 at 2.37 M parameters, or `budget`: chosen for
+    the paper's 2.37 M parameters and 3.72e8 FLOPs."""
     methods: tuple[Method, ...] = ("random", "l1", "kmeans", "ward")
     """How neurons are chosen: merged at random, L1 filter pruning, merged by k-means, merged by Ward (NAC)."""
-    rule: Literal["restored", "centroid"] = "restored"
-    """What a merged channel with BatchNorm deviates by: as its members did, or (the paper) as their mean does."""
+    rule: Literal["compensated", "restored", "centroid"] = "restored"
+    """Whether what reads merged neurons makes up for the loss; without, what a merged channel with BatchNorm deviates
+    by: as its members did, or (the paper) as their mean does."""
+    images: int = 0
+    """Unlabelled training images to choose widths and to compensate with; 0: inputs are dreamed up."""
     finetune: tuple[Method, ...] = ("kmeans", "ward")
     """Methods whose result is fine-tuned."""
     control: bool = False
@@ -119,8 +123,10 @@ def l1_filters(points: Tensor, k: int, *, weights: Tensor | None = None, seed: i
     return labels
 
 
-def widths(model: nn.Module, options: Options) -> nac.Width:
+def widths(model: nn.Module, example: Tensor, calibration: nac.Calibration, options: Options) -> nac.Width:
     """What --width means for this network."""
+    if options.width == "budget":
+        return nac.plan(model, example, params=2_370_000, flops=372_000_000, calibration=calibration).widths
     if options.width != "paper":
         return float(options.width)
     if options.network != "vgg16":
@@ -129,11 +135,21 @@ def widths(model: nn.Module, options: Options) -> nac.Width:
     return {layer: max(1, round(kept * options.multiplier)) for layer, kept in zip(layers, PAPER_VGG16, strict=True)}
 
 
-def compressed(model: nn.Module, example: Tensor, kept: nac.Width, method: Method, options: Options) -> nn.Module:
+def compressed(
+    model: nn.Module,
+    example: Tensor,
+    kept: nac.Width,
+    method: Method,
+    calibration: nac.Calibration,
+    rule: Literal["compensated", "restored", "centroid"],
+) -> nn.Module:
     """The network with fewer neurons, chosen by a method."""
     if method == "l1":
-        return nac.compress(model, example, width=kept, method=l1_filters, rule="restored", neurons="weights")
-    return nac.compress(model, example, width=kept, method=method, rule=options.rule)
+        rule = "restored" if rule == "centroid" else rule
+        return nac.compress(
+            model, example, width=kept, method=l1_filters, rule=rule, neurons="weights", calibration=calibration
+        )
+    return nac.compress(model, example, width=kept, method=method, rule=rule, calibration=calibration)
 
 
 @dataclass
@@ -161,6 +177,15 @@ class Run:
         )
         return errors[-1]
 
+    def calibration(self) -> nac.Calibration:
+        """Unlabelled training images, or dreams."""
+        if not self.options.images:
+            return "dream"
+        mean, std = (value.to(self.precision.device) for value in statistics(self.train))
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))
+        pixels = self.train.pixels[order[: self.options.images]].to(self.precision.device)
+        return list(normalise(pixels, mean, std).split(128))
+
     def error(self, model: nn.Module) -> float:
         """Test error in percent."""
         mean, std = statistics(self.train)
@@ -180,7 +205,8 @@ class Run:
         options = self.options
         model = self.baseline()
         example = torch.zeros(1, *self.train.pixels.shape[1:], device=self.precision.device)
-        kept = widths(model, options)
+        calibration = self.calibration()
+        kept = widths(model, example, calibration, options)
         plan = nac.plan(model, example, width=kept)
         print(plan)
 
@@ -207,7 +233,7 @@ class Run:
         self, model: nn.Module, example: Tensor, kept: nac.Width, method: Method, measured: Callable[..., Measured]
     ) -> Callable[[], Measured]:
         def make() -> Measured:
-            small = compressed(model, example, kept, method, self.options)
+            small = compressed(model, example, kept, method, self.calibration(), self.options.rule)
             return measured(small, self.error(small))
 
         return make
@@ -216,7 +242,7 @@ class Run:
         self, model: nn.Module, example: Tensor, kept: nac.Width, method: Method, measured: Callable[..., Measured]
     ) -> Callable[[], Measured]:
         def make() -> Measured:
-            small = compressed(model, example, kept, method, self.options)
+            small = compressed(model, example, kept, method, self.calibration(), self.options.rule)
             return measured(small, self.fit(small, finetune_recipe(self.options), method))
 
         return make
@@ -285,6 +311,7 @@ def main(options: Options) -> None:
         "multiplier": options.multiplier,
         "width": options.width,
         "rule": options.rule,
+        **({"images": options.images} if options.rule == "compensated" else {}),
         "training": asdict(recipe(options)),
         "fine-tuning": asdict(finetune_recipe(options)),
         "arithmetic": "bfloat16 autocast" if precision.bfloat16 else "float32",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nac_gpu.activations import Activity, Batches, as_batches, observe
+from nac_gpu.activations import Activity, Batches, as_batches, observe, readings
 from nac_gpu.budget import Curve, error_curve, inertia_curve
 from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.dream import dream, has_statistics, why_not
@@ -101,4 +101,9 @@ def gather(
         raise RuntimeError(f"the forward pass fails on the calibration data: {error}") from error
     count = sum(len(batch) if isinstance(batch, Tensor) else 1 for batch in batches)
     unit = "inputs" if all(isinstance(batch, Tensor) for batch in batches) else "batches"
-    return Evidence(state, batches, activities, f"activations: {count} {unit} {source}", known)
+    known_readers = {reading.member.tensor for group in groups for reading in readings(model, group)}
+    others = [m.tensor for group in groups for m in group.members if m.role == "sum" and m.tensor not in known_readers]
+    line = f"activations: {count} {unit} {source}"
+    if others:
+        line += f"; what these read is not compensated: {', '.join(dict.fromkeys(others))}"
+    return Evidence(state, batches, activities, line, known)

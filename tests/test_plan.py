@@ -35,7 +35,8 @@ def test_the_papers_budget_for_vgg16() -> None:
     from common.models import vgg16
 
     model = vgg16(10)
-    plan = nac.plan(model, torch.zeros(1, 3, 32, 32), width=vgg_cifar.widths(model, vgg_cifar.Options()))
+    inputs = torch.zeros(1, 3, 32, 32)
+    plan = nac.plan(model, inputs, width=vgg_cifar.widths(model, inputs, "none", vgg_cifar.Options()))
     assert plan.after.parameters <= 2.37e6
     assert plan.after.flops <= 3.72e8
 

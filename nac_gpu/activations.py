@@ -4,7 +4,7 @@ Layers that read are linear layers and convolutions without groups, whose column
 readers (recurrent layers, raw parameters in products) are not looked at.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,8 @@ class Moments:
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Take in samples: [samples, p] and [samples, q]."""
+        if not len(a):
+            return
         if not self._centres:
             self._centres = [a.mean(0), b.mean(0)]
             self._sums = [torch.zeros_like(centre, dtype=torch.float64) for centre in self._centres]
@@ -115,23 +117,22 @@ class _EnoughError(Exception):
     """All that was looked for has been seen: the rest of the pass is not needed."""
 
 
-def captured(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int]) -> dict[str, list[Tensor]]:
-    """What layers are called with in a forward pass, up to the last of these calls.
+def look(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int], take: Callable[[str, Tensor], None]) -> None:
+    """Show what layers are called with in a forward pass, up to the last of these calls.
 
     Args:
         model: in eval mode, without gradients (see `evaluating`).
         batch: its inputs.
         calls: names of the layers, and how many times each is called.
+        take: is given a layer's name and its input, which may change once it returns.
     """
     modules = dict(model.named_modules())
-    seen: dict[str, list[Tensor]] = {name: [] for name in calls}
     missing = sum(calls.values())
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             nonlocal missing
-            value = inputs[0] if inputs else next(iter(keywords.values()))
-            seen[name].append(value)
+            take(name, inputs[0] if inputs else next(iter(keywords.values())))
             missing -= 1
             if not missing:
                 raise _EnoughError
@@ -146,13 +147,24 @@ def captured(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int]) -
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def captured(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int]) -> dict[str, list[Tensor]]:
+    """Copies of what layers are called with: see `look`."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in calls}
+    look(model, batch, calls, lambda name, value: seen[name].append(value.clone()))
     return seen
 
 
 def count_calls(model: nn.Module, batch: ExampleInputs, layers: Iterable[str]) -> dict[str, int]:
     """How many times each of these layers is called in a forward pass; those that are not called are left out."""
-    seen = captured(model, batch, dict.fromkeys(layers, 1 << 30))
-    return {name: len(values) for name, values in seen.items() if values}
+    counts = dict.fromkeys(layers, 0)
+
+    def take(name: str, _: Tensor) -> None:
+        counts[name] += 1
+
+    look(model, batch, dict.fromkeys(counts, 1 << 30), take)
+    return {name: count for name, count in counts.items() if count}
 
 
 def as_batches(calibration: Iterable[Any], example_inputs: ExampleInputs, device: torch.device) -> Iterator[Any]:
@@ -253,18 +265,21 @@ def observe(
         return {}
     modules = dict(model.named_modules())
     moments = {(name, reading.layer): Moments() for name, found in read.items() for reading in found}
+
+    def take(layer: str, inputs: Tensor) -> None:
+        for name, found in read.items():
+            for reading in found:
+                if reading.layer == layer:
+                    values = floating(samples(modules[layer], inputs, reading.member.index))
+                    moments[name, layer].add(values, values)
+
     with evaluating(model):
         calls = count_calls(model, batches[0], layers)
         for batch in batches:
-            seen = captured(model, batch, calls)
-            for name, found in read.items():
-                for reading in found:
-                    for inputs in seen.get(reading.layer, ()):
-                        values = floating(samples(modules[reading.layer], inputs, reading.member.index))
-                        moments[name, reading.layer].add(values, values)
+            look(model, batch, calls, take)
     result = {}
     for name, found in read.items():
-        called = [reading for reading in found if reading.layer in calls]
+        called = [reading for reading in found if moments[name, reading.layer].count]
         covariances = tuple(moments[name, reading.layer].covariance for reading in called)
         for reading, covariance in zip(called, covariances, strict=True):
             if not bool(torch.isfinite(covariance).all()):

@@ -125,7 +125,8 @@ class Compensator:
                 for layer, one in sums.items():
                     one.add(before[layer], after[layer], len(self._batches))
         for layer, one in sums.items():
-            self._change(layer, one)
+            if one.comparable:
+                self._change(layer, one)
 
     def _change(self, layer: str, sums: "_Sums") -> None:
         state = self.merger.state
@@ -144,7 +145,14 @@ class Compensator:
 
 
 class _Sums:
-    """What has to be summed up over all samples for one layer that reads."""
+    """What has to be summed up over all samples for one layer that reads.
+
+    Attributes:
+        reading: the layer.
+        assigned: what it reads.
+        comparable: the original and the merged network called it with the same samples, as far as shapes tell. Which
+            samples an expert gets may depend on what was merged; then it cannot be compensated.
+    """
 
     def __init__(
         self,
@@ -163,6 +171,7 @@ class _Sums:
         self._summing = assigned.summing.to(weight.device)
         self._neurons, self._missing = Moments(), Moments()
         self._values, self._errors = Moments(), Moments()
+        self.comparable = True
         self._several = self._whole[0].numel() > self._outputs(self._whole).shape[0]
 
     def _outputs(self, columns: Tensor) -> Tensor:
@@ -177,7 +186,10 @@ class _Sums:
             after: the same.
             parts: how many batches there will be.
         """
-        for original, merged in zip(before, after, strict=True):
+        shapes = [value.shape for value in before]
+        if shapes != [value.shape for value in after]:
+            self.comparable = False
+        for original, merged in zip(before, after, strict=True) if self.comparable else ():
             a = floating(samples(self._module, original, self._index))
             b = floating(samples(self._module, merged, self._first))
             self._neurons.add(b, b)
@@ -199,6 +211,8 @@ class _Sums:
             intercept: there is a place for the constant; else it is to be made up for by the columns as well.
         """
         whole = self._whole.double()
+        if not self._neurons.count:
+            return torch.zeros_like(whole[self.assigned.first]), whole.new_zeros(whole.shape[2])
         flat = whole.flatten(3).sum(-1).sum(1) if whole.ndim > 3 else whole.sum(1)  # [n, out]
         extra = _ridge(self._neurons, self._missing, _RIDGE_NEURONS, intercept)  # [k, n]
         columns = torch.einsum("kn,n...->k...", extra, whole)

@@ -177,7 +177,7 @@ def draw(results: Results, shares: tuple[float, ...], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
     colours = plt.get_cmap("tab20")
     for number, rule in enumerate(RULES):
         values = [results.values(row(rule, share), "error") for share in shares]
@@ -190,7 +190,7 @@ def draw(results: Results, shares: tuple[float, ...], path: Path) -> None:
     axis.set_xticks([100 * share for share in shares], [f"{100 * share:g}" for share in shares])
     axis.minorticks_off()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -71,8 +71,8 @@ def gather(
         model: not changed.
         example_inputs: what it is called with.
         groups: the groups.
-        calibration: batches of inputs; `"dream"` makes some up where BatchNorm's statistics allow it, `"none"` leaves
-            it at the weights.
+        calibration: batches of inputs; `"dream"` makes some up where that can be done (see `nac_gpu.dream`), `"none"`
+            leaves it at the weights.
         seed: of dreams.
 
     Raises:

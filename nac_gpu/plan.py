@@ -140,8 +140,8 @@ def plan(
             any group keeps, and the layers that a mapping names are fixed while the others are chosen.
         params: the parameters of the whole model after: a share of those before (float), or a number (int).
         flops: the same for the operations of a forward pass on the example inputs. Both may be given.
-        calibration: what a budget is judged by: batches of unlabelled inputs; `"dream"` for inputs made up from
-            BatchNorm's statistics where there are any, else the weights alone; `"none"` for the weights alone, which
+        calibration: what a budget is judged by: batches of unlabelled inputs; `"dream"` for inputs made up
+            where that can be done (see `nac_gpu.dream`), else the weights alone; `"none"` for the weights alone, which
             is quick.
         limits: for a budget, the fewest and most neurons of layers (names or patterns), numbers or shares.
         multiple_of: for a budget, widths are multiples of this; by default 8 on CUDA, where odd widths are slow.

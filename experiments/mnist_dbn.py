@@ -45,7 +45,8 @@ from common.data import Images
 from common.mnist import METHODS, Run, printed, split
 from common.models import dbn
 from common.results import Measured, Results
-from common.training import Precision, Recipe, save_atomically
+from common.training import Precision, Recipe
+from nac_gpu.atomic import atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -205,7 +206,8 @@ def train_rbm(
                 errors.append(rbm.step(data[batch], rate, momentum, recipe.weight_decay))
         tqdm.write(f"{label}: epoch {epoch + 1}/{recipe.epochs}, reconstruction error {torch.stack(errors).mean():.4f}")
         state = {"parameters": rbm.parameters, "velocity": rbm.velocity, "epochs": epoch + 1, "recipe": asdict(recipe)}
-        save_atomically(state, checkpoint)
+        with atomically(checkpoint) as partial:
+            torch.save(state, partial)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from nac_gpu.compress import compress
 from nac_gpu.cost import Cost, cost
 from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.estimator import WardClustering
+from nac_gpu.finetune import Epoch, finetune
 from nac_gpu.groups import LeftAlone
 from nac_gpu.linkage import ward_linkage
 from nac_gpu.plan import GroupPlan, Plan, plan
@@ -22,6 +23,7 @@ __all__ = [
     "Calibration",
     "Cost",
     "Dendrogram",
+    "Epoch",
     "GroupPlan",
     "LeftAlone",
     "LimitsByLayer",
@@ -31,6 +33,7 @@ __all__ = [
     "Width",
     "compress",
     "cost",
+    "finetune",
     "kmeans",
     "plan",
     "random",

@@ -1,7 +1,6 @@
 """What an experiment measured: kept per seed in one JSON file, summed up as mean and spread, printed as a table."""
 
 import json
-import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 import nac_gpu
+from nac_gpu.atomic import atomically
 
 Measured = dict[str, Any]
 
@@ -43,10 +43,8 @@ def _processor() -> str:
 
 def write_json(value: object, path: Path) -> None:
     """Write a file that is either the old one or the whole new one, whenever the process is stopped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with atomically(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class Results:

@@ -1,7 +1,6 @@
-"""One training loop for every experiment: mixed precision, augmentation on tensors, resumable after every epoch."""
+"""How every experiment trains: `nac_gpu.finetune` with a recipe, augmentation on tensors, the test error per epoch."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import nac_gpu as nac
 from common.data import Images, augment, normalise, statistics
 from common.fast_conv import fast_weight_gradients
+from nac_gpu.finetune import multiplies_bfloat16
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Recipe:
         flip: augmentation, mirror half of the images.
         cutout: augmentation, side of a grey square in every image, pixels (0: none).
         warp: augmentation, how far each image is turned, stretched and slanted (0: not at all).
+        distillation: the teacher's share of the loss, where there is a teacher (0: no teacher).
     """
 
     epochs: int
@@ -41,6 +43,7 @@ class Recipe:
     flip: bool = False
     cutout: int = 0
     warp: float = 0.0
+    distillation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,7 @@ class Precision:
     def best(device: str | None = None, bfloat16: bool | None = None) -> "Precision":
         """CUDA if there is any; bfloat16 wherever the hardware multiplies it (CUDA, or a CPU with AMX or AVX-512)."""
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        fast = place.type == "cuda" or (torch.backends.mkldnn.is_available() and multiplies)
-        return Precision(place, fast if bfloat16 is None else bfloat16)
+        return Precision(place, multiplies_bfloat16(place) if bfloat16 is None else bfloat16)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -95,18 +96,40 @@ def error_rate(model: nn.Module, images: Images, scale: tuple[Tensor, Tensor], p
     return 100 * wrong / len(images)
 
 
-def _rate(step: int, steps: int, warmup: float) -> float:
-    """The learning rate at a step, as a share of the largest."""
-    rise = max(1, round(steps * warmup))
-    return (step + 1) / rise if step < rise else (steps - step) / max(1, steps - rise)
+class Augmented:
+    """Training images in batches, in another order and augmented in another way in every epoch.
 
+    Attributes:
+        images: on the device.
+        scale: each channel's mean and deviation, in units of 0 to 1.
+        recipe: how large batches are, and how images are augmented.
+        precision: decides about the memory layout.
+        seed: of order and augmentation.
+        epoch: 0 for the first.
+    """
 
-def save_atomically(value: object, path: Path) -> None:
-    """torch.save to a file that is either the old one or the whole new one, whenever the process is stopped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    torch.save(value, partial)
-    os.replace(partial, path)
+    def __init__(
+        self, images: Images, scale: tuple[Tensor, Tensor], recipe: Recipe, precision: Precision, seed: int
+    ) -> None:
+        self.images, self.scale, self.recipe, self.precision = images, scale, recipe, precision
+        self.seed, self.epoch = seed, 0
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.images) // self.recipe.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """An epoch is the same whether or not the run was stopped before it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs, float32 [n, channels, height, width], and labels, int64 [n]."""
+        how = self.recipe
+        generator = torch.Generator().manual_seed(self.seed * 1000 + self.epoch)
+        for index in torch.randperm(len(self.images), generator=generator).split(how.batch_size):
+            index = index.to(self.precision.device)
+            pixels = augment(self.images.pixels[index], how.shift, how.flip, generator, how.cutout, how.warp)
+            yield _inputs(pixels, self.scale, self.precision), self.images.labels[index]
 
 
 def fit(
@@ -120,6 +143,7 @@ def fit(
     label: str,
     checkpoint: Path | None = None,
     scale: tuple[Tensor, Tensor] | None = None,
+    teacher: nn.Module | None = None,
 ) -> list[float]:
     """Train a model in place.
 
@@ -135,6 +159,7 @@ def fit(
             complete is only loaded.
         scale: each channel's mean and deviation to take out of the pixels, in units of 0 to 1, [channels] each;
             by default those of the training images.
+        teacher: whose outputs are learnt from besides the labels, on the same device.
 
     Returns:
         The test error in percent after each epoch.
@@ -142,60 +167,30 @@ def fit(
     precision.place(model)
     train, test = train.to(precision.device), test.to(precision.device)
     mean, std = (value.to(precision.device) for value in scale or statistics(train))
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    free = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        nesterov=recipe.momentum > 0,
-        fused=True,
-    )
-    steps_per_epoch = -(-len(train) // recipe.batch_size)
-    steps = steps_per_epoch * recipe.epochs
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, recipe.warmup))
-    loss_of = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    errors: list[float] = []
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=precision.device, weights_only=True)
-        if Recipe(**state["recipe"]) != recipe:  # what is newer than the file has its default there
-            raise ValueError(
-                f"{checkpoint} was made with {state['recipe']}, not {asdict(recipe)}: remove it to start anew"
-            )
-        model.load_state_dict(state["model"])
-        errors = state["errors"]
-        if len(errors) < recipe.epochs:
-            optimizer.load_state_dict(state["optimizer"])
-            scheduler.load_state_dict(state["scheduler"])
-    for epoch in range(len(errors), recipe.epochs):
-        torch.manual_seed(seed * 1000 + epoch)  # dropout; an epoch is the same whether or not the run was resumed
-        generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-        order = torch.randperm(len(train), generator=generator)
-        model.train()
-        bar = tqdm(range(steps_per_epoch), desc=f"{label} {epoch + 1}/{recipe.epochs}", unit="step", leave=False)
-        for step in bar:
-            index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size].to(precision.device)
-            pixels = augment(train.pixels[index], recipe.shift, recipe.flip, generator, recipe.cutout, recipe.warp)
-            with precision():
-                outputs = model(_inputs(pixels, (mean, std), precision))
-            loss = loss_of(outputs.float(), train.labels[index])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
-        errors.append(error_rate(model, test, (mean, std), precision))
-        tqdm.write(f"{label}: epoch {epoch + 1}/{recipe.epochs}, test error {errors[-1]:.2f} %")
-        if checkpoint is not None:
-            last = epoch + 1 == recipe.epochs
-            save_atomically(
-                {
-                    "recipe": asdict(recipe),
-                    "errors": errors,
-                    "model": model.state_dict(),
-                    "optimizer": None if last else optimizer.state_dict(),
-                    "scheduler": None if last else scheduler.state_dict(),
-                },
-                checkpoint,
-            )
+
+    def measure(network: nn.Module, epoch: nac.Epoch) -> dict[str, float]:
+        error = error_rate(network, test, (mean, std), precision)
+        tqdm.write(f"{label}: epoch {epoch.number}/{recipe.epochs}, test error {error:.2f} %")
+        return {"error": error}
+
+    with fast_weight_gradients() if precision.bfloat16 else contextlib.nullcontext():
+        epochs = nac.finetune(
+            model,
+            Augmented(train, (mean, std), recipe, precision, seed),
+            epochs=recipe.epochs,
+            learning_rate=recipe.learning_rate,
+            warmup=recipe.warmup,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            loss=nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing),
+            teacher=teacher if recipe.distillation else None,
+            distillation=recipe.distillation,
+            precision="bfloat16" if precision.bfloat16 else "float32",
+            checkpoint=checkpoint,
+            settings=asdict(recipe),
+            callbacks=[measure],
+            progress=True,
+            seed=seed,
+        )
     model.eval()
-    return errors
+    return [epoch.measured["error"] for epoch in epochs]

@@ -16,6 +16,7 @@ Measured on 2 cores of an Intel Xeon with AMX (one for each training), bfloat16,
 A run that was stopped goes on where it was: checkpoints after every epoch in --output, results after every row.
 """
 
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ import tyro
 from torch import Tensor, nn
 
 from common.data import statistics
-from common.mnist import METHODS, Run, printed, split
+from common.mnist import MERGINGS, Run, printed, split
 from common.models import mnist_cnn
 from common.results import Measured, Results
 from common.training import Precision, Recipe
@@ -59,6 +60,10 @@ class Options:
     results: Path = Path(__file__).parent / "results"
     epochs: int = 8
     finetune_epochs: int = 4
+    finetune_rate: float = 0.03
+    shift: int = 1
+    warp: float = 0.0
+    distillation: float = 0.0
     images: int | None = None
     validate: bool = False
 
@@ -70,7 +75,14 @@ class Options:
     @property
     def finetune(self) -> Recipe:
         """How every network is trained on after merging."""
-        return Recipe(self.finetune_epochs, 0.03, weight_decay=5e-4, shift=1)
+        return Recipe(
+            self.finetune_epochs,
+            self.finetune_rate,
+            weight_decay=5e-4,
+            shift=self.shift,
+            warp=self.warp,
+            distillation=self.distillation,
+        )
 
 
 def initialised(seed: int) -> nn.Sequential:
@@ -104,23 +116,25 @@ class CnnRun(Run):
         error = self.fit(model, "baseline", self.options.baseline)
         return model, {**self.size(model), "error": error}
 
-    def tuned(self, model: nn.Module, row: str) -> Measured:
+    def tuned(self, model: nn.Module, row: str, teacher: nn.Module) -> Measured:
         """A network's error after fine-tuning, which changes it in place."""
-        return {"error": self.fit(model, row, self.options.finetune)}
+        return {"error": self.fit(model, row, self.options.finetune, teacher)}
 
     def measure(self, results: Results) -> None:
         """The rows that the results do not have yet."""
         model, values = self.baseline()
         results.measure("baseline", self.seed, lambda: values)
-        for method in METHODS:
-            small = self.compressed(model, WIDTHS, method)
-            results.measure(method, self.seed, partial(self.measured, small))
-            results.measure(f"{method}, fine-tuned", self.seed, partial(self.tuned, small, method))
+        for row, how in MERGINGS.items():
+            small = self.compressed(model, WIDTHS, how)
+            results.measure(row, self.seed, partial(self.measured, small))
+            results.measure(f"{row}, fine-tuned", self.seed, partial(self.tuned, small, row, model))
 
     def controls(self, results: Results) -> None:
         """The baseline itself, trained on for as long as the merged networks."""
         model, _ = self.baseline()
-        results.measure("baseline, fine-tuned", self.seed, lambda: self.tuned(model, "baseline trained on"))
+        results.measure(
+            "baseline, fine-tuned", self.seed, lambda: self.tuned(deepcopy(model), "baseline trained on", model)
+        )
 
 
 def main(options: Options) -> None:
@@ -141,7 +155,7 @@ def main(options: Options) -> None:
         run.measure(results)
     for run in runs:
         run.controls(results)
-    print(printed(results, ("baseline", *METHODS), PAPER))
+    print(printed(results, ("baseline", *MERGINGS), PAPER))
 
 
 if __name__ == "__main__":

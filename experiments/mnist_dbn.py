@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import nac_gpu as nac
 from common.data import Images
-from common.mnist import METHODS, Run, printed, split
+from common.mnist import MERGINGS, Merging, Run, printed, split
 from common.models import dbn
 from common.results import Measured, Results
 from common.training import Precision, Recipe
@@ -270,9 +270,9 @@ class DbnRun(Run):
         error = self.fit(with_dropout(model, self.options.dropout), "baseline", self.options.baseline)
         return model.eval(), {**self.size(model), "error": error}
 
-    def merged(self, model: nn.Module, name: str, method: str) -> nn.Module:
+    def merged(self, model: nn.Module, name: str, how: Merging) -> nn.Module:
         """A network merged to a table's widths."""
-        return self.compressed(model, dict(zip(LAYERS, TABLES[name], strict=True)), method)
+        return self.compressed(model, dict(zip(LAYERS, TABLES[name], strict=True)), how)
 
     def tuned(self, model: nn.Module, name: str, row: str) -> Measured:
         """A network's error after a table's fine-tuning, which changes it in place."""
@@ -298,8 +298,8 @@ class DbnRun(Run):
         if self.seed == self.options.seeds[0]:
             draw_neurons(model, self.options.results / "mnist_dbn_neurons.png")
         for name in TABLES:
-            for method in METHODS:
-                small, row = self.merged(model, name, method), f"{name}: {method}"
+            for method, how in MERGINGS.items():
+                small, row = self.merged(model, name, how), f"{name}: {method}"
                 results.measure(row, self.seed, partial(self.measured, small))
                 results.measure(f"{row}, fine-tuned", self.seed, partial(self.tuned, small, name, method))
         results.measure("table 2: from scratch", self.seed, self.from_scratch)

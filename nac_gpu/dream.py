@@ -5,22 +5,26 @@ changed by gradient descent until its statistics are these (Yin et al., "Dreamin
 "ZeroQ", CVPR 2020). The result looks like nothing, but drives the channels together as images do.
 
 A network without any normalisation still knows something of its inputs: gradients are sums of inputs, so the weights of
-its first layer span those directions in which inputs vary. Inputs are drawn as random sums of these weights. That is
-enough to compensate, not to compare neurons by.
+its first layer span those directions in which inputs vary, and its biases say around what. Inputs are drawn as random
+sums of these weights, about the small input that best cancels the biases: trained neurons are balanced, more or less,
+where the data lie. That is enough to compensate, not to compare neurons by.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nac_gpu.forward import ExampleInputs, call, evaluating
+from nac_gpu.forward import ExampleInputs, call, evaluating, multiplies_bfloat16
 
 BATCH = 64
 STEPS = 60
 _DRAWN = 512  # a batch of random sums
+_STIFFNESS = 0.3  # what an input costs that cancels biases, in units of the neurons' squared norms
 _LIVELINESS = 0.3  # deviation of what the first layer makes of them, in units of its neurons' norms
+_ITERATIONS = 50  # of conjugate gradients
 _RATE = 0.1  # of Adam, in units of the inputs' deviation
 _SCALES = ((0.0, 1.0), (0.45, 0.25), (115.0, 65.0))  # mean and deviation: normalised, pixels in [0, 1], in [0, 255]
 
@@ -44,12 +48,13 @@ def why_not(model: nn.Module, example_inputs: ExampleInputs) -> str | None:
 def dream(model: nn.Module, inputs: Tensor, *, count: int | None = None, seed: int = 0) -> list[Tensor]:
     """Inputs on which the statistics of all channels are those that BatchNorm remembers.
 
-    Without BatchNorm, random sums of the first layer's weights.
+    Without BatchNorm, random sums of the first layer's weights about what cancels its biases.
 
     Args:
         model: one for which `why_not` knows no reason; not changed.
         inputs: an example, [batch, ...]: gives shape, type and device.
-        count: how many; by default 256, down to 64 for large images, and 4096 vectors where there is no BatchNorm.
+        count: how many; by default 256, down to 64 for large images; without BatchNorm so many that the first layer
+            makes 4096 positions of them, 256 to 4096.
         seed: of the noise; the global random state is not touched.
 
     Returns:
@@ -58,13 +63,12 @@ def dream(model: nn.Module, inputs: Tensor, *, count: int | None = None, seed: i
     Raises:
         RuntimeError: no gradient reaches the inputs.
     """
-    if count is None:
-        positions = math.prod(inputs.shape[2:])
-        count = max(BATCH, min(256, 256 * 64 * 64 // max(positions, 1)))
-        count = 4096 if positions == 1 and not _norms(model) else count
     generator = torch.Generator().manual_seed(seed)
     if not _norms(model):
         return _drawn(model, inputs, count, generator)
+    if count is None:
+        positions = math.prod(inputs.shape[2:])
+        count = max(BATCH, min(256, 256 * 64 * 64 // max(positions, 1)))
     batches = []
     with evaluating(model), torch.enable_grad():
         for start in range(0, count, BATCH):
@@ -94,8 +98,8 @@ def _first_layer(model: nn.Module, inputs: Tensor) -> nn.Module | None:
     return found[0] if found else None
 
 
-def _drawn(model: nn.Module, inputs: Tensor, count: int, generator: torch.Generator) -> list[Tensor]:
-    """Random sums of the first layer's weights."""
+def _drawn(model: nn.Module, inputs: Tensor, count: int | None, generator: torch.Generator) -> list[Tensor]:
+    """Random sums of the first layer's weights, about what cancels its biases."""
     layer = _first_layer(model, inputs)
     assert layer is not None, "why_not() was asked"
     made: list[Tensor] = []
@@ -110,23 +114,59 @@ def _drawn(model: nn.Module, inputs: Tensor, count: int, generator: torch.Genera
         call(model, x)
         return made[0]
 
-    size = min(count, _DRAWN)
-    batches = []
+    def zeros(size: int) -> Tensor:
+        return torch.zeros((size, *inputs.shape[1:]), dtype=inputs.dtype, device=inputs.device)
+
     try:
         with evaluating(model):
-            weight = layer.get_parameter("weight")
-            norm = weight.flatten(1).norm(dim=1).mean()
+            norm = layer.get_parameter("weight").flatten(1).norm(dim=1).square().mean().sqrt()
+            nothing, spatial = first(zeros(1)), isinstance(layer, nn.modules.conv._ConvNd)
+            if count is None:
+                positions = nothing[0].numel() // max(nothing.shape[1 if spatial else -1], 1)
+                count = min(4096, max(256, 4096 // max(positions, 1)))
+            centre = _centre(first, zeros(1), _STIFFNESS * norm.square())
+            size = min(count, _DRAWN)
+            batches = []
             for _ in range(0, count, size):
-                with torch.enable_grad():
-                    zeros = torch.zeros((size, *inputs.shape[1:]), dtype=inputs.dtype, device=inputs.device)
-                    nothing = first(zeros.requires_grad_())
-                    drawn = torch.randn(nothing.shape, generator=generator).to(nothing)
-                    (sums,) = torch.autograd.grad(nothing, zeros, drawn)
-                deviation = (first(sums) - nothing.detach()).std()
-                batches.append(sums * (_LIVELINESS * norm / deviation))
+                white = torch.randn((size, *nothing.shape[1:]), generator=generator)
+                drawn = (_pink(white) if spatial else white).to(nothing)
+                sums = _transposed(first, zeros(size), drawn)
+                deviation = (first(sums) - nothing).std()
+                batches.append(centre + sums * (_LIVELINESS * norm / deviation))
     finally:
         hook.remove()
     return batches
+
+
+def _transposed(first: Callable[[Tensor], Tensor], zeros: Tensor, values: Tensor) -> Tensor:
+    """The first layer's weights, transposed, times values of its outputs: of the shape of the inputs."""
+    with torch.enable_grad():
+        inputs = zeros.clone().requires_grad_()
+        (sums,) = torch.autograd.grad(first(inputs), inputs, values)
+    return sums
+
+
+def _centre(first: Callable[[Tensor], Tensor], zeros: Tensor, stiffness: Tensor) -> Tensor:
+    """The input x of least `|W x + b|^2 + stiffness |x|^2`, by conjugate gradients: [1, ...].
+
+    Args:
+        first: what the first layer makes of inputs, `W x + b`.
+        zeros: one input.
+        stiffness: a scalar.
+    """
+    nothing = first(zeros)
+    x, residual = zeros, -_transposed(first, zeros, nothing)
+    direction, size = residual, residual.square().sum()
+    least = 1e-10 * size
+    for _ in range(_ITERATIONS):
+        if size <= least:
+            break
+        image = _transposed(first, zeros, first(direction) - nothing) + stiffness * direction
+        step = size / (direction * image).sum()
+        x, residual = x + step * direction, residual - step * image
+        before, size = size, residual.square().sum()
+        direction = residual + size / before * direction
+    return x
 
 
 def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -149,12 +189,16 @@ def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     shared = torch.randn((shape[0], 1, *shape[2:]), generator=generator)
     own = torch.randn(shape, generator=generator)
     white = math.sqrt(0.9) * shared + math.sqrt(0.1) * own  # the channels of images go together
-    space = tuple(range(2, len(shape)))
+    return _pink(white)
+
+
+def _pink(white: Tensor) -> Tensor:
+    """Noise of unit deviation whose amplitude over space falls as one over the frequency, from white noise."""
+    space = tuple(range(2, white.ndim))
     squared = torch.zeros(())
     for dim in space:
-        frequencies = torch.fft.fftfreq(shape[dim]).square()
-        squared = squared[..., None] + frequencies
-    amplitude = squared.clamp_min(1 / max(shape[2:]) ** 2).rsqrt()
+        squared = squared[..., None] + torch.fft.fftfreq(white.shape[dim]).square()
+    amplitude = squared.clamp_min(1 / max(white.shape[2:]) ** 2).rsqrt()
     noise = torch.fft.ifftn(torch.fft.fftn(white, dim=space) * amplitude, dim=space).real
     return noise / noise.std()
 
@@ -177,7 +221,7 @@ def _dreamed(model: nn.Module, noise: Tensor) -> Tensor:
 
     def error(inputs: Tensor) -> Tensor:
         errors.clear()
-        fast = _multiplies_bfloat16(inputs)
+        fast = inputs.dtype == torch.float32 and multiplies_bfloat16(inputs.device)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=fast):
             layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
             call(model, inputs.contiguous(memory_format=layout) if fast else inputs)
@@ -198,12 +242,3 @@ def _dreamed(model: nn.Module, noise: Tensor) -> Tensor:
         for hook in hooks:
             hook.remove()
     return inputs.detach()
-
-
-def _multiplies_bfloat16(inputs: Tensor) -> bool:
-    """The hardware multiplies bfloat16, and the model is in float32."""
-    if inputs.dtype != torch.float32:
-        return False
-    if inputs.device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return inputs.device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

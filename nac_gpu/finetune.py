@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.atomic import atomically
-from nac_gpu.forward import call
+from nac_gpu.forward import call, multiplies_bfloat16
 from nac_gpu.objective import Objective
 from nac_gpu.unwrap import unwrapped
 
@@ -174,14 +174,6 @@ def finetune(
         for module, mode in modes:
             module.training = mode
     return done
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16: a GPU since Ampere, or a CPU with AMX or AVX-512's instructions."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    supported = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and supported
 
 
 def _check(

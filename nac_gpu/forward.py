@@ -93,3 +93,11 @@ def flop_counter() -> FlopCounterMode:
     counter = FlopCounterMode(display=False)
     vars(counter)["mod_tracker"] = _NoTracker()
     return counter
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16: a GPU since Ampere, or a CPU with AMX or AVX-512's instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and supported

@@ -78,8 +78,34 @@ def test_draws_are_sums_of_the_first_weights(name: str) -> None:
         weight = model[1].weight.detach()
         onto = torch.linalg.lstsq(weight.T, drawn.flatten(1).T).solution
         assert torch.allclose(weight.T @ onto, drawn.flatten(1).T, atol=1e-4)
-        made = (drawn.flatten(1) @ weight.T).std()
+        made = (drawn.flatten(1) @ weight.T).std(0).mean()
         assert 0.25 < float(made / weight.norm(dim=1).mean()) < 0.35
+
+
+def test_draws_lie_about_what_cancels_the_biases() -> None:
+    """Neurons that are balanced where the data lie say where that is: the ridge solution of W x = -b."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Sigmoid(), nn.Linear(30, 20), nn.Sigmoid(), nn.Linear(20, 3))
+    data_mean = torch.rand(40)
+    with torch.no_grad():
+        model[0].bias.copy_(-model[0].weight @ data_mean)
+    weight, bias = model[0].weight.detach().double(), model[0].bias.detach().double()
+    square = weight.square().sum(1).mean()
+    expected = -weight.T @ torch.linalg.solve(weight @ weight.T + 0.3 * square * torch.eye(30).double(), bias)
+    drawn = torch.cat(dream(model, torch.zeros(1, 40)))
+    assert drawn.shape == (4096, 40)
+    error = (drawn.mean(0).double() - expected).norm() / expected.norm()
+    assert error < 0.02
+    assert torch.cosine_similarity(drawn.mean(0), data_mean, 0) > 0.8
+
+
+def test_draws_of_images_are_smooth() -> None:
+    model, inputs = network("cnn")
+    drawn = torch.cat(dream(model, inputs, count=64))
+    waves = torch.fft.fft2(drawn - drawn.mean(0)).abs().square().mean((0, 1))
+    frequency = torch.fft.fftfreq(waves.shape[0]).abs()
+    slow = (frequency[:, None] < 0.125) & (frequency < 0.125)
+    assert waves[slow].mean() > 5 * waves[~slow].mean()
 
 
 def test_reasons_not_to_dream() -> None:

@@ -3,16 +3,40 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from common.data import Images, load
+from common.data import Images, load, normalise
 from common.results import Measured, Results, mean_sd, table
 from common.training import Precision, Recipe, error_rate, fit
 
-#: Methods of merging, in the order of the tables.
-METHODS = ("ward", "kmeans", "random")
+
+@dataclass(frozen=True)
+class Merging:
+    """How a network is merged.
+
+    Attributes:
+        method: of clustering.
+        rule: "centroid" is the paper's, Eq. (9); "compensated" the library's default.
+        images: how many unlabelled training images help (0: none).
+    """
+
+    method: str
+    rule: Literal["centroid", "compensated"]
+    images: int = 0
+
+
+#: Ways of merging by the names of their rows, in the order of the tables.
+MERGINGS = {
+    "ward": Merging("ward", "centroid"),
+    "kmeans": Merging("kmeans", "centroid"),
+    "random": Merging("random", "centroid"),
+    "default": Merging("ward", "compensated"),
+    "1,024 images": Merging("ward", "compensated", 1024),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +66,7 @@ class Run:
         """The mean and deviation that are taken out of the pixels, in units of 0 to 1: [1], [1]."""
         raise NotImplementedError
 
-    def fit(self, model: nn.Module, row: str, recipe: Recipe) -> float:
+    def fit(self, model: nn.Module, row: str, recipe: Recipe, teacher: nn.Module | None = None) -> float:
         """Train a model in place; its error in percent after the last epoch."""
         errors = fit(
             model,
@@ -52,8 +76,10 @@ class Run:
             self.precision,
             seed=self.seed,
             label=f"seed {self.seed}, {row}",
-            checkpoint=self.folder / f"{row.replace(': ', '-').replace(' ', '-')}.pt",
+            checkpoint=self.folder
+            / f"{row.replace(': ', '-').replace(', ', '-').replace(',', '').replace(' ', '-')}.pt",
             scale=self.scale(),
+            teacher=teacher,
         )
         return errors[-1]
 
@@ -66,9 +92,23 @@ class Run:
         """A network's size and error."""
         return {**self.size(model), "error": error_rate(model, self.test, self.scale(), self.precision)}
 
-    def compressed(self, model: nn.Module, widths: Mapping[str, int], method: str) -> nn.Module:
+    def compressed(self, model: nn.Module, widths: Mapping[str, int], how: Merging) -> nn.Module:
         """A copy merged to these widths."""
-        return nac.compress(model, self.train.pixels[:1].float(), width=dict(widths), method=method, seed=self.seed)
+        calibration: nac.Calibration = "dream"
+        if how.images:
+            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))
+            pixels = self.train.pixels[order[: how.images].to(self.precision.device)]
+            calibration = list(normalise(pixels, *self.scale()).split(128))
+        return nac.compress(
+            model,
+            self.train.pixels[:1].float(),
+            width=dict(widths),
+            method=how.method,
+            rule=how.rule,
+            neurons="folded" if how.rule == "centroid" else None,
+            calibration=calibration,
+            seed=self.seed,
+        )
 
 
 def split(path: Path, download: bool, images: int | None, validate: bool) -> tuple[Images, Images]:

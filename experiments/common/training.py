@@ -12,7 +12,7 @@ from tqdm import tqdm
 import nac_gpu as nac
 from common.data import Images, augment, normalise, statistics
 from common.fast_conv import fast_weight_gradients
-from nac_gpu.finetune import multiplies_bfloat16
+from nac_gpu.forward import multiplies_bfloat16
 
 
 @dataclass(frozen=True)

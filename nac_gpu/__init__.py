@@ -9,6 +9,7 @@ from nac_gpu.compress import compress
 from nac_gpu.cost import Cost, cost
 from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.estimator import WardClustering
+from nac_gpu.files import load, save
 from nac_gpu.finetune import Epoch, finetune
 from nac_gpu.groups import LeftAlone
 from nac_gpu.linkage import ward_linkage
@@ -35,8 +36,10 @@ __all__ = [
     "cost",
     "finetune",
     "kmeans",
+    "load",
     "plan",
     "random",
+    "save",
     "ward",
     "ward_linkage",
 ]

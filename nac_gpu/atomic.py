@@ -28,3 +28,23 @@ def atomically(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomically_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill in place of `path`, which it becomes once it is complete.
+
+    Args:
+        path: of the folder.
+
+    Raises:
+        FileExistsError: it is there already.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is there already, expected a new folder; remove it or take another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
+        partial = Path(name) / path.name
+        partial.mkdir()
+        yield partial
+        os.replace(partial, path)

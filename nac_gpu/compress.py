@@ -11,6 +11,7 @@ from nac_gpu.evidence import gather
 from nac_gpu.forward import ExampleInputs
 from nac_gpu.merge import Merger
 from nac_gpu.neurons import neuron_vectors
+from nac_gpu.origin import remember
 from nac_gpu.plan import Names, Plan, prepare
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.sizes import attributes, set_configs
@@ -119,6 +120,7 @@ def compress(
             merger.merge(group, labels)
     small = rebuild(model, merger.finish(), attributes(model, groups, widths))
     set_configs(small, groups, widths)
+    remember(small, model, prepared.plan)
     return small
 
 

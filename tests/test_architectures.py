@@ -1,5 +1,6 @@
 """Hand-written networks of many kinds: plans never promise too much, whatever the network is."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ def built(name: str) -> tuple[nn.Module, Any]:
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_plans_hold(name: str) -> None:
-    """Copies merge with no change; a network of half the width runs and trains; its original is as it was."""
+def test_plans_hold(name: str, tmp_path: Path) -> None:
+    """Copies merge with no change; a network of half the width runs and trains; a file brings it back; its original is
+    as it was.
+    """
     model, inputs = built(name)
     before = outputs(model, inputs)
     if SHARES[name] == 0:
@@ -38,6 +41,10 @@ def test_plans_hold(name: str) -> None:
         assert not found.vacuous
     small = nac.compress(model, inputs, width=0.5, method="random")
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    nac.save(small, tmp_path / "small.safetensors")
+    loaded = nac.load(tmp_path / "small.safetensors", ARCHITECTURES[name].build)
+    assert repr(loaded) == repr(small)
+    assert difference(outputs(loaded, inputs), outputs(small, inputs)) == 0
     training_step(small, inputs)
     assert difference(outputs(model, inputs), before) == 0
 

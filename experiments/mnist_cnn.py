@@ -16,7 +16,6 @@ Measured on 2 cores of an Intel Xeon with AMX (one for each training), bfloat16,
 A run that was stopped goes on where it was: checkpoints after every epoch in --output, results after every row.
 """
 
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ class Options:
         results: folder for the measurements (JSON).
         epochs: passes over the images in training.
         finetune_epochs: passes over the images after merging.
+        mergings: rows to measure.
         images: use only so many training images, to try things out.
         validate: leave the test set alone: hold out the last sixth of the training images and measure on it.
     """
@@ -59,11 +59,8 @@ class Options:
     output: Path = Path("runs/mnist_cnn")
     results: Path = Path(__file__).parent / "results"
     epochs: int = 8
-    finetune_epochs: int = 4
-    finetune_rate: float = 0.03
-    shift: int = 1
-    warp: float = 0.0
-    distillation: float = 0.0
+    finetune_epochs: int = 12
+    mergings: tuple[str, ...] = tuple(MERGINGS)
     images: int | None = None
     validate: bool = False
 
@@ -75,14 +72,7 @@ class Options:
     @property
     def finetune(self) -> Recipe:
         """How every network is trained on after merging."""
-        return Recipe(
-            self.finetune_epochs,
-            self.finetune_rate,
-            weight_decay=5e-4,
-            shift=self.shift,
-            warp=self.warp,
-            distillation=self.distillation,
-        )
+        return Recipe(self.finetune_epochs, 0.03, weight_decay=5e-4, shift=2, warp=0.15)
 
 
 def initialised(seed: int) -> nn.Sequential:
@@ -116,18 +106,18 @@ class CnnRun(Run):
         error = self.fit(model, "baseline", self.options.baseline)
         return model, {**self.size(model), "error": error}
 
-    def tuned(self, model: nn.Module, row: str, teacher: nn.Module) -> Measured:
+    def tuned(self, model: nn.Module, row: str) -> Measured:
         """A network's error after fine-tuning, which changes it in place."""
-        return {"error": self.fit(model, row, self.options.finetune, teacher)}
+        return {"error": self.fit(model, row, self.options.finetune)}
 
     def measure(self, results: Results) -> None:
         """The rows that the results do not have yet."""
         model, values = self.baseline()
         results.measure("baseline", self.seed, lambda: values)
-        for row, how in MERGINGS.items():
-            small = self.compressed(model, WIDTHS, how)
+        for row in self.options.mergings:
+            small = self.compressed(model, WIDTHS, MERGINGS[row])
             results.measure(row, self.seed, partial(self.measured, small))
-            results.measure(f"{row}, fine-tuned", self.seed, partial(self.tuned, small, row, model))
+            results.measure(f"{row}, fine-tuned", self.seed, partial(self.tuned, small, row))
 
     def controls(self, results: Results) -> None:
         """The baseline itself, trained on for as long as the merged networks."""

@@ -102,6 +102,8 @@ class Options:
         epochs: passes over the images in backpropagation.
         dropout: share of the hidden units left out there; in fine-tuning none.
         finetune_epochs: passes over the images after merging, for Table 1 and for Table 2.
+        mergings: rows of each table to measure.
+        controls: also train the small network from scratch, and the baseline on.
         images: use only so many training images, to try things out.
         validate: leave the test set alone: hold out the last sixth of the training images and measure on it.
     """
@@ -116,6 +118,8 @@ class Options:
     epochs: int = 12
     dropout: float = 0.3
     finetune_epochs: tuple[int, int] = (15, 40)
+    mergings: tuple[str, ...] = tuple(MERGINGS)
+    controls: bool = True
     images: int | None = None
     validate: bool = False
 
@@ -298,14 +302,14 @@ class DbnRun(Run):
         if self.seed == self.options.seeds[0]:
             draw_neurons(model, self.options.results / "mnist_dbn_neurons.png")
         for name in TABLES:
-            for method, how in MERGINGS.items():
-                small, row = self.merged(model, name, how), f"{name}: {method}"
+            for method in self.options.mergings:
+                small, row = self.merged(model, name, MERGINGS[method]), f"{name}: {method}"
                 results.measure(row, self.seed, partial(self.measured, small))
                 results.measure(f"{row}, fine-tuned", self.seed, partial(self.tuned, small, name, method))
-        results.measure("table 2: from scratch", self.seed, self.from_scratch)
 
     def controls(self, results: Results) -> None:
         """What else the same time could have bought: the baseline trained on, and machines for the small network."""
+        results.measure("table 2: from scratch", self.seed, self.from_scratch)
         model, _ = self.baseline()
         for name in TABLES:
             again = partial(self.tuned, deepcopy(model), name, "baseline trained on")
@@ -384,7 +388,7 @@ def main(options: Options) -> None:
     runs = [DbnRun(seed, train, test, precision, options.output, options) for seed in options.seeds]
     for run in runs:
         run.measure(results)
-    for run in runs:
+    for run in runs if options.controls else ():
         run.controls(results)
     networks = dict.fromkeys(row.removesuffix(", fine-tuned") for row in results.rows())
     print(printed(results, networks, PAPER))

@@ -66,7 +66,7 @@ class Run:
         """The mean and deviation that are taken out of the pixels, in units of 0 to 1: [1], [1]."""
         raise NotImplementedError
 
-    def fit(self, model: nn.Module, row: str, recipe: Recipe, teacher: nn.Module | None = None) -> float:
+    def fit(self, model: nn.Module, row: str, recipe: Recipe) -> float:
         """Train a model in place; its error in percent after the last epoch."""
         errors = fit(
             model,
@@ -79,7 +79,6 @@ class Run:
             checkpoint=self.folder
             / f"{row.replace(': ', '-').replace(', ', '-').replace(',', '').replace(' ', '-')}.pt",
             scale=self.scale(),
-            teacher=teacher,
         )
         return errors[-1]
 

@@ -29,7 +29,6 @@ class Recipe:
         flip: augmentation, mirror half of the images.
         cutout: augmentation, side of a grey square in every image, pixels (0: none).
         warp: augmentation, how far each image is turned, stretched and slanted (0: not at all).
-        distillation: the teacher's share of the loss, where there is a teacher (0: no teacher).
     """
 
     epochs: int
@@ -43,7 +42,6 @@ class Recipe:
     flip: bool = False
     cutout: int = 0
     warp: float = 0.0
-    distillation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,6 @@ def fit(
     label: str,
     checkpoint: Path | None = None,
     scale: tuple[Tensor, Tensor] | None = None,
-    teacher: nn.Module | None = None,
 ) -> list[float]:
     """Train a model in place.
 
@@ -159,7 +156,6 @@ def fit(
             complete is only loaded.
         scale: each channel's mean and deviation to take out of the pixels, in units of 0 to 1, [channels] each;
             by default those of the training images.
-        teacher: whose outputs are learnt from besides the labels, on the same device.
 
     Returns:
         The test error in percent after each epoch.
@@ -183,8 +179,6 @@ def fit(
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             loss=nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing),
-            teacher=teacher if recipe.distillation else None,
-            distillation=recipe.distillation,
             precision="bfloat16" if precision.bfloat16 else "float32",
             checkpoint=checkpoint,
             settings=asdict(recipe),

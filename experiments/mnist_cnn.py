@@ -122,9 +122,7 @@ class CnnRun(Run):
     def controls(self, results: Results) -> None:
         """The baseline itself, trained on for as long as the merged networks."""
         model, _ = self.baseline()
-        results.measure(
-            "baseline, fine-tuned", self.seed, lambda: self.tuned(deepcopy(model), "baseline trained on", model)
-        )
+        results.measure("baseline, fine-tuned", self.seed, lambda: self.tuned(model, "baseline trained on"))
 
 
 def main(options: Options) -> None:

@@ -9,6 +9,7 @@ from nac_gpu.compress import compress
 from nac_gpu.cost import Cost, cost
 from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.estimator import WardClustering
+from nac_gpu.export import export
 from nac_gpu.files import load, save
 from nac_gpu.finetune import Epoch, finetune
 from nac_gpu.groups import LeftAlone
@@ -34,6 +35,7 @@ __all__ = [
     "Width",
     "compress",
     "cost",
+    "export",
     "finetune",
     "kmeans",
     "load",

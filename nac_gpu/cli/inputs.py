@@ -1,0 +1,148 @@
+"""Example inputs by shape or from files, and folders of images as calibration and training data."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
+
+from nac_gpu.cli.models import Scale, Source
+from nac_gpu.forward import ExampleInputs
+
+_SHAPE = re.compile(r"(int:)?\d+(,\d+)*")
+
+
+def example_inputs(given: Sequence[str], source: Source, model: nn.Module) -> ExampleInputs:
+    """What the model is called with.
+
+    Args:
+        given: for each argument a shape (`1,3,224,224`, whole numbers as `int:1,16`) or a file of tensors (.npy,
+            .safetensors, .pt), for keyword arguments after `name=`; none for what is known of the source.
+        source: where the model comes from.
+        model: built.
+
+    Raises:
+        ValueError: no inputs where none are known, or some that cannot be understood.
+    """
+    if not given:
+        if source.inputs is None:
+            raise ValueError(f"{source.name}: its inputs are not known; give --inputs, such as --inputs 1,3,32,32")
+        return source.inputs(model)
+    named = [text.partition("=") for text in given if re.match(r"[A-Za-z_]\w*=", text)]
+    if named and len(named) < len(given):
+        raise ValueError("--inputs: either all with names (x=1,3,32,32) or none")
+    if named:
+        return {name: _input(value) for name, _, value in named}
+    values = [_input(text) for text in given]
+    return values[0] if len(values) == 1 else values
+
+
+def _input(text: str) -> Any:
+    if _SHAPE.fullmatch(text):
+        whole = text.startswith("int:")
+        shape = [int(size) for size in text.removeprefix("int:").split(",")]
+        return torch.ones(shape, dtype=torch.int64) if whole else torch.zeros(shape)
+    values = read_tensors(Path(text))
+    return values[0] if len(values) == 1 else values
+
+
+def read_tensors(path: Path) -> list[Tensor]:
+    """The tensors of a file: .npy, .safetensors, or what `torch.save` wrote (tensors, lists and mappings of them).
+
+    Raises:
+        ValueError: no such file, or one of another kind.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file, and it is no shape such as 1,3,224,224")
+    try:
+        if path.suffix == ".npy":
+            return [torch.from_numpy(np.load(path, allow_pickle=False))]
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return list(load_file(path).values())
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as tensors: {error}") from error
+    values = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list | tuple) else [found]
+    if not all(isinstance(value, Tensor) for value in values):
+        raise ValueError(f"{path} holds other things than tensors")
+    return list(values)
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """The inputs on a device."""
+    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
+
+
+class Images:
+    """Batches from a folder of images, one folder a class, in the form that a model takes them."""
+
+    def __init__(
+        self, path: Path, example: ExampleInputs, scale: Scale | None, batch_size: int, *, training: bool = False
+    ) -> None:
+        """Open the folder.
+
+        Args:
+            path: of a tree `<class>/<image>`.
+            example: tells the size of the images, and by what name the model takes them.
+            scale: mean and deviation that are taken out of pixels in [0, 1].
+            batch_size: images of a batch.
+            training: in random order; cut out and mirrored at random.
+
+        Raises:
+            ValueError: no such tree, or a model that takes no images.
+        """
+        try:
+            from torchvision.datasets import ImageFolder
+            from torchvision.transforms import v2
+        except ImportError as error:
+            raise ImportError("folders of images need torchvision: pip install torchvision") from error
+        self.name = next(iter(example)) if isinstance(example, dict) and len(example) == 1 else None
+        image: Any = example[self.name] if self.name is not None else example  # type: ignore[index]
+        if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] not in (1, 3):
+            raise ValueError(f"{path}: the model does not take images [batch, 1 or 3, height, width] as its only input")
+        size = [int(image.shape[2]), int(image.shape[3])]
+        mean, std = scale or ((0.0,), (1.0,))
+        steps: list[Any] = [v2.ToImage(), *([v2.Grayscale()] if image.shape[1] == 1 else [])]
+        if training and min(size) > 64:
+            steps += [v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True), v2.RandomHorizontalFlip()]
+        else:
+            steps += [v2.Resize(min(size), antialias=True), v2.CenterCrop(size)]
+            if training:
+                steps += [v2.RandomCrop(size, padding=max(1, min(size) // 8), padding_mode="reflect")]
+                steps += [v2.RandomHorizontalFlip()]
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+        try:
+            self.folder = ImageFolder(str(path), transform=v2.Compose(steps))
+        except (FileNotFoundError, OSError) as error:
+            raise ValueError(f"{path} is no tree <class>/<image>: {error}") from error
+        self.loader: DataLoader[Any] = DataLoader(self.folder, batch_size, shuffle=training)
+
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self.loader)
+
+    def __iter__(self) -> Any:
+        """Pairs (images, labels), or keyword arguments with "labels" for models that take those."""
+        for images, labels in self.loader:
+            yield (images, labels) if self.name is None else {self.name: images, "labels": labels}
+
+
+def calibration_images(path: Path, example: ExampleInputs, scale: Scale | None, count: int, seed: int) -> list[Any]:
+    """So many images of a folder, drawn at random, as batches of inputs; or the tensors of a file.
+
+    Raises:
+        ValueError: as `Images`.
+    """
+    if path.is_file():
+        return [batch for tensor in read_tensors(path) for batch in tensor[:count].split(64)]
+    images = Images(path, example, scale, 64)
+    order = torch.randperm(len(images.folder), generator=torch.Generator().manual_seed(seed))[:count]
+    drawn = [torch.stack([images.folder[int(place)][0] for place in part]) for part in order.split(64)]
+    return drawn if images.name is None else [{images.name: batch} for batch in drawn]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nac_gpu.distributed import Ranks
+from nac_gpu.distributed import ALONE, Ranks
 from nac_gpu.rebuild import tensors
 
 _OF_FSDP = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api")  # attributes that start so
@@ -26,7 +26,7 @@ def unsharded(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...
     divided = {name: tensor for name, tensor in tensors(model).items() if hasattr(tensor, "full_tensor")}
     if not divided:
         return model, ()
-    if ranks.size == 1:
+    if ranks is ALONE:
         raise ValueError(
             f"{next(iter(divided))} is divided among ranks, and all of them must help to put it together: call this on "
             "every rank with process_group=torch.distributed.group.WORLD"

@@ -96,7 +96,7 @@ class Moments:
         self._sums = [total + part.sum(0, dtype=torch.float64) for total, part in zip(self._sums, (a, b), strict=True)]
 
     def take(self, other: "Moments") -> None:
-        """Take in what another one has summed up, and may not use any more."""
+        """Take in what another one has summed up; its memory is used again."""
         if not self.count or not other.count:
             if other.count:
                 vars(self).update(vars(other))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nac_gpu.agreement import check_arguments, same_result
 from nac_gpu.clustering import METHODS, AssignmentMethod, ward
 from nac_gpu.compensation import Compensator
-from nac_gpu.distributed import Ranks, joined
+from nac_gpu.distributed import ALONE, Ranks, joined
 from nac_gpu.evidence import Evidence, gather
 from nac_gpu.forward import ExampleInputs
 from nac_gpu.groups import Group
@@ -124,7 +124,9 @@ def _carried_out(
     widths = [planned.after for planned in prepared.plan.groups]
     compensator = None
     if rule == "compensated" and evidence is not None and evidence.batches:
-        compensator = Compensator(model, prepared.graph, evidence.batches, ranks)
+        # Sums over a batch have many columns squared: a GPU makes them in less time than it takes to send them.
+        on_cuda = any(parameter.is_cuda for parameter in model.parameters())
+        compensator = Compensator(model, prepared.graph, evidence.batches, ALONE if on_cuda else ranks)
         merger = compensator.merger
     else:
         merger = Merger(tensors(model), "centroid" if rule == "centroid" else "restored")

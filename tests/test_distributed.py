@@ -14,8 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import nac_gpu as nac
 from nac_gpu import agreement, distributed, pulse
@@ -25,6 +27,7 @@ from nac_gpu.distributed import joined
 
 IMAGE, VECTOR = torch.zeros(1, 3, 8, 8), torch.zeros(1, 6)
 WAIT = 3.0  # seconds after which a rank is taken for dead here
+VICTIM = 1  # the rank that dies
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -113,16 +116,19 @@ def sharded(rank: int, world: Any) -> dict[str, Any]:
     unchanged = [type(module) for module in model.modules()] == kinds
     unchanged &= all(isinstance(parameter, DTensor) for parameter in model.parameters())
     trained(model, rank)
-    plain = layers()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ways: dict[str, ParallelStyle] = {"3": ColwiseParallel(), "5": RowwiseParallel()}
+    parallel = parallelize_module(layers(), mesh, ways)
     return {
         "together": bits(small),
-        "plain": bits(nac.compress(plain, VECTOR, width=0.5)),
+        "tensor parallel": bits(nac.compress(parallel, VECTOR, width=0.5, process_group=world)),
+        "plain": bits(nac.compress(layers(), VECTOR, width=0.5)),
         "changes": plan.changes,
         "alone": alone,
         "classes": {type(module).__name__ for module in small.modules()},
         "hooks": len(small[0]._forward_hooks) + len(small._forward_pre_hooks),  # type: ignore[index]
         "unchanged": unchanged,
-        "trains": digest(plain[5].weight) != digest(model[5].weight.full_tensor()),  # type: ignore[union-attr]
+        "trains": digest(layers()[5].weight) != digest(model[5].weight.full_tensor()),  # type: ignore[union-attr]
     }
 
 
@@ -164,16 +170,17 @@ def differing(rank: int, world: Any) -> dict[str, Any]:
 
 
 def dying(rank: int, world: Any) -> dict[str, Any]:
-    """The last rank is killed in the midst of it, or of two ranks one is frozen."""
-    size = dist.get_world_size()
+    """Of four ranks one is killed while it does its part, of two one is frozen while it does what all do."""
+    frozen = dist.get_world_size() == 2
 
     def deadly(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int = 0) -> Tensor:
-        if rank == size - 1:
-            os.kill(os.getpid(), signal.SIGSTOP if size == 2 else signal.SIGKILL)
+        if rank == VICTIM:
+            os.kill(os.getpid(), signal.SIGSTOP if frozen else signal.SIGKILL)
         return ward(points, k, weights=weights, seed=seed)
 
     start = time.monotonic()
-    options: dict[str, Any] = {"width": 0.5, "calibration": "none", "process_group": world}
+    known = "none" if frozen else [drawn(8, 6, seed=1)]
+    options: dict[str, Any] = {"width": 0.5, "calibration": known, "process_group": world}
     error = refused(lambda: nac.compress(layers(), VECTOR, method=deadly, **options))
     return {"error": error, "seconds": time.monotonic() - start}
 
@@ -201,8 +208,9 @@ def workers(size: int, folder: Path) -> Iterator[None]:
     try:
         for process in processes:
             process.start()
-        for process in processes[:-1]:
-            process.join(180)
+        for rank, process in enumerate(processes):
+            if rank != VICTIM:
+                process.join(180)
         yield
     finally:
         for process in processes:
@@ -215,11 +223,11 @@ Found = list[dict[str, Any]]
 
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
-    """What each rank found, and how it went on when the last one died."""
+    """What each rank found, and how the others went on when one died."""
     folder = tmp_path_factory.mktemp("ranks")
     with workers(request.param, folder):
         found = [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
-        ends = [torch.load(folder / f"{rank}-end.pt") for rank in range(request.param - 1)]
+        ends = [torch.load(folder / f"{rank}-end.pt") for rank in range(request.param) if rank != VICTIM]
     return found, ends
 
 
@@ -248,7 +256,7 @@ def test_parts_of_calibration_data_count_as_their_union(results: tuple[Found, Fo
 
 def test_sharded_parameters_are_put_together(results: tuple[Found, Found]) -> None:
     for one in of(results, "sharded"):
-        assert one["together"] == one["plain"]
+        assert one["together"] == one["plain"] == one["tensor parallel"]
         assert one["classes"] == {"Sequential", "Linear", "BatchNorm1d", "ReLU"}
         assert one["hooks"] == 1  # the user's
         assert one["unchanged"]

@@ -149,7 +149,7 @@ def joined(process_group: "ProcessGroup | None", model: nn.Module) -> Iterator[R
     """Work together with the other processes of a group; alone without one.
 
     What a rank raises here is raised there, and is a `RankError` on the others: at once where they wait, else as soon
-    as they have done their own part. A rank that dies or cannot be reached is noticed within `TIMEOUT`.
+    as they have done their own part. A rank that died or cannot be reached is noticed within twice `TIMEOUT`.
 
     Args:
         process_group: the processes, all of which come here.

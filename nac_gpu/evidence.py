@@ -53,14 +53,15 @@ class Evidence:
         return self._trees[group.name]
 
     def curves(self, groups: Sequence[Group], ranks: Ranks = ALONE) -> dict[str, Curve]:
-        """The error of merging each group by the number of neurons that are kept; ranks divide the groups."""
+        """The curves of groups, which the ranks divide among them."""
         found = {}
-        made = ranks.share(groups, lambda group: (self._curve(group), self.tree(group)))
+        made = ranks.share(groups, lambda group: (self.curve(group), self.tree(group)))
         for group, (curve, tree) in zip(groups, made, strict=True):
             found[group.name], self._trees[group.name] = curve, tree
         return found
 
-    def _curve(self, group: Group) -> Curve:
+    def curve(self, group: Group) -> Curve:
+        """The error of merging the group, by the number of neurons that are kept."""
         activity = self.activities.get(group.name)
         if activity is not None:
             return error_curve(self.tree(group).cut, group.size, activity)

@@ -203,7 +203,7 @@ def worker(rank: int, size: int, folder: str) -> None:
 @contextlib.contextmanager
 def workers(size: int, folder: Path) -> Iterator[None]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "nac_gpu"])
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp"])
     processes = [context.Process(target=worker, args=(rank, size, str(folder))) for rank in range(size)]
     try:
         for process in processes:
@@ -311,7 +311,7 @@ def test_a_group_of_one_process_does_it_alone(tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         options: dict[str, Any] = {"width": 0.5, "calibration": [drawn(8, 6, seed=1)]}
-        for _ in range(2):
+        for _ in range(2):  # its gloo groups are made once
             small = nac.compress(layers(), VECTOR, process_group=dist.group.WORLD, **options)
             assert bits(small) == bits(nac.compress(layers(), VECTOR, **options))
         with pytest.raises(ValueError, match=r"share 2\.0"):

@@ -170,6 +170,3 @@ def joined(process_group: "ProcessGroup | None", model: nn.Module) -> Iterator[R
         peers.pulse.leave(f"{type(error).__name__}: {error}")
         raise
     peers.pulse.leave()
-
-
-__all__ = ["ALONE", "RankError", "Ranks", "joined"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nac_gpu.distributed import ALONE, Ranks
 from nac_gpu.forward import ExampleInputs, call, evaluating
 from nac_gpu.groups import Group, Member
 
@@ -71,7 +72,10 @@ def samples(module: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
 
 
 class Moments:
-    """Means and covariance of samples `a` and `b`, summed up in float64 around the mean of the first ones."""
+    """Means and covariance of samples `a` and `b`, summed up in float64 around the mean of the first ones.
+
+    Each batch has its own, which are taken in one after another: wherever they were summed up, the bits are the same.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -90,6 +94,22 @@ class Moments:
         self.count += len(a)
         self._product = self._product + (a.T @ b).double()
         self._sums = [total + part.sum(0, dtype=torch.float64) for total, part in zip(self._sums, (a, b), strict=True)]
+
+    def take(self, other: "Moments") -> None:
+        """Take in what another one has summed up; its memory is used again."""
+        if not self.count or not other.count:
+            if other.count:
+                vars(self).update(vars(other))
+            return
+        a, b = (new.double() - old.double() for new, old in zip(other._centres, self._centres, strict=True))
+        assert isinstance(other._product, Tensor), "it has samples"
+        moved = other._product.addr_(other._sums[0], b).addr_(a, other._sums[1] + other.count * b)
+        self._product = moved.add_(self._product)
+        self._sums = [
+            total + part + other.count * shift
+            for total, part, shift in zip(self._sums, other._sums, (a, b), strict=True)
+        ]
+        self.count += other.count
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
@@ -246,7 +266,11 @@ def outgoing(weight: Tensor, member: Member) -> Tensor:
 
 
 def observe(
-    model: nn.Module, state: Mapping[str, Tensor], groups: Sequence[Group], batches: Batches
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    batches: Batches,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Activity]:
     """Run the model on batches, and see how the neurons of each group are read: by the name of the group.
 
@@ -255,28 +279,38 @@ def observe(
         state: its tensors by name.
         groups: groups; those that nothing reads that can be looked at are left out.
         batches: inputs.
+        ranks: the processes that divide the batches among them.
 
     Raises:
         ValueError: activations that are not finite.
+        RankError: another rank failed, or was lost.
     """
     read = {group.name: readings(model, group) for group in groups}
     layers = list(dict.fromkeys(reading.layer for found in read.values() for reading in found))
     if not layers:
         return {}
     modules = dict(model.named_modules())
-    moments = {(name, reading.layer): Moments() for name, found in read.items() for reading in found}
+    keys = [(name, reading.layer) for name, found in read.items() for reading in found]
+    moments = {key: Moments() for key in keys}
 
-    def take(layer: str, inputs: Tensor) -> None:
-        for name, found in read.items():
-            for reading in found:
-                if reading.layer == layer:
-                    values = floating(samples(modules[layer], inputs, reading.member.index))
-                    moments[name, layer].add(values, values)
+    def looked(batch: ExampleInputs) -> dict[tuple[str, str], Moments]:
+        own = {key: Moments() for key in keys}
+
+        def take(layer: str, inputs: Tensor) -> None:
+            for name, found in read.items():
+                for reading in found:
+                    if reading.layer == layer:
+                        values = floating(samples(modules[layer], inputs, reading.member.index))
+                        own[name, layer].add(values, values)
+
+        look(model, batch, calls, take)
+        return own
 
     with evaluating(model):
         calls = count_calls(model, batches[0], layers)
-        for batch in batches:
-            look(model, batch, calls, take)
+        for own in ranks.share(batches, looked):
+            for key, one in own.items():
+                moments[key].take(one)
     result = {}
     for name, found in read.items():
         called = [reading for reading in found if moments[name, reading.layer].count]

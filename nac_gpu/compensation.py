@@ -15,7 +15,7 @@ what earlier ones left.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ from nac_gpu.activations import (
     readings,
     samples,
 )
-from nac_gpu.forward import evaluating
+from nac_gpu.distributed import ALONE, Ranks
+from nac_gpu.forward import ExampleInputs, evaluating
 from nac_gpu.groups import Graph, Group
 from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors
@@ -80,10 +81,11 @@ class Compensator:
         model: the original; not changed.
         graph: its record.
         batches: inputs of the model.
+        ranks: the processes that divide the batches among them.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, batches: Batches) -> None:
-        self._model, self._graph, self._batches = model, graph, batches
+    def __init__(self, model: nn.Module, graph: Graph, batches: Batches, ranks: Ranks = ALONE) -> None:
+        self._model, self._graph, self._batches, self._ranks = model, graph, batches, ranks
         self._state = tensors(model)
         self._work = rebuild(model, self._state)
         self._modules = dict(model.named_modules())
@@ -105,6 +107,9 @@ class Compensator:
         Args:
             group: the group.
             labels: as `Merger.merge` takes them.
+
+        Raises:
+            RankError: another rank failed, or was lost.
         """
         assigned = Assigned(group, labels.cpu())
         self.merger.merge_made(group, labels)
@@ -119,13 +124,18 @@ class Compensator:
                 for layer, reading in found.items()
                 if layer in calls
             }
-            for batch in self._batches if sums else ():
+
+            def looked(batch: ExampleInputs) -> dict[str, _Terms]:
                 before = captured(self._model, batch, calls)
                 after = captured(work, batch, calls)
+                parts = len(self._batches)
+                return {layer: one.terms(before[layer], after[layer], parts) for layer, one in sums.items()}
+
+            for terms in self._ranks.share(self._batches if sums else (), looked):
                 for layer, one in sums.items():
-                    one.add(before[layer], after[layer], len(self._batches))
+                    one.total.take(terms[layer])
         for layer, one in sums.items():
-            if one.comparable:
+            if one.total.comparable:
                 self._change(layer, one)
 
     def _change(self, layer: str, sums: "_Sums") -> None:
@@ -144,14 +154,35 @@ class Compensator:
             state[target] = (state[target].to(constant.dtype) + sign * constant).to(state[target].dtype)
 
 
+@dataclass
+class _Terms:
+    """What is summed up over samples: of the merged neurons and what they lack, of the values and the outputs' errors.
+
+    Attributes:
+        comparable: the original and the merged network called the layer with the same samples, as far as shapes tell.
+            Which samples an expert gets may depend on what was merged; then it cannot be compensated.
+    """
+
+    neurons: Moments = field(default_factory=Moments)
+    missing: Moments = field(default_factory=Moments)
+    values: Moments = field(default_factory=Moments)
+    errors: Moments = field(default_factory=Moments)
+    comparable: bool = True
+
+    def take(self, other: "_Terms") -> None:
+        """Take in those of another batch."""
+        for name in ("neurons", "missing", "values", "errors"):
+            getattr(self, name).take(getattr(other, name))
+        self.comparable = self.comparable and other.comparable
+
+
 class _Sums:
-    """What has to be summed up over all samples for one layer that reads.
+    """What is summed up for one layer that reads, and what follows from it.
 
     Attributes:
         reading: the layer.
         assigned: what it reads.
-        comparable: the original and the merged network called it with the same samples, as far as shapes tell. Which
-            samples an expert gets may depend on what was merged; then it cannot be compensated.
+        total: of all batches.
     """
 
     def __init__(
@@ -169,40 +200,37 @@ class _Sums:
         self._index = reading.member.index.to(weight.device)
         self._first = self._index[assigned.first]
         self._summing = assigned.summing.to(weight.device)
-        self._neurons, self._missing = Moments(), Moments()
-        self._values, self._errors = Moments(), Moments()
-        self.comparable = True
+        self.total = _Terms()
         self._several = self._whole[0].numel() > self._outputs(self._whole).shape[0]
 
     def _outputs(self, columns: Tensor) -> Tensor:
         """Columns [n, m, out, *kernel] or [n, m, out] as [out, n, m, *kernel]."""
         return columns.movedim(2, 0)
 
-    def add(self, before: Sequence[Tensor], after: Sequence[Tensor], parts: int) -> None:
-        """Take in what the layer was called with, in the original and in the merged network.
+    def terms(self, before: Sequence[Tensor], after: Sequence[Tensor], parts: int) -> _Terms:
+        """Those of a batch, from what the layer was called with in the original and in the merged network.
 
         Args:
             before: a tensor for each call.
             after: the same.
             parts: how many batches there will be.
         """
-        shapes = [value.shape for value in before]
-        if shapes != [value.shape for value in after]:
-            self.comparable = False
-        for original, merged in zip(before, after, strict=True) if self.comparable else ():
+        terms = _Terms(comparable=[value.shape for value in before] == [value.shape for value in after])
+        for original, merged in zip(before, after, strict=True) if terms.comparable else ():
             a = floating(samples(self._module, original, self._index))
             b = floating(samples(self._module, merged, self._first))
-            self._neurons.add(b, b)
-            self._missing.add(b, a - b @ self._summing.T.to(b.dtype))
+            terms.neurons.add(b, b)
+            terms.missing.add(b, a - b @ self._summing.T.to(b.dtype))
             if self._several:
-                self._add_values(original, merged, max(1, _MOST_ROWS // (parts * len(before))))
+                self._add_values(terms, original, merged, max(1, _MOST_ROWS // (parts * len(before))))
+        return terms
 
-    def _add_values(self, original: Tensor, merged: Tensor, most: int) -> None:
+    def _add_values(self, terms: _Terms, original: Tensor, merged: Tensor, most: int) -> None:
         part = _convolved if isinstance(self._module, nn.modules.conv._ConvNd) else _multiplied
         _, whole = part(self._module, original, self._index, self._outputs(self._whole), most)
         values, made = part(self._module, merged, self._first, self._outputs(self._merged), most)
-        self._values.add(values, values)
-        self._errors.add(values, whole - made)
+        terms.values.add(values, values)
+        terms.errors.add(values, whole - made)
 
     def solved(self, *, intercept: bool) -> tuple[Tensor, Tensor]:
         """What to add to the columns of the merged neurons, float64 [k, m, ...], and to the outputs, [out].
@@ -210,24 +238,24 @@ class _Sums:
         Args:
             intercept: there is a place for the constant; else it is to be made up for by the columns as well.
         """
-        whole = self._whole.double()
-        if not self._neurons.count:
+        whole, total = self._whole.double(), self.total
+        if not total.neurons.count:
             return torch.zeros_like(whole[self.assigned.first]), whole.new_zeros(whole.shape[2])
         flat = whole.flatten(3).sum(-1).sum(1) if whole.ndim > 3 else whole.sum(1)  # [n, out]
-        extra = _ridge(self._neurons, self._missing, _RIDGE_NEURONS, intercept)  # [k, n]
+        extra = _ridge(total.neurons, total.missing, _RIDGE_NEURONS, intercept)  # [k, n]
         columns = torch.einsum("kn,n...->k...", extra, whole)
         constant = torch.zeros_like(flat[0])
         if intercept:
-            merged, missing = self._neurons.means[0], self._missing.means[1]
+            merged, missing = total.neurons.means[0], total.missing.means[1]
             constant = (missing - merged @ extra) @ flat
         if not self._several:
             return columns, constant
         moved = self._outputs(columns).flatten(1).T  # [values, out]
-        values = self._values.covariance if intercept else self._values.second
-        errors = (self._errors.covariance if intercept else self._errors.second) - values @ moved
+        values = total.values.covariance if intercept else total.values.second
+        errors = (total.errors.covariance if intercept else total.errors.second) - values @ moved
         more = _solve(values, errors, _RIDGE_VALUES)
         if intercept:
-            mean, missing = self._errors.means
+            mean, missing = total.errors.means
             constant = missing - mean @ (moved + more)
         like = self._outputs(columns)
         return columns + more.T.reshape(like.shape).movedim(0, 2), constant

@@ -1,21 +1,27 @@
 """`compress`: plan, cluster, merge, rebuild."""
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nac_gpu.agreement import check_arguments, same_result
 from nac_gpu.clustering import METHODS, AssignmentMethod, ward
 from nac_gpu.compensation import Compensator
-from nac_gpu.evidence import gather
+from nac_gpu.distributed import ALONE, Ranks, joined
+from nac_gpu.evidence import Evidence, gather
 from nac_gpu.forward import ExampleInputs
+from nac_gpu.groups import Group
 from nac_gpu.merge import Merger
 from nac_gpu.neurons import neuron_vectors
 from nac_gpu.origin import remember
-from nac_gpu.plan import Names, Plan, prepare
+from nac_gpu.plan import Names, Plan, Prepared, prepare
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.sizes import attributes, set_configs
 from nac_gpu.widths import Calibration, LimitsByLayer, Share, Wanted, Width
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Rule = Literal["compensated", "restored", "centroid"]
 Neurons = Literal["activations", "folded", "weights"]
@@ -38,6 +44,7 @@ def compress(
     rule: Rule = "compensated",
     neurons: Neurons | None = None,
     seed: int = 0,
+    process_group: "ProcessGroup | None" = None,
 ) -> nn.Module:
     """A smaller copy of a trained model: similar neurons of every layer become one.
 
@@ -71,6 +78,9 @@ def compress(
         neurons: how they are compared: by their `"activations"` (the default where they are compensated), by their
             weights with BatchNorm `"folded"` in (else the default), or by their bare `"weights"`.
         seed: of methods and dreams that draw numbers; the global random state is not touched.
+        process_group: processes that work together, all of which call this: they divide the work, and all get the same
+            model, which is checked. Each holds the same model; calibration data may be each one's own part: the result
+            is that of one process with all parts, rank 0's first. Without it nothing is communicated.
 
     Returns:
         A new module: the original's device, dtype, mode, `requires_grad` and hooks, smaller tensors.
@@ -79,37 +89,70 @@ def compress(
         ValueError: as `nac_gpu.plan`; also an unknown method or rule, a plan beside what makes one, or a plan that was
             made for another model.
         TypeError: as `nac_gpu.plan`.
-        RuntimeError: the forward pass fails on the example inputs or the calibration data.
+        RuntimeError: the forward pass fails on the example inputs or the calibration data; another rank failed, or was
+            lost, or made another model.
     """
-    wanted = _wanted(plan, Wanted(width, params, flops, limits, multiple_of, calibration, seed), only, skip)
-    assign = _method(method)
-    for name, value, known in (("rule", rule, get_args(Rule)), ("neurons", neurons, (None, *get_args(Neurons)))):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(k for k in known if k)}")
-    prepared = prepare(model, example_inputs, wanted, only, skip)
+    with joined(process_group, model) as ranks:
+        wanted = _wanted(plan, Wanted(width, params, flops, limits, multiple_of, calibration, seed), only, skip)
+        assign = _method(method)
+        for name, value, known in (("rule", rule, get_args(Rule)), ("neurons", neurons, (None, *get_args(Neurons)))):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(k for k in known if k)}")
+        way = getattr(assign, "__qualname__", type(assign).__qualname__)
+        check_arguments(ranks, {"method": way, "rule": rule, "neurons": neurons, "seed": seed})
+        prepared = prepare(model, example_inputs, wanted, only, skip, ranks)
+        evidence = prepared.evidence
+        if evidence is None and (rule == "compensated" or neurons == "activations"):
+            evidence = gather(prepared.model, example_inputs, prepared.groups, calibration, seed, ranks)
+        return same_result(_carried_out(prepared, evidence, assign, rule, neurons, seed, ranks), ranks)
+
+
+def _carried_out(
+    prepared: Prepared,
+    evidence: Evidence | None,
+    assign: AssignmentMethod,
+    rule: Rule,
+    neurons: Neurons | None,
+    seed: int,
+    ranks: Ranks,
+) -> nn.Module:
+    """The smaller model of a plan.
+
+    Clusters by activations are those of the original network, so ranks divide the groups. Clusters by weights depend on
+    the groups that were merged before: every rank works them out.
+    """
     model, groups = prepared.model, prepared.groups
     widths = [planned.after for planned in prepared.plan.groups]
-    evidence = prepared.evidence
-    if evidence is None and (rule == "compensated" or neurons == "activations"):
-        evidence = gather(model, example_inputs, groups, calibration, seed)
     compensator = None
     if rule == "compensated" and evidence is not None and evidence.batches:
-        compensator = Compensator(model, prepared.graph, evidence.batches)
+        # Sums over a batch have many columns squared: a GPU makes them in less time than it takes to send them.
+        on_cuda = any(parameter.is_cuda for parameter in model.parameters())
+        compensator = Compensator(model, prepared.graph, evidence.batches, ALONE if on_cuda else ranks)
         merger = compensator.merger
     else:
         merger = Merger(tensors(model), "centroid" if rule == "centroid" else "restored")
     alike = compensator is not None and evidence is not None and evidence.alike
-    by_activations = neurons == "activations" or (neurons is None and alike)
+    acting: list[tuple[Group, int]] = []
+    if evidence is not None and (neurons == "activations" or (neurons is None and alike)):
+        pairs = zip(groups, widths, strict=True)
+        acting = [(g, kept) for g, kept in pairs if kept < g.size and g.name in evidence.activities]
+
+    def by_activations(item: tuple[Group, int]) -> Tensor:
+        group, kept = item
+        assert evidence is not None, "else nothing acts"
+        if assign is ward:
+            return evidence.tree(group).cut(kept)
+        points, masses = evidence.points(group)
+        return assign(points, kept, weights=masses, seed=seed)
+
+    clusters = ranks.share(acting, by_activations)
+    names = {group.name for group, _ in acting}
     changed = False
     for group, kept in zip(groups, widths, strict=True):
         if kept == group.size:
             labels = torch.arange(kept)
-        elif by_activations and evidence is not None and group.name in evidence.activities:
-            if assign is ward:
-                labels = evidence.tree(group).cut(kept)
-            else:
-                points, masses = evidence.points(group)
-                labels = assign(points, kept, weights=masses, seed=seed)
+        elif group.name in names:
+            labels = next(clusters)
         else:
             points = neuron_vectors(merger.state, group, fold=neurons != "weights")
             labels = assign(points, kept, seed=seed)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nac_gpu.distributed import ALONE, Ranks
 from nac_gpu.forward import ExampleInputs, call, evaluating, multiplies_bfloat16
 
 BATCH = 64
@@ -45,7 +46,9 @@ def why_not(model: nn.Module, example_inputs: ExampleInputs) -> str | None:
     return None if _first_layer(model, example_inputs) is not None else "no layer reads its input as it is"
 
 
-def dream(model: nn.Module, inputs: Tensor, *, count: int | None = None, seed: int = 0) -> list[Tensor]:
+def dream(
+    model: nn.Module, inputs: Tensor, *, count: int | None = None, seed: int = 0, ranks: Ranks = ALONE
+) -> list[Tensor]:
     """Inputs on which the statistics of all channels are those that BatchNorm remembers.
 
     Without BatchNorm, random sums of the first layer's weights about what cancels its biases.
@@ -56,12 +59,14 @@ def dream(model: nn.Module, inputs: Tensor, *, count: int | None = None, seed: i
         count: how many; by default 256, down to 64 for large images; without BatchNorm so many that the first layer
             makes 4096 positions of them, 256 to 4096.
         seed: of the noise; the global random state is not touched.
+        ranks: the processes that divide the batches among them.
 
     Returns:
         Batches of inputs.
 
     Raises:
         RuntimeError: no gradient reaches the inputs.
+        RankError: another rank failed, or was lost.
     """
     generator = torch.Generator().manual_seed(seed)
     if not _norms(model):
@@ -69,12 +74,10 @@ def dream(model: nn.Module, inputs: Tensor, *, count: int | None = None, seed: i
     if count is None:
         positions = math.prod(inputs.shape[2:])
         count = max(BATCH, min(256, 256 * 64 * 64 // max(positions, 1)))
-    batches = []
+    sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
+    noises = [_noise((size, *inputs.shape[1:]), generator).to(inputs) for size in sizes]
     with evaluating(model), torch.enable_grad():
-        for start in range(0, count, BATCH):
-            noise = _noise((min(BATCH, count - start), *inputs.shape[1:]), generator).to(inputs)
-            batches.append(_dreamed(model, noise))
-    return batches
+        return list(ranks.share(noises, lambda noise: _dreamed(model, noise)))
 
 
 def _first_layer(model: nn.Module, inputs: Tensor) -> nn.Module | None:

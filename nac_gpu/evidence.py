@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.activations import Activity, Batches, as_batches, observe, readings
+from nac_gpu.agreement import check_arguments, union
 from nac_gpu.budget import Curve, error_curve, inertia_curve
 from nac_gpu.dendrogram import Dendrogram
+from nac_gpu.distributed import ALONE, RankError, Ranks
 from nac_gpu.dream import dream, has_statistics, why_not
 from nac_gpu.forward import ExampleInputs
 from nac_gpu.groups import Group
@@ -50,6 +52,14 @@ class Evidence:
             self._trees[group.name] = ward_linkage(*self.points(group))
         return self._trees[group.name]
 
+    def curves(self, groups: Sequence[Group], ranks: Ranks = ALONE) -> dict[str, Curve]:
+        """The curves of groups, which the ranks divide among them."""
+        found = {}
+        made = ranks.share(groups, lambda group: (self.curve(group), self.tree(group)))
+        for group, (curve, tree) in zip(groups, made, strict=True):
+            found[group.name], self._trees[group.name] = curve, tree
+        return found
+
     def curve(self, group: Group) -> Curve:
         """The error of merging the group, by the number of neurons that are kept."""
         activity = self.activities.get(group.name)
@@ -64,6 +74,7 @@ def gather(
     groups: Sequence[Group],
     calibration: Calibration,
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Evidence:
     """Find out what can be known of the neurons of these groups.
 
@@ -74,13 +85,16 @@ def gather(
         calibration: batches of inputs; `"dream"` makes some up where that can be done (see `nac_gpu.dream`), `"none"`
             leaves it at the weights.
         seed: of dreams.
+        ranks: the processes that work together; calibration data may be each one's own part.
 
     Raises:
         TypeError: calibration data of the wrong kind.
         ValueError: no calibration data, data with activations that are not finite, or an unknown word.
         RuntimeError: the forward pass fails on the calibration data.
+        RankError: another rank failed, or was lost.
     """
     state = tensors(model)
+    check_arguments(ranks, {"calibration": calibration if isinstance(calibration, str) else "batches"})
     if isinstance(calibration, str):
         if calibration not in ("dream", "none"):
             raise ValueError(f"calibration={calibration!r}, expected batches of inputs, 'dream' or 'none'")
@@ -88,15 +102,17 @@ def gather(
         if reason is not None:
             return Evidence(state, source=f"neurons are compared by their weights, without compensation: {reason}")
         assert isinstance(example_inputs, Tensor), "else there are no dreams"
-        batches: list[ExampleInputs] = list(dream(model, example_inputs, seed=seed))
+        batches: list[ExampleInputs] = list(dream(model, example_inputs, seed=seed, ranks=ranks))
         known = has_statistics(model)
         source = f"dreamed up from {'the statistics of BatchNorm' if known else 'the weights of the first layer'}"
     else:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        batches = list(as_batches(calibration, example_inputs, device))
+        batches = union(list(as_batches(calibration, example_inputs, device)), ranks)
         source, known = "of calibration data", True
     try:
-        activities = observe(model, state, groups, batches)
+        activities = observe(model, state, groups, batches, ranks)
+    except RankError:
+        raise
     except (RuntimeError, TypeError) as error:
         raise RuntimeError(f"the forward pass fails on the calibration data: {error}") from error
     count = sum(len(batch) if isinstance(batch, Tensor) else 1 for batch in batches)

@@ -4,21 +4,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from nac_gpu.agreement import check_arguments, check_same, same_model, shapes_of
 from nac_gpu.budget import Limits, Sizes, allocate
 from nac_gpu.cost import Cost
+from nac_gpu.distributed import ALONE, Ranks, joined
 from nac_gpu.evidence import Evidence, gather
 from nac_gpu.forward import ExampleInputs
 from nac_gpu.graph import record
 from nac_gpu.groups import Graph, Group, LeftAlone
 from nac_gpu.sensitivity import losses
+from nac_gpu.sharded import unsharded
 from nac_gpu.trial import Chosen, Trial
 from nac_gpu.unwrap import computed, unwrapped
 from nac_gpu.widths import Calibration, LimitsByLayer, Share, Wanted, Width, limits_of, neurons, resolve
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Names = Sequence[str] | None
 
@@ -125,6 +131,7 @@ def plan(
     only: Names = None,
     skip: Names = (),
     seed: int = 0,
+    process_group: "ProcessGroup | None" = None,
 ) -> Plan:
     """Work out what a compression would do, and try it on the example inputs. The model is not changed.
 
@@ -148,15 +155,21 @@ def plan(
         only: names of layers, of modules that hold layers, or patterns: nothing else is compressed.
         skip: the same, of what is not compressed.
         seed: of dreams; the global random state is not touched.
+        process_group: processes that work together, all of which call this: they divide the work, and all get the same
+            plan. Each holds the same model; calibration data may be each one's own part. Without it nothing is
+            communicated.
 
     Raises:
         ValueError: weights that are not finite, a width outside of what is possible, an unknown layer, a model with
-            nothing to compress, a budget that cannot be met (with the least that can be).
+            nothing to compress, a budget that cannot be met (with the least that can be); another model or other
+            arguments than on rank 0; parameters divided among ranks without a process group.
         TypeError: integer or complex weights, calibration data of another kind than the example inputs.
-        RuntimeError: the forward pass fails on the example inputs or the calibration data.
+        RuntimeError: the forward pass fails on the example inputs or the calibration data; another rank failed, or was
+            lost.
     """
     wanted = Wanted(width, params, flops, limits, multiple_of, calibration, seed)
-    return prepare(model, example_inputs, wanted, only, skip).plan
+    with joined(process_group, model) as ranks:
+        return prepare(model, example_inputs, wanted, only, skip, ranks).plan
 
 
 @dataclass(frozen=True)
@@ -187,12 +200,19 @@ def prepare(
     wanted: Wanted | Plan,
     only: Names = None,
     skip: Names = (),
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """Make a plan, or find the groups of one that was made for this model."""
     if isinstance(wanted, Wanted):
         wanted.check()
-    model, wrappers = unwrapped(model)
-    model, changes = computed(model)
+    asked = wanted.arguments() if isinstance(wanted, Wanted) else {"plan": wanted.widths}
+    check_arguments(ranks, {**asked, "only": only, "skip": skip, "example_inputs": shapes_of(example_inputs)})
+    example_inputs = ranks.sent(example_inputs)
+    network, wrappers = unwrapped(model)
+    network, sharded = unsharded(network, ranks)
+    network, buffers = same_model(network, model, ranks)
+    model, changes = computed(network)
+    changes = (*wrappers, *sharded, *buffers, *changes)
     check_weights(model)
     graph = record(model, example_inputs)
     trial = Trial(model, example_inputs, auxiliary=graph.auxiliary)
@@ -210,7 +230,7 @@ def prepare(
         if not graph.groups:
             raise ValueError(f"nothing to compress: {_reasons(graph)}")
         if wanted.budget:
-            chosen, evidence = _chosen(model, example_inputs, graph, wanted, trial, before)
+            chosen, evidence = _chosen(model, example_inputs, graph, wanted, trial, before, ranks)
             changes = (*changes, evidence.source)
         else:
             assert wanted.width is not None, "checked"
@@ -224,7 +244,8 @@ def prepare(
         for g, kept in chosen
     )
     assert trial.after is not None, "they were tried together"
-    made = Plan(planned, graph.left_alone, before, trial.after, (*wrappers, *changes))
+    made = Plan(planned, graph.left_alone, before, trial.after, changes)
+    check_same("plan", made.to_json(), ranks)
     return Prepared(made, model, graph, evidence)
 
 
@@ -233,7 +254,13 @@ _TOLERANCE = 0.01
 
 
 def _chosen(
-    model: nn.Module, example_inputs: ExampleInputs, graph: Graph, wanted: Wanted, trial: Trial, before: Cost
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    graph: Graph,
+    wanted: Wanted,
+    trial: Trial,
+    before: Cost,
+    ranks: Ranks,
 ) -> tuple[Chosen, Evidence]:
     """Groups and widths that keep a budget, and what they were judged by."""
     limits = {
@@ -247,8 +274,8 @@ def _chosen(
     good = [group for group, _ in trial.passed(halves)]
     if not good:
         raise ValueError(f"nothing to compress: {_reasons(replace(graph, left_alone=tuple(trial.alone)))}")
-    evidence = gather(model, example_inputs, good, wanted.calibration, wanted.seed)
-    lost = losses(model, graph, good, evidence)
+    evidence = gather(model, example_inputs, good, wanted.calibration, wanted.seed, ranks)
+    lost = losses(model, graph, good, evidence, ranks)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     asked = wanted.most(before.parameters, before.flops)
     most = asked

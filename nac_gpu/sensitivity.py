@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nac_gpu.activations import Batches
 from nac_gpu.budget import Curve
 from nac_gpu.compensation import Compensator
+from nac_gpu.distributed import ALONE, Ranks
 from nac_gpu.evidence import Evidence
 from nac_gpu.forward import call, evaluating, tensors_in
 from nac_gpu.groups import Graph, Group
@@ -24,7 +25,9 @@ _STEEPEST, _FLATTEST = 4.0, 0.5  # powers of e
 _MOST = 12.0
 
 
-def losses(model: nn.Module, graph: Graph, groups: Sequence[Group], evidence: Evidence) -> dict[str, Curve]:
+def losses(
+    model: nn.Module, graph: Graph, groups: Sequence[Group], evidence: Evidence, ranks: Ranks = ALONE
+) -> dict[str, Curve]:
     """What merging each group to k neurons costs, by name and k; comparable between groups.
 
     Without activations, or where the outputs cannot be compared, `-log(1 - e)` of the group's own error.
@@ -34,8 +37,12 @@ def losses(model: nn.Module, graph: Graph, groups: Sequence[Group], evidence: Ev
         graph: its record.
         groups: groups.
         evidence: what is known of their neurons.
+        ranks: the processes that divide the groups among them.
+
+    Raises:
+        RankError: another rank failed, or was lost.
     """
-    curves = {group.name: evidence.curve(group) for group in groups}
+    curves = evidence.curves(groups, ranks)
     plain: dict[str, Curve] = {
         name: {k: -math.log1p(-error) for k, error in curve.items()} for name, curve in curves.items()
     }
@@ -45,8 +52,9 @@ def losses(model: nn.Module, graph: Graph, groups: Sequence[Group], evidence: Ev
     compensator = Compensator(model, graph, batches)
     with evaluating(model):
         expected = [_outputs(model, batch) for batch in batches]
-    result: dict[str, Curve] = {}
-    for group in groups:
+
+    def measured(group: Group) -> dict[float, float] | None:
+        """Changes of the outputs by the error; None where the outputs cannot be compared."""
         curve = curves[group.name]
         points: dict[float, float] = {}
         for error in _TRIED if group.name in evidence.activities else ():
@@ -56,9 +64,15 @@ def losses(model: nn.Module, graph: Graph, groups: Sequence[Group], evidence: Ev
                 compensator.merge(group, evidence.tree(group).cut(kept))
                 change = _change(compensator.network(), batches, expected)
                 if change is None:
-                    return plain
+                    return None
                 points[curve[kept]] = max(change, 1e-9)
-        result[group.name] = _through(points, curve) if points else plain[group.name]
+        return points
+
+    result: dict[str, Curve] = {}
+    for group, points in zip(groups, ranks.share(groups, measured), strict=True):
+        if points is None:
+            return plain
+        result[group.name] = _through(points, curves[group.name]) if points else plain[group.name]
     return result
 
 

@@ -65,6 +65,10 @@ class Wanted:
                     "or a number (an int, at least 1)"
                 )
 
+    def arguments(self) -> dict[str, object]:
+        """What can be compared: all but the calibration data."""
+        return {name: value for name, value in vars(self).items() if name != "calibration"}
+
     def most(self, parameters: int, flops: int) -> tuple[float, float]:
         """Parameters and operations that may be spent, of a model that has these."""
         return _most(self.params, parameters), _most(self.flops, flops)

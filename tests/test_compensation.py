@@ -119,9 +119,16 @@ def test_values_times_weights_are_what_a_convolution_makes(layer: nn.modules.con
 
 def test_moments_of_large_means_and_small_deviations() -> None:
     a = 1000 + 0.01 * torch.randn(500, 3)
-    moments = Moments()
+    moments, taken = Moments(), Moments()
+    taken.take(Moments())
     for part in a.split(50):
         moments.add(part, part)
+        own = Moments()
+        own.add(part, part)
+        taken.take(own)
+    taken.take(Moments())
+    assert torch.allclose(taken.covariance, moments.covariance, rtol=1e-4)
+    assert torch.allclose(taken.second, moments.second)
     assert torch.allclose(moments.covariance, a.double().T.cov(correction=0), rtol=1e-3)
     assert torch.allclose(moments.second, a.double().T @ a.double() / 500)
     assert torch.allclose(moments.means[0], a.double().mean(0))

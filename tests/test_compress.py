@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -181,3 +182,11 @@ def test_misuse() -> None:
     other, other_inputs = network("vgg16")
     with pytest.raises(ValueError, match=r"unknown layer|another model"):
         nac.compress(other, other_inputs, plan)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+def test_inductor_makes_the_same_of_a_compressed_model() -> None:
+    model, inputs = network("normed_mlp")
+    small = nac.compress(model, inputs, width=0.5, calibration="none")
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(small)(inputs), small(inputs), atol=1e-5)

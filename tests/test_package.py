@@ -25,6 +25,21 @@ assert nac_gpu.ward_linkage(torch.rand(5, 2)).cut(2).max() == 1
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_pytorch_may_be_built_without_torch_distributed() -> None:
+    code = """
+import sys, types
+import torch
+from torch import nn
+stub = types.ModuleType("torch.distributed")
+stub.is_available = lambda: False
+sys.modules["torch.distributed"] = torch.distributed = stub
+import nac_gpu
+with nac_gpu.distributed.joined(None, nn.Linear(1, 1)) as ranks:
+    assert list(ranks.share("ab", str.upper)) == ["A", "B"]
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 @pytest.mark.parametrize("name", nac.__all__)
 def test_every_public_name_is_documented(name: str) -> None:
     thing = getattr(nac, name)

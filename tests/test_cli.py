@@ -1,0 +1,244 @@
+"""The command `nac`, as people call it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import tinymodels
+import torch
+from PIL import Image
+from scipy.cluster.hierarchy import linkage
+from torch import nn
+
+import nac_gpu as nac
+from nac_gpu.cli import main
+from nac_gpu.cli.models import find
+
+INSTALLED = Path(sys.executable).with_name("nac")
+TINY = "tinymodels:small", "--inputs", "1,3,16,16"
+
+
+def nac_command(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    """A new process, from the installed command."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([INSTALLED, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def called(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def failed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that an error is."""
+    with pytest.raises(SystemExit) as error:
+        called(*arguments)
+    assert error.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "random weights" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("nac: error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, of dark and of bright noise."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for place, name in enumerate(("dark", "bright")):
+        (folder / name).mkdir()
+        for number in range(12):
+            pixels = generator.integers(0, 128, (24, 20, 3), dtype=np.uint8) + np.uint8(120 * place)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def vit(folder: Path) -> str:
+    """A folder as `save_pretrained` writes it."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=2, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "timm", "transformers", "module"])
+def test_the_whole_way(kind: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plan, compress, fine-tune; load in a new process; export; ONNX computes what the model computes."""
+    pixels = torch.randn(3, 3, 32, 32)
+    name, *inputs = {
+        "torchvision": ("torchvision:mobilenet_v3_small", "--inputs", "1,3,32,32"),
+        "timm": ("timm:resnet10t", "--inputs", "1,3,32,32"),
+        "transformers": (vit(tmp_path / "vit") if kind == "transformers" else "",),
+        "module": ("tinymodels:small", "--inputs", "1,3,32,32"),
+    }[kind]
+    plan, first, tuned, onnx = (tmp_path / file for file in ("p.json", "a.safetensors", "b.safetensors", "c.onnx"))
+    called("plan", name, *inputs, "--width", "0.5", "--output", plan)
+    assert "parameters: " in capsys.readouterr().out
+    common = ("--epochs", "1", "--batch-size", "8", "--learning-rate", "1e-3", "--finetune", images)
+    called("compress", name, *inputs, "--plan", plan, "--calibration", "none", "--output", first, "--json", *common)
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"] == json.loads(plan.read_text())
+    assert found["bytes"] == first.stat().st_size
+    assert len(found["epochs"]) == 1
+    called("finetune", name, first, *inputs, "--output", tuned, *common)
+    assert not list(tmp_path.glob("*.checkpoint"))
+    process = nac_command("export", name, tuned, *inputs, "--output", onnx, "--json")
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["deviation"] < 1e-5
+    small = nac.load(tuned, find(name).build)
+    with torch.no_grad():
+        made: Any = small(pixels)
+    expected = made if isinstance(made, torch.Tensor) else made.logits
+    session = onnxruntime.InferenceSession(onnx.read_bytes(), providers=["CPUExecutionProvider"])
+    given: Any = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    assert torch.allclose(torch.from_numpy(given[0]), expected, rtol=1e-5, atol=1e-5)
+    before = sum(p.numel() for p in find(name).build().parameters())
+    assert sum(p.numel() for p in small.parameters()) < 0.8 * before
+
+
+def test_a_folder_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is opened by `from_pretrained`, where the configuration can say the widths; else there is a reason."""
+    from transformers import AutoModelForImageClassification
+
+    name = vit(tmp_path / "vit")
+    called("compress", name, "--width", "0.5", "--output", tmp_path / "half")
+    small = AutoModelForImageClassification.from_pretrained(tmp_path / "half")
+    assert small.config.intermediate_size == 32
+    assert small(torch.randn(1, 3, 32, 32)).logits.shape == (1, 2)
+    capsys.readouterr()
+    uneven = ("--width", "vit.*.layer.0.*=0.25", "vit.*.layers.0.*=0.25")
+    message = failed(capsys, "compress", name, *uneven[:2], "--output", tmp_path / "uneven")
+    if "unknown layer" in message:  # transformers calls them layers since version 5
+        message = failed(capsys, "compress", name, "--width", uneven[2], "--output", tmp_path / "uneven")
+    assert "has one width for all layers and cannot express" in message
+    assert "uneven.safetensors, which nac_gpu.load opens" in message
+    assert not (tmp_path / "uneven").exists()
+
+
+def test_calibration_on_a_folder_and_on_a_file(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called("plan", *TINY, "--params", "0.5", "--calibration", images, "--images", "16")
+    assert "activations: 16 inputs of calibration data" in capsys.readouterr().out
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(70, 3, 16, 16)).astype(np.float32))
+    called("plan", *TINY, "--params", "0.5", "--calibration", tmp_path / "x.npy")
+    assert "activations: 70 inputs of calibration data" in capsys.readouterr().out
+
+
+def test_weights_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(1)
+    model = tinymodels.small()
+    nn.init.normal_(model[0].weight)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "w.pt")
+    called("compress", *TINY, "--weights", tmp_path / "w.pt", "--width", "4=4", "--calibration", "none", "--output",
+           tmp_path / "s.safetensors")  # fmt: skip
+    assert "random weights" not in capsys.readouterr().err
+    small = nac.load(tmp_path / "s.safetensors", tinymodels.small)
+    assert torch.equal(small[0].weight, model[0].weight)
+    torch.save([1, 2], tmp_path / "list.pt")
+    assert "holds no state dict" in failed(capsys, "plan", *TINY, "--weights", tmp_path / "list.pt")
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
+    assert "is of another model: Missing key" in failed(capsys, "plan", *TINY, "--weights", tmp_path / "other.pt")
+    assert "no such file" in failed(capsys, "plan", *TINY, "--weights", tmp_path / "none.pt")
+
+
+def test_an_exported_program_is_taken_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = torch.export.export(tinymodels.small().eval(), (torch.randn(2, 3, 16, 16),))
+    torch.export.save(program, tmp_path / "x.pt2")
+    path = tmp_path / "x.pt2"
+    called("compress", path, "--inputs", "2,3,16,16", "--width", "0.5", "--calibration", "none", "--output",
+           tmp_path / "s.safetensors")  # fmt: skip
+    small = nac.load(tmp_path / "s.safetensors", find(str(path)).build)
+    assert sum(p.numel() for p in small.parameters()) < 0.5 * sum(p.numel() for p in program.parameters())
+    assert small(torch.randn(2, 3, 16, 16)).shape == (2, 2)
+
+
+def test_points_are_clustered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = np.random.default_rng(0).normal(size=(50, 3))
+    np.save(tmp_path / "x.npy", points)
+    called("linkage", tmp_path / "x.npy", "--clusters", 4, "--output", tmp_path / "l.npy", "--matrix",
+           tmp_path / "z.npy", "--json")  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    labels, matrix = np.load(tmp_path / "l.npy"), np.load(tmp_path / "z.npy")
+    assert found == {"points": 50, "dimensions": 3, "clusters": 4, "sizes": sorted(np.bincount(labels), reverse=True)}
+    assert np.allclose(matrix, linkage(points, "ward"))
+    called("linkage", tmp_path / "x.npy", "--height", 3.0)
+    assert "clusters: " in capsys.readouterr().out
+    assert "give --clusters or --height" in failed(capsys, "linkage", tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "nothing"), "unknown model 'nothing', expected torchvision:NAME"),
+        (("plan", "torchvision:resnet19"), "torchvision has no model 'resnet19'; it has resnet"),
+        (("plan", "timm:resnet19"), "timm has no model 'resnet19'; it has resnet"),
+        (("plan", "nowhere:small"), "nowhere cannot be imported"),
+        (("plan", "tinymodels:large"), "tinymodels has no large"),
+        (("plan", "tinymodels:number"), "tinymodels:number gives int, expected a torch.nn.Module"),
+        (("plan", "tinymodels:small"), "its inputs are not known; give --inputs"),
+        (("plan", "tinymodels:small", "--pretrained"), "--pretrained is for torchvision: and timm:"),
+        (("plan", *TINY), "expected width=, params= or flops="),
+        (("plan", "tinymodels:small", "--inputs", "1,x"), "no such file, and it is no shape"),
+        (("plan", *TINY, "--width", "0.5", "0=3"), "--width: expected one share, or layer=neurons"),
+        (("plan", *TINY, "--params", "0.5", "--calibration", "nowhere"), "nowhere is no tree <class>/<image>"),
+        (("plan", *TINY, "--mean", "0.5"), ""),
+        (("compress", *TINY, "--width", "0.5", "--output", "no/where.safetensors"), "there is no folder"),
+        (("plan", "missing.pt2"), "missing.pt2: there is no such file"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert message in failed(capsys, *arguments)
+
+
+def test_the_installed_command_explains_itself_and_its_exit_codes(tmp_path: Path) -> None:
+    for command in ("plan", "compress", "finetune", "report", "export", "linkage"):
+        with pytest.raises(SystemExit) as done:
+            main([command, "--help"])
+        assert done.value.code == 0
+    process = nac_command("plan", *TINY, "--width", "0.5", "--json")
+    assert process.returncode == 0
+    assert nac.Plan.from_json(process.stdout).widths == {"0": 8, "4": 8}
+    assert process.stderr == "nac: tinymodels:small has random weights; give --weights or --pretrained\n"
+    with pytest.raises(SystemExit) as wrong:
+        main(["plan"])
+    assert wrong.value.code == 2
+
+
+def test_an_interrupted_training_goes_on(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, again = tmp_path / "whole.safetensors", tmp_path / "again.safetensors"
+    arguments = ("compress", *TINY, "--width", "0.5", "--calibration", "none", "--finetune", images, "--epochs", "3",
+                 "--batch-size", "8")  # fmt: skip
+    called(*arguments, "--output", whole)
+    count = 0
+
+    def stop(text: str) -> None:
+        nonlocal count
+        count += text.startswith("epoch")
+        if count == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nac_gpu.cli.options.note", stop)
+        with pytest.raises(SystemExit) as stopped:
+            called(*arguments, "--output", again)
+    assert stopped.value.code == 130
+    assert not again.exists()
+    capsys.readouterr()
+    called(*arguments, "--output", again)
+    assert "epoch 1/3" not in capsys.readouterr().err
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["again.safetensors", "whole.safetensors"]
+    small, expected = (nac.load(path, tinymodels.small) for path in (again, whole))
+    for a, b in zip(small.state_dict().values(), expected.state_dict().values(), strict=True):
+        assert torch.equal(a, b)

@@ -12,6 +12,7 @@ from nac_gpu.estimator import WardClustering
 from nac_gpu.groups import LeftAlone
 from nac_gpu.linkage import ward_linkage
 from nac_gpu.plan import GroupPlan, Plan, plan
+from nac_gpu.report import Report, report
 from nac_gpu.widths import Calibration, LimitsByLayer, Share, Width
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "LeftAlone",
     "LimitsByLayer",
     "Plan",
+    "Report",
     "Share",
     "WardClustering",
     "Width",
@@ -34,6 +36,7 @@ __all__ = [
     "kmeans",
     "plan",
     "random",
+    "report",
     "ward",
     "ward_linkage",
 ]

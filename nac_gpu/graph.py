@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
-from nac_gpu.forward import ExampleInputs, call, evaluating, flop_counter, in_small_operations, tensors_in
+from nac_gpu.forward import ExampleInputs, call, describe, evaluating, flop_counter, in_small_operations, tensors_in
 from nac_gpu.groups import Graph, LeftAlone, find_groups
 from nac_gpu.labels import Atoms, Labels
 from nac_gpu.notes import Call, Notes
@@ -105,7 +105,7 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     except Exception as error:
         raise RuntimeError(
             f"the example inputs do not fit the forward pass: {seen.modules[-1]} raised {type(error).__name__}: "
-            f"{error}; expected inputs with which model(...) runs, got {_describe(example_inputs)}"
+            f"{error}; expected inputs with which model(...) runs, got {describe(example_inputs)}"
         ) from error
     auxiliary, flops, operations = False, seen.flops, seen.operations
     if seen.unread():
@@ -148,10 +148,3 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxi
         mode.notes.atoms.separations.extend(mode.labels_of(tensor).pending)
         for plane in mode.labels_of(tensor).planes:
             mode.notes.atoms.freeze(plane, "model output")
-
-
-def _describe(inputs: ExampleInputs) -> str:
-    return ", ".join(
-        f"{tuple(value.shape)} {value.dtype}".replace("torch.", "") if isinstance(value, Tensor) else repr(value)
-        for value in pytree.tree_leaves(inputs)
-    )

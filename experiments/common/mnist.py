@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 import nac_gpu as nac
 from common.data import Images, load
-from common.results import Measured, Results, mean_sd, table
+from common.results import Measured, Results, mean_sd
 from common.training import Precision, Recipe, error_rate, fit
+from nac_gpu.report.text import table
 
 #: Methods of merging, in the order of the tables.
 METHODS = ("ward", "kmeans", "random")

@@ -72,7 +72,7 @@ class Report:
     """What a compression did, made by `nac_gpu.report`.
 
     Attributes:
-        model: name of the model's class.
+        title: headline.
         inputs: shapes of the example inputs.
         plan: groups, widths, what was left alone.
         before: size of the original.
@@ -87,7 +87,7 @@ class Report:
         notes: what could not be measured, and why.
     """
 
-    model: str
+    title: str
     inputs: str
     plan: Plan
     before: Size
@@ -147,7 +147,7 @@ class Report:
             for timing in self.timings
         ]
         return {
-            "model": self.model,
+            "title": self.title,
             "inputs": self.inputs,
             "before": asdict(self.before),
             "after": asdict(self.after),

@@ -31,6 +31,7 @@ def report(
     batch_sizes: Sequence[int] = (1, 64),
     seconds: float = 10.0,
     seed: int = 0,
+    title: str | None = None,
 ) -> Report:
     """What a compression did: sizes, times, accuracy, widths, what merging cost, what was left alone and why.
 
@@ -52,6 +53,7 @@ def report(
         batch_sizes: numbers of inputs in the passes that are timed; one at which the models do not run is noted.
         seconds: how long to time, in all; at least five passes are made at each batch size.
         seed: what `small` was made with.
+        title: headline; by default the name of the model's class.
 
     Raises:
         ValueError: `small` was not made of `model` by this plan, an unknown layer, a batch size or a time below what is
@@ -73,7 +75,7 @@ def report(
     evidence = gather(prepared.model, example_inputs, prepared.groups, calibration, seed)
     measured, failed = timings(model, small, example_inputs, batch_sizes, seconds)
     return Report(
-        model=type(unwrapped(model)[0]).__name__,
+        title=title or f"{type(unwrapped(model)[0]).__name__}, compressed",
         inputs=describe(example_inputs),
         plan=prepared.plan,
         before=_size(network, example_inputs),

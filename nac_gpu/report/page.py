@@ -19,6 +19,7 @@ from nac_gpu.report.text import (
     lost_of,
     machine,
     percent,
+    points,
     ratio,
     seconds,
     times,
@@ -67,7 +68,7 @@ def html(report: Report) -> str:
         f"<footer>{escape(machine(report))}</footer>",
     ]
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    return _PAGE.format(title=f"{escape(report.model)}, compressed", style=style, body="\n".join(sections))
+    return _PAGE.format(title=f"{escape(report.title)}", style=style, body="\n".join(sections))
 
 
 def _head(report: Report) -> str:
@@ -89,16 +90,15 @@ def _head(report: Report) -> str:
             _tile(times(timing.speedup.median), label, seconds(timing.before.median), seconds(timing.after.median))
         )
     if report.accuracy is not None:
-        answers = report.accuracy
-        change = f"{100 * (answers.after - answers.before):+.1f}".replace("-", "\N{MINUS SIGN}")
-        tiles.append(_tile(change, "points of accuracy", percent(answers.before), percent(answers.after)))
+        shares = (percent(share, 2) for share in (report.accuracy.before, report.accuracy.after))
+        tiles.append(_tile(points(report.accuracy), "points of accuracy", *shares))
     merged = sum(group.after < group.before for group in report.plan.groups)
     lede = (
         f"{merged:,} of {_several(len(report.plan.groups), 'group')} of neurons made smaller by merging similar ones; "
         f"inputs {escape(report.inputs)}."
     )
     return (
-        f'<header>\n<h1>{escape(report.model)}, compressed</h1>\n<p class="lede">{lede}</p>\n'
+        f'<header>\n<h1>{escape(report.title)}</h1>\n<p class="lede">{lede}</p>\n'
         f'<dl class="tiles">\n{"".join(tiles)}</dl>\n</header>'
     )
 
@@ -111,24 +111,34 @@ def _section(title: str, *parts: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n" + "\n".join(part for part in parts if part) + "\n</section>"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
-    """A table in a box that scrolls; its cells are HTML, the first of each row its heading."""
-    style = ['class="number"' if column in numbers else "" for column in range(len(header))]
-    head = "".join(f'<th scope="col" {css}>{cell}</th>' for cell, css in zip(header, style, strict=True))
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int], css: str = "") -> str:
+    """A table whose cells are HTML, the first of each row its heading.
+
+    Args:
+        header: of the columns.
+        rows: of cells.
+        numbers: columns that hold numbers.
+        css: class of the box around it: where it does not fit it scrolls, or its cells are stacked (`stack`).
+    """
+    style = [' class="number"' if column in numbers else "" for column in range(len(header))]
+    head = "".join(f'<th scope="col"{kind}>{cell}</th>' for cell, kind in zip(header, style, strict=True))
     body = "\n".join(
         f'<tr><th scope="row">{row[0]}</th>'
-        + "".join(f"<td {css}>{cell}</td>" for cell, css in zip(row[1:], style[1:], strict=True))
+        + "".join(
+            f'<td{kind} data-label="{label}">{cell}</td>'
+            for cell, kind, label in zip(row[1:], style[1:], header[1:], strict=True)
+        )
         + "</tr>"
         for row in rows
     )
     table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+    return f'<div class="scroll {css}" tabindex="0">{table}</div>'
 
 
 def _measured(report: Report) -> str:
     rows = [[escape(cell) for cell in row] for row in before_and_after(report)]
     notes = "".join(f"<li>{escape(line)}</li>" for line in explanations(report))
-    return _section("Before and after", _table(HEADER, rows, (1, 2, 3)), f'<ul class="notes">{notes}</ul>')
+    return _section("Before and after", _table(HEADER, rows, (1, 2, 3), "stack"), f'<ul class="notes">{notes}</ul>')
 
 
 def _widths(report: Report) -> str:
@@ -153,8 +163,9 @@ def _widths(report: Report) -> str:
     changes = "".join(f"<li>{escape(change)}</li>" for change in report.plan.changes)
     return _section(
         "Widths",
-        "<p>Layers that share their neurons are one group. A weight between two groups counts for both.</p>",
-        _table(header, rows, (1, 2, 4, 5, 6)),
+        "<p>Layers that share their neurons are one group. A weight between two groups counts for both. What is "
+        "lost at these widths is explained below.</p>",
+        _table(header, rows, (1, 2, 4, 5, 6), "tall"),
         f'<ul class="notes">{changes}</ul>' if changes else "",
     )
 
@@ -243,12 +254,12 @@ def _left_alone(report: Report) -> str:
             layers += (
                 f"<details><summary>and {len(names) - _NAMES:,} more</summary>{', '.join(names[_NAMES:])}</details>"
             )
-        rows.append([escape(reason), f"{sum(item.size for item in found):,}", layers])
+        rows.append([escape(reason), layers, f"{sum(item.size for item in found):,}"])
     remedies = dict.fromkeys(item.remedy for item in alone if item.remedy)
     advice = "".join(f"<li>To compress more: {escape(remedy)}.</li>" for remedy in remedies)
     return _section(
         "Left alone, and why",
-        _table(("reason", "channels", "layers"), rows, (1,)),
+        _table(("reason", "layers", "channels"), rows, (2,), "stack"),
         f'<ul class="notes">{advice}</ul>' if advice else "",
     )
 

@@ -116,10 +116,11 @@ def dendrogram(tree: Tree, name: str) -> str:
     made = tree.dendrogram.n - group.after  # merges below the cut
     heights = tree.dendrogram.heights.double().numpy()
     label = f"Dendrogram of {group.name}: {group.before} neurons, cut at {group.after} clusters"
-    with _figure(10.5, 4.0, name, label, out) as axes:
+    with _figure(9.0, 3.8, name, label, out) as axes:
         from matplotlib.collections import LineCollection
 
-        for kept, colour, width, alpha in ((True, _LINE, 1.3, 1.0), (False, _TEXT, 0.8, 0.6)):
+        width = min(1.2, max(0.3, 120 / len(order)))  # hundreds of leaves must not run together
+        for kept, colour, alpha in ((False, _TEXT, 0.6), (True, _LINE, 1.0)):
             mine = [line for merge, line in enumerate(lines, first) if (merge < made) == kept]
             axes.add_collection(LineCollection(mine, colors=colour, linewidths=width, alpha=alpha))
         top = float(heights[-1]) if len(heights) else 1.0
@@ -128,12 +129,12 @@ def dendrogram(tree: Tree, name: str) -> str:
             cut = (float(heights[made - 1]) + above) / 2
             axes.axhline(cut, color=_CUT, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(
-                f"cut: {group.after:,} of {group.before:,} kept",
+                f"cut:\n{group.after:,} of\n{group.before:,}",
                 (1, cut),
                 xycoords=("axes fraction", "data"),
-                xytext=(0, 3),
+                xytext=(4, 0),
                 textcoords="offset points",
-                ha="right",
+                va="center",
                 color=_CUT,
             )
         axes.set(xlim=(-0.8, len(order) - 0.2), ylim=(0, 1.06 * (top or 1.0)), ylabel="height of the merge")

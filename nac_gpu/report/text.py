@@ -80,19 +80,29 @@ def ratio(before: int, after: int) -> str:
 
 def _timed(timing: Timing) -> list[Row]:
     label, faster = f"batch {timing.batch:,}", timing.speedup
-    before, after = (f"{count(value)} inputs/s" for value in timing.throughput)
+    before, after = (throughput(timing.batch, latency) for latency in (timing.before, timing.after))
     compared = f"{times(faster.median)} ({times(faster.low)} to {times(faster.high)})"
     return [
         (f"latency, {label}", spread(timing.before), spread(timing.after), compared),
-        (f"throughput, {label}", before, after, compared),
+        (f"throughput, {label}", before, after, times(faster.median)),
     ]
 
 
 def _right(accuracy: Accuracy) -> Row:
     shares = zip((accuracy.before, accuracy.after), accuracy.deviations, strict=True)
     before, after = (f"{percent(share, 2)} ± {100 * deviation:.2f}" for share, deviation in shares)
-    change = 100 * (accuracy.after - accuracy.before)
-    return ("accuracy", before, after, f"{change:+.2f} points")
+    return ("accuracy", before, after, f"{points(accuracy)} points")
+
+
+def throughput(batch: int, latency: Spread) -> str:
+    """Inputs a second, with their spread, from the seconds of a batch."""
+    middle, low, high = (f"{batch / value:,.{0 if batch / value >= 100 else 1}f}" for value in vars(latency).values())
+    return f"{middle}/s ({high} to {low})"
+
+
+def points(accuracy: Accuracy) -> str:
+    """By how many points of a hundred the accuracy changed."""
+    return f"{100 * (accuracy.after - accuracy.before):+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def explanations(report: Report) -> list[str]:
@@ -137,7 +147,7 @@ def plain_text(report: Report) -> str:
         for curve in report.curves
     ]
     parts = [
-        f"{report.model}, compressed",
+        report.title,
         table(HEADER, before_and_after(report)),
         "\n".join(explanations(report)),
         "Groups, widths, and what was left alone",

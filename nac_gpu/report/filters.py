@@ -53,7 +53,7 @@ def first_filters(
     weight = group.producers[0].member.tensor
     size = _picture(prepared.model, group, example_inputs)
     if size is None:
-        return f"{group.name}, the first layer that can be merged, reads no images of 1 or 3 channels as they are"
+        return f"{group.name}, the first layer that can be merged, reads no images of 1 or 3 channels"
     if planned.after == group.size:
         return f"no filters of {group.name} were merged"
     before, after = (_pictures(network.get_parameter(weight), size) for network in (prepared.model, small))

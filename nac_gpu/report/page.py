@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _CURVES = 24  # pictures of groups at most; the text and the JSON have all
 _CLUSTERS, _MEMBERS = 36, 8  # of merged filters that are shown at most
-_NAMES = 12  # layers that are listed for one reason before the rest is folded away
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -144,10 +143,10 @@ def _measured(report: Report) -> str:
 def _widths(report: Report) -> str:
     rows = []
     for group, found in zip(report.plan.groups, report.curves, strict=True):
-        others = [layer for layer in group.layers if layer != group.name]
-        name = escape(group.name) + (" (heads or groups)" if group.units else "")
+        name = _name(group.name) + (" (heads or groups)" if group.units else "")
+        others = [_name(layer) for layer in group.layers if layer != group.name]
         if others:
-            name += f' <span class="lede">with {escape(", ".join(others))}</span>'
+            name += f'<div class="faint">with {_folded(others, 3)}</div>'
         rows.append(
             [
                 name,
@@ -165,7 +164,7 @@ def _widths(report: Report) -> str:
         "Widths",
         "<p>Layers that share their neurons are one group. A weight between two groups counts for both. What is "
         "lost at these widths is explained below.</p>",
-        _table(header, rows, (1, 2, 4, 5, 6), "tall"),
+        _table(header, rows, (1, 2, 4, 5, 6), "tall cells"),
         f'<ul class="notes">{changes}</ul>' if changes else "",
     )
 
@@ -177,7 +176,7 @@ def _curves(curves: Sequence[GroupCurve]) -> str:
         found = curves[number]
         cut = f"{found.group.before:,} → {found.group.after:,}, {percent(found.error)} lost"
         figures.append(
-            f"<figure><figcaption><b>{escape(found.group.name)}</b> {cut}</figcaption>\n"
+            f"<figure><figcaption><b>{_name(found.group.name)}</b> {cut}</figcaption>\n"
             f"{curve(found, f'c{number}')}</figure>\n"
         )
     kinds = dict.fromkeys(lost_of(found) for found in curves)
@@ -203,7 +202,7 @@ def _curves(curves: Sequence[GroupCurve]) -> str:
 def _dendrogram(report: Report) -> str:
     tree = report.tree
     caption = (
-        f"Ward's dendrogram of <b>{escape(tree.group.name)}</b>. Merges below the cut, in blue, are made; "
+        f"Ward's dendrogram of <b>{_name(tree.group.name)}</b>. Merges below the cut, in blue, are made; "
         f"{escape(report.evidence)}."
     )
     picture = f'<div class="scroll wide" tabindex="0">{dendrogram(tree, "tree")}</div>'
@@ -225,7 +224,7 @@ def _filters(filters: Filters | str) -> str:
             shown.append(f"→ {_picture(filters.after[cluster], f'merged filter {cluster}', 'result')}")
         items.append(f"<li>{''.join(shown)}</li>\n")
     height, width = filters.before.shape[1:3]
-    caption = f"<p>Filters of {escape(filters.layer)} that were merged stand together"
+    caption = f"<p>Filters of {_name(filters.layer)} that were merged stand together"
     caption += ", and behind the arrow what they became. " if filters.after is not None else ". "
     caption += f"{_several(len(merged), 'cluster')} of more than one filter"
     caption += f", the {_CLUSTERS} strongest are shown" if len(merged) > _CLUSTERS else ""
@@ -248,13 +247,8 @@ def _left_alone(report: Report) -> str:
         return _section("Left alone", "<p>Nothing: every channel belongs to a group.</p>")
     rows = []
     for reason, found in by_reason(alone).items():
-        names = [escape(f"{item.layer} ({item.size:,})") for item in found]
-        layers = ", ".join(names[:_NAMES])
-        if len(names) > _NAMES:
-            layers += (
-                f"<details><summary>and {len(names) - _NAMES:,} more</summary>{', '.join(names[_NAMES:])}</details>"
-            )
-        rows.append([escape(reason), layers, f"{sum(item.size for item in found):,}"])
+        names = [f"{_name(item.layer)} ({item.size:,})" for item in found]
+        rows.append([escape(reason), _folded(names, 12), f"{sum(item.size for item in found):,}"])
     remedies = dict.fromkeys(item.remedy for item in alone if item.remedy)
     advice = "".join(f"<li>To compress more: {escape(remedy)}.</li>" for remedy in remedies)
     return _section(
@@ -262,6 +256,19 @@ def _left_alone(report: Report) -> str:
         _table(("reason", "layers", "channels"), rows, (2,), "stack"),
         f'<ul class="notes">{advice}</ul>' if advice else "",
     )
+
+
+def _name(layer: str) -> str:
+    """A layer's name, which may be broken after a dot."""
+    return escape(layer).replace(".", ".<wbr>")
+
+
+def _folded(names: Sequence[str], most: int) -> str:
+    """Names, HTML already; those that are too many are folded away."""
+    shown, hidden = ", ".join(names[:most]), names[most:]
+    if not hidden:
+        return shown
+    return f"{shown} <details><summary>and {len(hidden):,} more</summary>{', '.join(hidden)}</details>"
 
 
 def _bar(share: float) -> str:

@@ -16,6 +16,7 @@ from nac_gpu.report.text import (
     byte_count,
     count,
     explanations,
+    lost,
     lost_of,
     machine,
     percent,
@@ -110,34 +111,39 @@ def _section(title: str, *parts: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n" + "\n".join(part for part in parts if part) + "\n</section>"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int], css: str = "") -> str:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int], css: str, label: str) -> str:
     """A table whose cells are HTML, the first of each row its heading.
 
     Args:
         header: of the columns.
         rows: of cells.
         numbers: columns that hold numbers.
-        css: class of the box around it: where it does not fit it scrolls, or its cells are stacked (`stack`).
+        css: class of the box around it: where it does not fit it scrolls, or its cells are stacked (`stack`, `cells`).
+        label: what a screen reader calls it.
     """
     style = [' class="number"' if column in numbers else "" for column in range(len(header))]
     head = "".join(f'<th scope="col"{kind}>{cell}</th>' for cell, kind in zip(header, style, strict=True))
     body = "\n".join(
         f'<tr><th scope="row">{row[0]}</th>'
         + "".join(
-            f'<td{kind} data-label="{label}">{cell}</td>'
-            for cell, kind, label in zip(row[1:], style[1:], header[1:], strict=True)
+            f'<td{kind} data-label="{column}">{cell}</td>'
+            for cell, kind, column in zip(row[1:], style[1:], header[1:], strict=True)
         )
         + "</tr>"
         for row in rows
     )
     table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-    return f'<div class="scroll {css}" tabindex="0">{table}</div>'
+    return f'<div class="scroll {css}" role="region" aria-label="{label}" tabindex="0">{table}</div>'
 
 
 def _measured(report: Report) -> str:
     rows = [[escape(cell) for cell in row] for row in before_and_after(report)]
     notes = "".join(f"<li>{escape(line)}</li>" for line in explanations(report))
-    return _section("Before and after", _table(HEADER, rows, (1, 2, 3), "stack"), f'<ul class="notes">{notes}</ul>')
+    return _section(
+        "Before and after",
+        _table(HEADER, rows, (1, 2, 3), "stack", "before and after"),
+        f'<ul class="notes">{notes}</ul>',
+    )
 
 
 def _widths(report: Report) -> str:
@@ -155,7 +161,7 @@ def _widths(report: Report) -> str:
                 _bar(group.after / group.before),
                 f"{group.parameters_before:,}",
                 f"{group.parameters_after:,}",
-                percent(found.error),
+                lost(found.error),
             ]
         )
     header = ("group", "neurons", "kept", "", "parameters", "after", "lost")
@@ -164,7 +170,7 @@ def _widths(report: Report) -> str:
         "Widths",
         "<p>Layers that share their neurons are one group. A weight between two groups counts for both. What is "
         "lost at these widths is explained below.</p>",
-        _table(header, rows, (1, 2, 4, 5, 6), "tall cells"),
+        _table(header, rows, (1, 2, 4, 5, 6), "tall cells", "widths"),
         f'<ul class="notes">{changes}</ul>' if changes else "",
     )
 
@@ -174,7 +180,7 @@ def _curves(curves: Sequence[GroupCurve]) -> str:
     figures = []
     for number in sorted(dearest):
         found = curves[number]
-        cut = f"{found.group.before:,} → {found.group.after:,}, {percent(found.error)} lost"
+        cut = f"{found.group.before:,} → {found.group.after:,}, {lost(found.error)} lost"
         figures.append(
             f"<figure><figcaption><b>{_name(found.group.name)}</b> {cut}</figcaption>\n"
             f"{curve(found, f'c{number}')}</figure>\n"
@@ -205,7 +211,9 @@ def _dendrogram(report: Report) -> str:
         f"Ward's dendrogram of <b>{_name(tree.group.name)}</b>. Merges below the cut, in blue, are made; "
         f"{escape(report.evidence)}."
     )
-    picture = f'<div class="scroll wide" tabindex="0">{dendrogram(tree, "tree")}</div>'
+    picture = (
+        f'<div class="scroll wide" role="region" aria-label="dendrogram" tabindex="0">{dendrogram(tree, "tree")}</div>'
+    )
     return _section("Dendrogram", f"<figure>{picture}\n<figcaption>{caption}</figcaption></figure>")
 
 
@@ -221,7 +229,8 @@ def _filters(filters: Filters | str) -> str:
         if len(members) > _MEMBERS:
             shown.append(f'<span class="more">+ {len(members) - _MEMBERS:,}</span>')
         if filters.after is not None:
-            shown.append(f"→ {_picture(filters.after[cluster], f'merged filter {cluster}', 'result')}")
+            result = _picture(filters.after[cluster], f"merged filter {cluster}", "result")
+            shown.append(f"<span>→ {result}</span>")
         items.append(f"<li>{''.join(shown)}</li>\n")
     height, width = filters.before.shape[1:3]
     caption = f"<p>Filters of {_name(filters.layer)} that were merged stand together"
@@ -253,7 +262,7 @@ def _left_alone(report: Report) -> str:
     advice = "".join(f"<li>To compress more: {escape(remedy)}.</li>" for remedy in remedies)
     return _section(
         "Left alone, and why",
-        _table(("reason", "layers", "channels"), rows, (2,), "stack"),
+        _table(("reason", "layers", "channels"), rows, (2,), "stack", "left alone"),
         f'<ul class="notes">{advice}</ul>' if advice else "",
     )
 

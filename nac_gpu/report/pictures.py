@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nac_gpu.report.contents import GroupCurve, Tree
+from nac_gpu.report.text import lost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,12 +40,14 @@ _STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def _figure(wide: float, high: float, name: str, label: str, out: list[str]) -> Iterator["Axes"]:
+def _figure(
+    size: tuple[float, float], place: tuple[float, float, float, float], name: str, label: str, out: list[str]
+) -> Iterator["Axes"]:
     """Axes to draw on, whose picture is added to `out` as SVG.
 
     Args:
-        wide: inches.
-        high: inches.
+        size: width and height in inches.
+        place: of the axes: left, bottom, width and height as shares; a layout that is worked out is slow.
         name: makes identifiers unique in the page.
         label: what a screen reader says.
         out: gets the SVG.
@@ -61,8 +64,8 @@ def _figure(wide: float, high: float, name: str, label: str, out: list[str]) -> 
             "to_text() and to_json() do without"
         ) from error
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(wide, high), layout="constrained")
-        yield figure.add_subplot()
+        figure = Figure(figsize=size)
+        yield figure.add_axes(place)
         written = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(written, format="svg", transparent=True, metadata=nothing)
@@ -89,9 +92,9 @@ def curve(found: GroupCurve, name: str) -> str:
         ImportError: matplotlib is not installed.
     """
     group, out = found.group, []
-    label = f"Cost curve of {group.name}: {100 * found.error:.1f} % lost at {group.after} of {group.before} neurons"
+    label = f"Cost curve of {group.name}: {lost(found.error)} lost at {group.after} of {group.before} neurons"
     kept = sorted(found.errors)
-    with _figure(2.9, 1.75, name, label, out) as axes:
+    with _figure((2.9, 1.75), (0.19, 0.26, 0.78, 0.7), name, label, out) as axes:
         axes.plot(kept, [100 * found.errors[k] for k in kept], color=_LINE, linewidth=1.6)
         axes.axvline(group.after, color=_CUT, linewidth=1, linestyle=(0, (3, 2)))
         axes.plot([group.after], [100 * found.error], "o", color=_CUT, markersize=5, clip_on=False, zorder=3)
@@ -116,10 +119,10 @@ def dendrogram(tree: Tree, name: str) -> str:
     made = tree.dendrogram.n - group.after  # merges below the cut
     heights = tree.dendrogram.heights.double().numpy()
     label = f"Dendrogram of {group.name}: {group.before} neurons, cut at {group.after} clusters"
-    with _figure(9.0, 3.8, name, label, out) as axes:
+    with _figure((9.0, 3.8), (0.08, 0.1, 0.85, 0.88), name, label, out) as axes:
         from matplotlib.collections import LineCollection
 
-        width = min(1.2, max(0.3, 120 / len(order)))  # hundreds of leaves must not run together
+        width = min(1.2, max(0.5, 120 / len(order)))  # hundreds of leaves must not run together
         for kept, colour, alpha in ((False, _TEXT, 0.6), (True, _LINE, 1.0)):
             mine = [line for merge, line in enumerate(lines, first) if (merge < made) == kept]
             axes.add_collection(LineCollection(mine, colors=colour, linewidths=width, alpha=alpha))

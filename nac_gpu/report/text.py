@@ -21,6 +21,11 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def lost(error: float) -> str:
+    """An error as a percentage, with a digit more where it is small."""
+    return percent(error, 1 if error >= 0.01 or not error else 2)
+
+
 def seconds(value: float) -> str:
     """A time in the unit that suits it, three digits."""
     unit, scale = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("µs", 1e6)
@@ -143,7 +148,7 @@ def lost_of(curve: GroupCurve) -> str:
 def plain_text(report: Report) -> str:
     """The report as plain text with Markdown tables."""
     errors = [
-        [curve.group.name, f"{curve.group.before:,}", f"{curve.group.after:,}", percent(curve.error), lost_of(curve)]
+        [curve.group.name, f"{curve.group.before:,}", f"{curve.group.after:,}", lost(curve.error), lost_of(curve)]
         for curve in report.curves
     ]
     parts = [

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from nac_gpu.activations import Activity, Batches, as_batches, observe, readings
 from nac_gpu.budget import Curve, error_curve, inertia_curve
 from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.dream import dream, has_statistics, why_not
-from nac_gpu.forward import ExampleInputs
+from nac_gpu.forward import ExampleInputs, device_of
 from nac_gpu.groups import Group
 from nac_gpu.linkage import ward_linkage
 from nac_gpu.neurons import neuron_vectors
@@ -92,8 +91,7 @@ def gather(
         known = has_statistics(model)
         source = f"dreamed up from {'the statistics of BatchNorm' if known else 'the weights of the first layer'}"
     else:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        batches = list(as_batches(calibration, example_inputs, device))
+        batches = list(as_batches(calibration, example_inputs, device_of(model)))
         source, known = "of calibration data", True
     try:
         activities = observe(model, state, groups, batches)

@@ -37,6 +37,11 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def describe(example_inputs: ExampleInputs) -> str:
     """Shapes and types of the tensors, and all other values, for people."""
     return ", ".join(

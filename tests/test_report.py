@@ -355,6 +355,24 @@ def test_large_models_are_drawn_in_part(made: Any) -> None:
     assert "1,024 largest branches" in svg
 
 
+def test_both_models_must_be_on_one_device(made: Any) -> None:
+    model, _, x, plan, _ = made
+    with pytest.raises(ValueError, match="small is on meta, expected it on cpu beside model: move one of them"):
+        nac.report(model, Cnn().to("meta"), x, plan=plan, **QUICK)
+
+
+def test_on_every_device(device: torch.device) -> None:
+    torch.manual_seed(0)
+    model, x = randomised(Cnn()).to(device).eval(), images(2, 3, 8, 8).to(device)
+    small = nac.compress(model, x, width=0.5, calibration=[images(64, 3, 8, 8)])
+    found = nac.report(model, small, x, calibration=[images(64, 3, 8, 8)], data=labelled(5), **QUICK)
+    assert isinstance(found.filters, Filters)
+    assert found.filters.after is not None
+    assert ("gpu" in found.environment) == (device.type == "cuda")
+    assert found.to_html()
+    assert found.to_json()
+
+
 def test_a_group_that_keeps_all_has_no_cut(made: Any) -> None:
     group = replace(made[-1].plan.groups[0], before=2, after=2)
     tree = nac.ward_linkage(torch.tensor([[0.0], [0.0]]))

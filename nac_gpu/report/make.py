@@ -8,13 +8,13 @@ from torch import nn
 from nac_gpu.cost import cost
 from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.evidence import Evidence, gather
-from nac_gpu.forward import ExampleInputs, describe
+from nac_gpu.forward import ExampleInputs, describe, device_of
 from nac_gpu.plan import Plan, Prepared
 from nac_gpu.report.contents import GroupCurve, Report, Size, Tree
 from nac_gpu.report.filters import first_filters
 from nac_gpu.report.machine import environment
 from nac_gpu.report.matching import matched, plain
-from nac_gpu.report.measure import accuracy, bytes_on_disk, device_of, timings
+from nac_gpu.report.measure import accuracy, bytes_on_disk, timings
 from nac_gpu.unwrap import unwrapped
 from nac_gpu.widths import Calibration
 
@@ -56,8 +56,9 @@ def report(
         title: headline; by default the name of the model's class.
 
     Raises:
-        ValueError: `small` was not made of `model` by this plan, an unknown layer, a batch size or a time below what is
-            possible, data without batches or whose labels fit no output, or as `nac_gpu.plan`.
+        ValueError: `small` was not made of `model` by this plan, or is on another device; an unknown layer, a batch
+            size or a time below what is possible, data without batches or whose labels fit no output, or as
+            `nac_gpu.plan`.
         TypeError: data that is not made of pairs, or as `nac_gpu.plan`.
         RuntimeError: a forward pass fails on the example inputs, the calibration data or the data.
     """
@@ -68,6 +69,9 @@ def report(
         raise ValueError(f"batch size {wrong!r}, expected whole numbers from 1")
     if not seconds > 0:
         raise ValueError(f"seconds={seconds!r}, expected more than 0: how long to time")
+    devices = device_of(model), device_of(small)
+    if devices[0] != devices[1]:
+        raise ValueError(f"small is on {devices[1]}, expected it on {devices[0]} beside model: move one of them")
     network, small_network = plain(model), plain(small)
     prepared = matched(model, small_network, example_inputs, plan)
     chosen = _chosen(prepared, layer)
@@ -89,7 +93,7 @@ def report(
         tree=_tree(prepared, chosen, evidence),
         filters=first_filters(prepared, small_network, example_inputs, evidence),
         evidence=evidence.source,
-        environment=environment(device_of(model)),
+        environment=environment(devices[0]),
         notes=tuple(failed),
     )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nac_gpu.forward import ExampleInputs, call, evaluating, tensors_in
+from nac_gpu.forward import ExampleInputs, call, device_of, evaluating, tensors_in
 
 _FEWEST, _MOST = 5, 500  # rounds at one batch size, whatever the time budget
 
@@ -96,11 +96,6 @@ def bytes_on_disk(model: nn.Module) -> int:
     counter = _Counter()
     torch.save(model.state_dict(), counter)  # pyright: ignore[reportArgumentType]
     return counter.bytes
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def synchronise(device: torch.device) -> None:

@@ -197,23 +197,17 @@ def _curves(curves: Sequence[GroupCurve]) -> str:
         + ". The dot is the width that was chosen.</p>"
     )
     rest = len(curves) - len(figures)
-    some = (
-        f"<p>The {len(figures)} groups that lost most; the JSON report has the curves of the other {rest:,}.</p>"
-        if rest
-        else ""
-    )
-    return _section("What merging costs", meaning, some, f'<div class="curves">\n{"".join(figures)}</div>')
+    some = f"The {len(figures)} groups that lost most; the JSON report has the curves of the other {rest:,}."
+    parts = [meaning, f"<p>{some}</p>" if rest else "", f'<div class="curves">\n{"".join(figures)}</div>']
+    return _section("What merging costs", *parts)
 
 
 def _dendrogram(report: Report) -> str:
     tree = report.tree
-    caption = (
-        f"Ward's dendrogram of <b>{_name(tree.group.name)}</b>. Merges below the cut, in blue, are made; "
-        f"{escape(report.evidence)}."
-    )
-    picture = (
-        f'<div class="scroll wide" role="region" aria-label="dendrogram" tabindex="0">{dendrogram(tree, "tree")}</div>'
-    )
+    cut = "All of them were kept" if tree.group.after == tree.group.before else "Merges below the cut are blue"
+    caption = f"The neurons of <b>{_name(tree.group.name)}</b> by Ward's method. {cut}; {escape(report.evidence)}."
+    box = '<div class="scroll wide" role="region" aria-label="dendrogram" tabindex="0">'
+    picture = f"{box}{dendrogram(tree, 'tree')}</div>"
     return _section("Dendrogram", f"<figure>{picture}\n<figcaption>{caption}</figcaption></figure>")
 
 

@@ -79,7 +79,6 @@ def _inline(svg: str, name: str, label: str) -> str:
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
-    svg = re.sub(r'<svg width="[^"]*" height="[^"]*"|<svg', "<svg", svg, count=1)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
     return re.sub(r"\n\s*", "\n", svg.replace(_TEXT, "currentColor"))

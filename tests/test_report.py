@@ -19,6 +19,7 @@ from networks import images, network, randomised
 from torch import Tensor, nn
 
 import nac_gpu as nac
+from nac_gpu.plan import Prepared, prepare
 from nac_gpu.report.contents import GroupCurve, Tree
 from nac_gpu.report.filters import Filters
 from nac_gpu.report.measure import accuracy, batch_of, bytes_on_disk, timings
@@ -211,6 +212,35 @@ def test_widths_are_found_without_the_plan(name: str) -> None:
     found = nac.report(model, small, x, calibration="none", batch_sizes=())
     assert found.plan == plan
     assert found.timings == ()
+
+
+def test_widths_that_the_sizes_leave_open_ask_for_the_plan(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, small, x, _, _ = made
+
+    def doubled(*options: Any) -> Prepared:
+        prepared = prepare(*options)
+        twice = prepared.groups[:1] * 2
+        return replace(prepared, graph=replace(prepared.graph, groups=twice))
+
+    monkeypatch.setattr(sys.modules["nac_gpu.report.matching"], "prepare", doubled)
+    with pytest.raises(ValueError, match="do not tell how many neurons each group kept; give plan="):
+        nac.report(model, small, x, calibration="none", batch_sizes=())
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "group"),
+    [
+        ("residual", None, "stem"),
+        ("residual", "block", "stem"),
+        ("split", "make#2", "make#2"),
+        ("split", "make", "make"),
+    ],
+)
+def test_a_layer_names_the_group_that_it_makes(model: str, layer: str | None, group: str) -> None:
+    original, x = network(model)
+    small = nac.compress(original, x, width=0.5, calibration="none")
+    found = nac.report(original, small, x, calibration="none", batch_sizes=(), layer=layer)
+    assert found.tree.group.name == group
 
 
 def test_nothing_is_changed_and_wrappers_do_not_matter(made: Any) -> None:

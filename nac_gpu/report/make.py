@@ -112,12 +112,10 @@ def _chosen(prepared: Prepared, layer: str | None) -> int:
     planned = prepared.plan.groups
     if layer is None:
         return next((number for number, group in enumerate(planned) if group.after < group.before), 0)
-    for number, group in enumerate(planned):
-        if layer == group.name:
-            return number
-    for number, group in enumerate(planned):
-        if layer in group.layers:
-            return number
+    named = [number for number, group in enumerate(planned) if layer == group.name]
+    made = [number for number, group in enumerate(planned) if layer in group.layers]
+    if named or made:
+        return (named or made)[0]
     alone = next((alone for alone in prepared.plan.left_alone if alone.layer == layer), None)
     known = ", ".join(group.name for group in planned)
     why = f"{layer} was left alone: {alone.reason}" if alone else f"unknown layer {layer!r}"

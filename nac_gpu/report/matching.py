@@ -28,6 +28,7 @@ def matched(model: nn.Module, small: nn.Module, example_inputs: ExampleInputs, p
     Raises:
         ValueError: `small` was not made of `model`, or not by this plan; or the sizes leave open by which.
     """
+    _check_names(plain(model), small)
     if plan is None:
         prepared = prepare(model, example_inputs, Wanted(width=0.5))
         widths = _widths(prepared, small)
@@ -55,12 +56,12 @@ def _widths(prepared: Prepared, small: nn.Module) -> list[int]:
         for member in group.members:
             row = rows.setdefault((member.tensor, member.dim), np.zeros(len(prepared.groups)))
             row[number] += member.index.shape[1]
-    known = [(name, dim) for name, dim in rows if len(after.get(name, ())) == len(before[name])]
+    known = [(name, dim) for name, dim in rows if len(after[name]) == len(before[name])]
     lost = np.array([before[name][dim] - after[name][dim] for name, dim in known], dtype=float)
     system = np.array([rows[key] for key in known]).reshape(len(known), len(prepared.groups))
     gone, _, rank, _ = np.linalg.lstsq(system, lost, rcond=None)
     if rank < len(prepared.groups):
-        raise ValueError(f"the sizes of small do not tell how many neurons each group kept; {_ADVICE}: plan=")
+        raise ValueError("the sizes of small do not tell how many neurons each group kept; give plan=")
     widths = [group.size - round(count) for group, count in zip(prepared.groups, gone.tolist(), strict=True)]
     for group, kept in zip(prepared.groups, widths, strict=True):
         if not 1 <= kept <= group.size:
@@ -69,6 +70,21 @@ def _widths(prepared: Prepared, small: nn.Module) -> list[int]:
                 f"{_ADVICE}"
             )
     return widths
+
+
+def _check_names(model: nn.Module, small: nn.Module) -> None:
+    """Whether both have the same tensors, of whatever sizes.
+
+    Raises:
+        ValueError: naming the first that one of them lacks.
+    """
+    before, after = tensors(model), tensors(small)
+    other = next((name for name in [*before, *after] if (name in before) != (name in after)), None)
+    if other is not None:
+        where = "small" if other in before else "model"
+        raise ValueError(
+            f"{where} has no tensor {other}, expected a model and what nac_gpu.compress made of it; {_ADVICE}"
+        )
 
 
 def _check(prepared: Prepared, small: nn.Module) -> None:
@@ -81,12 +97,6 @@ def _check(prepared: Prepared, small: nn.Module) -> None:
     expected = {name: list(shape) for name, shape in before.items()}
     for group, planned in zip(prepared.groups, prepared.plan.groups, strict=True):
         _shrink(expected, group, planned.after)
-    other = next((name for name in [*expected, *after] if (name in expected) != (name in after)), None)
-    if other is not None:
-        where = "small" if other in expected else "model"
-        raise ValueError(
-            f"{where} has no tensor {other}, expected a model and what nac_gpu.compress made of it; {_ADVICE}"
-        )
     for name, shape in expected.items():
         if tuple(shape) != tuple(after[name]):
             raise ValueError(

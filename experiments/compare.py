@@ -21,8 +21,9 @@ from tqdm import tqdm
 import nac_gpu as nac
 import vgg_cifar
 from common.data import DatasetName, load
-from common.results import Measured, Results, mean_sd, table
+from common.results import Measured, Results, mean_sd
 from common.training import Precision
+from nac_gpu.report.text import table
 
 
 @dataclass

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import nac_gpu as nac
 from common.data import DatasetName, Images, load, normalise, statistics
 from common.models import vgg16, vgg19
-from common.results import Measured, Results, mean_sd, table
+from common.results import Measured, Results, mean_sd
 from common.training import Precision, Recipe, error_rate, fit
+from nac_gpu.report.text import table
 
 Method = Literal["random", "l1", "kmeans", "ward"]
 

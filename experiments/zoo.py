@@ -29,9 +29,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common.results import environment, table, write_json
+from common.results import environment, write_json
 from common.zoo_measure import Row, compression, peer
 from common.zoo_models import SUITES, case, installed
+from nac_gpu.report.text import table
 
 PACKAGES = ("torchvision", "timm", "transformers", "torch-pruning")
 IDENTITY = 1e-8

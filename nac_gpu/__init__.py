@@ -15,6 +15,7 @@ from nac_gpu.finetune import Epoch, finetune
 from nac_gpu.groups import LeftAlone
 from nac_gpu.linkage import ward_linkage
 from nac_gpu.plan import GroupPlan, Plan, plan
+from nac_gpu.report import Report, report
 from nac_gpu.widths import Calibration, LimitsByLayer, Share, Width
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "LeftAlone",
     "LimitsByLayer",
     "Plan",
+    "Report",
     "Share",
     "WardClustering",
     "Width",
@@ -41,6 +43,7 @@ __all__ = [
     "load",
     "plan",
     "random",
+    "report",
     "save",
     "ward",
     "ward_linkage",

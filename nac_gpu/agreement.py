@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.distributed import Ranks
-from nac_gpu.forward import ExampleInputs
+from nac_gpu.forward import ExampleInputs, device_of
 from nac_gpu.rebuild import rebuild, tensors
 
 _SHOWN = 100  # characters of an argument in an error
@@ -148,7 +148,7 @@ def same_result(small: nn.Module, ranks: Ranks) -> nn.Module:
 
 def hardware(model: nn.Module) -> str:
     """What the rounding of a result depends on: processor, number of threads, version of PyTorch."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

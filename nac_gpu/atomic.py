@@ -48,3 +48,9 @@ def atomically_folder(path: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         os.replace(partial, path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """A text file, UTF-8, that is either the old one or the whole new one."""
+    with atomically(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -189,7 +189,7 @@ def allocate(losses: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, mo
     lost = torch.full_like(widths, float("inf"))
     for group, (curve, own) in enumerate(zip(losses, steps, strict=True)):
         widths[group, : len(own)] = torch.tensor(own, dtype=torch.float64)
-        lost[group, : len(own)] = torch.tensor([_loss(curve, width) for width in own], dtype=torch.float64)
+        lost[group, : len(own)] = torch.tensor([loss_at(curve, width) for width in own], dtype=torch.float64)
     at = torch.tensor([len(own) - 1 for own in steps])
     now = widths.gather(1, at[:, None])[:, 0]
     cost = sizes.cost(now)
@@ -211,8 +211,8 @@ def allocate(losses: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, mo
     return _filled(sizes, now, limits, losses, target)
 
 
-def _loss(losses: Curve, width: int) -> float:
-    """The loss at a width; between known widths linear in the width's logarithm."""
+def loss_at(losses: Curve, width: int) -> float:
+    """What a curve says of a width, between known widths linear in the width's logarithm."""
     if width in losses:
         return losses[width]
     known = sorted(losses)
@@ -241,7 +241,7 @@ def _filled(sizes: Sizes, now: Tensor, limits: Sequence[Limits], losses: Sequenc
     """Small change: what is left of the budget goes to groups that can still grow by a step, most useful first."""
     order = sorted(
         range(len(limits)),
-        key=lambda g: -_loss(losses[g], int(now[g])) / max(1e-12, float(sizes.savings(now)[:, g].sum())),
+        key=lambda g: -loss_at(losses[g], int(now[g])) / max(1e-12, float(sizes.savings(now)[:, g].sum())),
     )
     for group in order:
         grown = now.clone()

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from nac_gpu.forward import device_of
 from nac_gpu.pulse import TIMEOUT, Pulse, RankError
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def joined(process_group: "ProcessGroup | None", model: nn.Module) -> Iterator[R
     if process_group is None:
         yield ALONE
         return
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     peers = Peers(process_group, device)
     try:
         yield peers

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from nac_gpu.activations import Activity, Batches, as_batches, observe, readings
@@ -12,7 +11,7 @@ from nac_gpu.budget import Curve, error_curve, inertia_curve
 from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.distributed import ALONE, RankError, Ranks
 from nac_gpu.dream import dream, has_statistics, why_not
-from nac_gpu.forward import ExampleInputs
+from nac_gpu.forward import ExampleInputs, device_of
 from nac_gpu.groups import Group
 from nac_gpu.linkage import ward_linkage
 from nac_gpu.neurons import neuron_vectors
@@ -106,8 +105,7 @@ def gather(
         known = has_statistics(model)
         source = f"dreamed up from {'the statistics of BatchNorm' if known else 'the weights of the first layer'}"
     else:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        batches = union(list(as_batches(calibration, example_inputs, device)), ranks)
+        batches = union(list(as_batches(calibration, example_inputs, device_of(model))), ranks)
         source, known = "of calibration data", True
     try:
         activities = observe(model, state, groups, batches, ranks)

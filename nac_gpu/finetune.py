@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.atomic import atomically
-from nac_gpu.forward import call, multiplies_bfloat16
+from nac_gpu.forward import call, device_of, multiplies_bfloat16
 from nac_gpu.objective import Objective
 from nac_gpu.unwrap import unwrapped
 
@@ -124,7 +124,7 @@ def finetune(
     }
     _check(epochs, learning_rate, warmup, distillation, temperature, precision)
     plain, _ = unwrapped(model)
-    device = next((p.device for p in plain.parameters()), torch.device("cpu"))
+    device = device_of(plain)
     groups = _parameter_groups(plain, weight_decay)
     chosen = optimizer or _sgd(momentum, device)
     stepper = chosen(groups, lr=learning_rate)

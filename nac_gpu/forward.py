@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -36,14 +37,28 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def describe(example_inputs: ExampleInputs) -> str:
+    """Shapes and types of the tensors, and all other values, for people."""
+    return ", ".join(
+        f"{tuple(value.shape)} {value.dtype}".replace("torch.", "") if isinstance(value, Tensor) else repr(value)
+        for value in pytree.tree_leaves(example_inputs)
+    )
+
+
 @contextlib.contextmanager
-def evaluating(model: nn.Module, *, auxiliary: bool = False) -> Iterator[None]:
+def evaluating(model: nn.Module, *, auxiliary: bool = False, fused: bool = False) -> Iterator[None]:
     """Eval mode without gradients; every module's mode and the random state are put back, whatever happens.
 
     Args:
         model: the model.
         auxiliary: let modules that only hold other modules believe that they are trained: layers run that run in
             training only (auxiliary heads), while dropout and normalisations still do what they do in eval mode.
+        fused: leave PyTorch's fused path through transformer layers on, as it is in use; recording cannot see into it.
     """
     modes = [(module, module.training) for module in model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -53,7 +68,7 @@ def evaluating(model: nn.Module, *, auxiliary: bool = False) -> Iterator[None]:
         if auxiliary:
             for module in model.modules():
                 module.training = any(True for _ in module.children())
-        torch.backends.mha.set_fastpath_enabled(False)
+        torch.backends.mha.set_fastpath_enabled(fast_path and fused)
         with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:

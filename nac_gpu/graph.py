@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
-from nac_gpu.forward import ExampleInputs, call, evaluating, flop_counter, in_small_operations, tensors_in
+from nac_gpu.forward import ExampleInputs, call, describe, evaluating, flop_counter, in_small_operations, tensors_in
 from nac_gpu.groups import Graph, LeftAlone, find_groups
 from nac_gpu.labels import Atoms, Labels
 from nac_gpu.notes import Call, Notes
@@ -34,9 +34,8 @@ class _Record(TorchDispatchMode):
         self._names = {id(tensor): name for name, tensor in named}
         self._sizes = {name: len(tensor) for name, tensor in model.named_parameters() if tensor.ndim > 1}
         self._labelled = {id(tensor) for _, tensor in model.named_parameters()}
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase):  # statistics are per channel, as weights are
-                self._labelled |= {id(tensor) for tensor in module.buffers(recurse=False) if tensor.ndim}
+        statistics = ("running_mean", "running_var")  # per channel, as weights are
+        self._labelled |= {id(tensor) for name, tensor in model.named_buffers() if name.endswith(statistics)}
         self._storages = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
         self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is held, so that its id stays its own
         self.notes = Notes(
@@ -105,7 +104,7 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     except Exception as error:
         raise RuntimeError(
             f"the example inputs do not fit the forward pass: {seen.modules[-1]} raised {type(error).__name__}: "
-            f"{error}; expected inputs with which model(...) runs, got {_describe(example_inputs)}"
+            f"{error}; expected inputs with which model(...) runs, got {describe(example_inputs)}"
         ) from error
     auxiliary, flops, operations = False, seen.flops, seen.operations
     if seen.unread():
@@ -148,10 +147,3 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxi
         mode.notes.atoms.separations.extend(mode.labels_of(tensor).pending)
         for plane in mode.labels_of(tensor).planes:
             mode.notes.atoms.freeze(plane, "model output")
-
-
-def _describe(inputs: ExampleInputs) -> str:
-    return ", ".join(
-        f"{tuple(value.shape)} {value.dtype}".replace("torch.", "") if isinstance(value, Tensor) else repr(value)
-        for value in pytree.tree_leaves(inputs)
-    )

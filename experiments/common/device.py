@@ -9,11 +9,7 @@ from pathlib import Path
 
 import torch
 
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+from nac_gpu.report.measure import synchronise
 
 
 def reset_peak(device: torch.device) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import nac_gpu as nac
 from common.data import Images, load, normalise
-from common.results import Measured, Results, mean_sd, table
+from common.results import Measured, Results, mean_sd
 from common.training import Precision, Recipe, error_rate, fit
+from nac_gpu.report.text import table
 
 
 @dataclass(frozen=True)

@@ -1,50 +1,22 @@
-"""What an experiment measured: kept per seed in one JSON file, summed up as mean and spread, printed as a table."""
+"""What an experiment measured: kept per seed in one JSON file, summed up as mean and spread."""
 
 import json
-import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import nac_gpu
-from nac_gpu.atomic import atomically
+from nac_gpu.atomic import write_text
+from nac_gpu.report.machine import environment
 
 Measured = dict[str, Any]
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
-    """Hardware and versions that a measurement depends on; nothing that names the machine.
-
-    Args:
-        device: where the arithmetic was done.
-    """
-    found: dict[str, str | int] = {"processor": _processor(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found | {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "nac_gpu": nac_gpu.__version__,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
-
-
-def _processor() -> str:
-    """The CPU's name as its maker gives it, where the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def write_json(value: object, path: Path) -> None:
     """Write a file that is either the old one or the whole new one, whenever the process is stopped."""
-    with atomically(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
 
 
 class Results:
@@ -132,17 +104,3 @@ def mean_sd(values: Sequence[float], digits: int = 2) -> str:
     found = spread(values)
     mean = f"{found['mean']:.{digits}f}"
     return f"{mean} ± {found['sd']:.{digits}f}" if len(values) > 1 else mean
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns: the first to the left, the others to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        first, *others = zip(row, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        return "| " + " | ".join(padded) + " |"
-
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(cells[0]), line(ruler), *(line(row) for row in cells[1:])])

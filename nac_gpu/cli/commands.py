@@ -10,7 +10,7 @@ import torch
 import tyro
 
 import nac_gpu as nac
-from nac_gpu.atomic import atomically
+from nac_gpu.atomic import atomically, write_text
 from nac_gpu.cli.inputs import Images, example_inputs, read_tensors, to_device
 from nac_gpu.cli.options import Compressed, Training, Widths, calibrated
 from nac_gpu.compress import Neurons, Rule
@@ -29,8 +29,7 @@ class PlanCommand(Widths):
         model, inputs = self.original(source)
         plan = self.planned(model, inputs, calibrated(self, self.calibration, self.images, source, inputs))
         if self.output is not None:
-            with atomically(self.output) as partial:
-                partial.write_text(plan.to_json() + "\n", encoding="utf-8")
+            write_text(plan.to_json() + "\n", self.output)
         print(plan.to_json() if self.json else plan)
 
 

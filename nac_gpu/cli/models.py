@@ -58,7 +58,7 @@ def find(name: str, pretrained: bool = False) -> Source:
     if path.suffix == ".pt2":
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file")
-        return Source(name, lambda: torch.export.load(path).module(), trained=True)
+        return Source(name, lambda: _program(path), trained=True)
     if path.is_dir():
         return _transformers(name, path)
     if rest and not path.exists():
@@ -67,6 +67,14 @@ def find(name: str, pretrained: bool = False) -> Source:
         f"unknown model {name!r}, expected torchvision:NAME, timm:NAME, a folder with config.json, a file .pt2, or "
         "package.module:function"
     )
+
+
+def _program(path: Path) -> nn.Module:
+    """The network of an exported program, which may be put in a mode (that changes nothing in it)."""
+    module = torch.export.load(path).module()
+    for method in ("train", "eval"):  # set on the instance, to say that they are not supported
+        vars(module).pop(method, None)
+    return module
 
 
 def _torchvision(name: str, rest: str, pretrained: bool) -> Source:

@@ -65,8 +65,7 @@ class Model:
             note(f"{self.model} has random weights; give --weights" + (" or --pretrained" if ":" in self.model else ""))
         device = torch.device(self.device)
         inputs = to_device(example_inputs(self.inputs, source, model), device)
-        model = model.to(device)
-        return (model if self.model.endswith(".pt2") else model.eval()), inputs
+        return model.to(device).eval(), inputs
 
 
 @dataclass(kw_only=True)

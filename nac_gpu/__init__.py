@@ -18,7 +18,7 @@ from nac_gpu.plan import GroupPlan, Plan, plan
 from nac_gpu.report import Report, report
 from nac_gpu.widths import Calibration, LimitsByLayer, Share, Width
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "METHODS",

@@ -1,8 +1,11 @@
 """The package as a user meets it."""
 
 import inspect
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -56,9 +59,31 @@ def test_the_types_are_shipped() -> None:
     assert (Path(nac.__file__).parent / "py.typed").exists()
 
 
-def test_the_readmes_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    blocks = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
-    exec(compile("".join(blocks), "README.md", "exec"), {})
-    assert len(blocks) == 2
-    assert "parameters: 85,002 -> " in capsys.readouterr().out
+def test_wheel_and_sdist_hold_all_that_is_needed(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "__pycache__", "data")
+    shutil.copytree(root, source, ignore=ignored)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", tmp_path / "dist", source], check=True, capture_output=True
+    )
+    (wheel,), (sdist,) = (list((tmp_path / "dist").glob(kind)) for kind in ("*.whl", "*.tar.gz"))
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = ("tests/conftest.py", "tests/kernels/states.py", "experiments/common/models.py", "docs/tutorial.md")
+    assert set(expected) | {"kernels/merging.py", "CHANGELOG.md", "Makefile", "README.md", "LICENSE"} <= names
+    command = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "installed", wheel]
+    subprocess.run([sys.executable, *command], check=True)
+    code = """
+import nac_gpu, nac_gpu.kernels, torch
+from importlib.metadata import version
+from pathlib import Path
+here = Path(nac_gpu.__file__).parent
+assert here.parent.name == "installed", here
+assert (here / "py.typed").exists() and (here / "report" / "page.css").exists()
+assert version("nac-gpu") == nac_gpu.__version__
+assert nac_gpu.ward_linkage(torch.rand(5, 2)).cut(2).max() == 1
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+    assert (tmp_path / "installed" / "bin" / "nac").exists()

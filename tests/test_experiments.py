@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+import budgets
 import compare
+import latency
 import vgg_cifar
 from common.data import Images, augment, load, normalise, statistics, warped
 from common.fast_conv import fast_weight_gradients
@@ -245,3 +247,23 @@ def test_compare_measures_rules_at_one_size(tmp_path: Path, monkeypatch: pytest.
     written = path.stat().st_mtime_ns
     compare.main(options)  # all is there
     assert path.stat().st_mtime_ns == written
+
+
+def test_latency_is_compared_with_flops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "latency.json"
+    sizes = {"models": ("squeezenet1_1",), "size": 64, "batch_sizes": (1, 2), "seconds": 0.2}
+    latency.main(latency.Options(**sizes, device="cpu", results=path))  # type: ignore[arg-type]
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["batch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert 0.4 < row["flops"] <= 0.5
+        assert row["kept"] == pytest.approx(row["speedup"]["median"] * row["flops"])
+    assert "squeezenet1_1" in capsys.readouterr().out
+
+
+def test_budgets_are_counted_in_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    budgets.main(budgets.Options(models=("squeezenet1_1",), size=64, results=tmp_path / "budgets.json"))
+    rows = json.loads((tmp_path / "budgets.json").read_text())["seeds"]["0"]["rows"]
+    assert list(rows) == ["squeezenet1_1, params", "squeezenet1_1, flops"]
+    assert all(-1 < row["off"] <= 0 for row in rows.values())
+    assert "squeezenet1_1" in capsys.readouterr().out

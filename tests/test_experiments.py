@@ -229,6 +229,7 @@ def test_results_of_another_configuration_are_not_mixed(tmp_path: Path) -> None:
     assert newer.values("row", "error") == [1.0]
 
 
+@pytest.mark.usefixtures("short_dreams")
 def test_compare_measures_rules_at_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = ("Ward, Eq. 9", "L1 filters, dreams, chosen widths", "Ward, images")
     monkeypatch.setattr(compare, "RULES", {name: compare.RULES[name] for name in rules})

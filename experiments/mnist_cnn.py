@@ -115,9 +115,8 @@ class CnnRun(Run):
         model, values = self.baseline()
         results.measure("baseline", self.seed, lambda: values)
         for row in self.options.mergings:
-            small = self.compressed(model, WIDTHS, MERGINGS[row])
-            results.measure(row, self.seed, partial(self.measured, small))
-            results.measure(f"{row}, fine-tuned", self.seed, partial(self.tuned, small, row))
+            merge = partial(self.compressed, model, WIDTHS, MERGINGS[row])
+            self.measure_merged(results, row, merge, partial(self.tuned, row=row))
 
     def controls(self, results: Results) -> None:
         """The baseline itself, trained on for as long as the merged networks."""

@@ -303,9 +303,8 @@ class DbnRun(Run):
             draw_neurons(model, self.options.results / "mnist_dbn_neurons.png")
         for name in TABLES:
             for method in self.options.mergings:
-                small, row = self.merged(model, name, MERGINGS[method]), f"{name}: {method}"
-                results.measure(row, self.seed, partial(self.measured, small))
-                results.measure(f"{row}, fine-tuned", self.seed, partial(self.tuned, small, name, method))
+                merge = partial(self.merged, model, name, MERGINGS[method])
+                self.measure_merged(results, f"{name}: {method}", merge, partial(self.tuned, name=name, row=method))
 
     def controls(self, results: Results) -> None:
         """What else the same time could have bought: the baseline trained on, and machines for the small network."""

@@ -3,6 +3,7 @@
     python experiments/vgg_cifar.py --data PATH                      # VGG-16, CIFAR-10, the paper's budget
     python experiments/vgg_cifar.py --network vgg19 --dataset cifar100 --data PATH --width 0.5
     python experiments/vgg_cifar.py --dataset digits --multiplier 0.25 --width 0.4   # a minute or two, needs no data
+    torchrun --nproc-per-node 8 experiments/vgg_cifar.py --data PATH             # together, a GPU for each process
 
 Every method gets the same trained network, the same widths and the same fine-tuning; the test images choose nothing.
 A run that was stopped goes on where it was: checkpoints after every epoch in --output, results after every row.
@@ -11,14 +12,17 @@ A run that was stopped goes on where it was: checkpoints after every epoch in --
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 
 import nac_gpu as nac
+from common import processes
 from common.data import DatasetName, Images, load, normalise, statistics
 from common.models import vgg16, vgg19
 from common.results import Measured, Results, mean_sd
@@ -74,7 +78,7 @@ class Options:
     cutout: int = 8
     """Side of the grey square painted into every training image, pixels (0: none)."""
     batch_size: int = 256
-    """Images per step."""
+    """Images per step, of all processes together."""
     seeds: tuple[int, ...] = (0,)
     """One whole run each."""
     device: str | None = None
@@ -127,7 +131,11 @@ def l1_filters(points: Tensor, k: int, *, weights: Tensor | None = None, seed: i
 def widths(model: nn.Module, example: Tensor, calibration: nac.Calibration, options: Options) -> nac.Width:
     """What --width means for this network."""
     if options.width == "budget":
-        return nac.plan(model, example, params=2_370_000, flops=372_000_000, calibration=calibration).widths
+        group = dist.group.WORLD
+        budget = nac.plan(
+            model, example, params=2_370_000, flops=372_000_000, calibration=calibration, process_group=group
+        )
+        return budget.widths
     if options.width != "paper":
         return float(options.width)
     if options.network != "vgg16":
@@ -144,13 +152,12 @@ def compressed(
     calibration: nac.Calibration,
     rule: Literal["compensated", "restored", "centroid"],
 ) -> nn.Module:
-    """The network with fewer neurons, chosen by a method."""
+    """The network with fewer neurons, chosen by a method; all processes work on it."""
+    group = dist.group.WORLD
+    compress = partial(nac.compress, model, example, width=kept, calibration=calibration, process_group=group)
     if method == "l1":
-        rule = "restored" if rule == "centroid" else rule
-        return nac.compress(
-            model, example, width=kept, method=l1_filters, rule=rule, neurons="weights", calibration=calibration
-        )
-    return nac.compress(model, example, width=kept, method=method, rule=rule, calibration=calibration)
+        return compress(method=l1_filters, rule="restored" if rule == "centroid" else rule, neurons="weights")
+    return compress(method=method, rule=rule)
 
 
 @dataclass
@@ -208,7 +215,7 @@ class Run:
         example = torch.zeros(1, *self.train.pixels.shape[1:], device=self.precision.device)
         calibration = self.calibration()
         kept = widths(model, example, calibration, options)
-        plan = nac.plan(model, example, width=kept)
+        plan = nac.plan(model, example, width=kept, process_group=dist.group.WORLD)
         print(plan)
 
         def measured(network: nn.Module, error: float, **more: float) -> Measured:
@@ -302,9 +309,16 @@ def draw(results: Results, path: Path) -> None:
 
 
 def main(options: Options) -> None:
-    """Run every seed, print the table, write the JSON and the picture."""
+    """Run every seed, print the table, write the JSON and the picture; all processes do it together."""
     precision = Precision.best(options.device)
-    train, test = load(options.dataset, options.data, options.download)
+    with processes.together(precision.device):
+        measure(options, precision)
+
+
+def measure(options: Options, precision: Precision) -> None:
+    """What `main` does, once the processes know each other."""
+    with processes.first_ahead():
+        train, test = load(options.dataset, options.data, options.download)
     path = options.results or options.output / f"{options.network}-x{options.multiplier:g}-{options.dataset}.json"
     configuration = {
         "dataset": options.dataset,
@@ -321,7 +335,8 @@ def main(options: Options) -> None:
     for seed in options.seeds:
         Run(options, seed, train, test, precision, results)()
     print(f"\n{show(results)}\n")
-    draw(results, path.with_suffix(".png"))
+    if processes.first():
+        draw(results, path.with_suffix(".png"))
     print(f"written: {path} and {path.with_suffix('.png')}")
 
 

@@ -21,6 +21,8 @@ from nac_gpu.distributed import ALONE, Ranks
 from nac_gpu.forward import ExampleInputs, call, evaluating, multiplies_bfloat16
 
 BATCH = 64
+COUNT = 256  # inputs; fewer where they are large
+POSITIONS = 4096  # of the first layer, of which random sums make so many
 STEPS = 60
 _DRAWN = 512  # a batch of random sums
 _STIFFNESS = 0.3  # what an input costs that cancels biases, in units of the neurons' squared norms
@@ -73,7 +75,7 @@ def dream(
         return _drawn(model, inputs, count, generator)
     if count is None:
         positions = math.prod(inputs.shape[2:])
-        count = max(BATCH, min(256, 256 * 64 * 64 // max(positions, 1)))
+        count = max(BATCH, min(COUNT, COUNT * 64 * 64 // max(positions, 1)))
     sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
     noises = [_noise((size, *inputs.shape[1:]), generator).to(inputs) for size in sizes]
     with evaluating(model), torch.enable_grad():
@@ -126,7 +128,7 @@ def _drawn(model: nn.Module, inputs: Tensor, count: int | None, generator: torch
             nothing, spatial = first(zeros(1)), isinstance(layer, nn.modules.conv._ConvNd)
             if count is None:
                 positions = nothing[0].numel() // max(nothing.shape[1 if spatial else -1], 1)
-                count = min(4096, max(256, 4096 // max(positions, 1)))
+                count = min(POSITIONS, max(COUNT, POSITIONS // max(positions, 1)))
             centre = _centre(first, zeros(1), _STIFFNESS * norm.square())
             size = min(count, _DRAWN)
             batches = []

@@ -35,3 +35,12 @@ def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     with use_backend(backend):
         yield torch.device(device)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def short_dreams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs dreamed up in a moment: few and bad ones, for tests of the default way that do not ask how good it is."""
+    from nac_gpu import dream
+
+    for name, value in (("BATCH", 8), ("COUNT", 16), ("POSITIONS", 64), ("STEPS", 2)):
+        monkeypatch.setattr(dream, name, value)

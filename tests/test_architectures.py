@@ -14,6 +14,8 @@ from common.checks import compressible_share, difference, identity, outputs, ran
 from nac_gpu.plan import prepare
 from nac_gpu.widths import Wanted
 
+pytestmark = pytest.mark.usefixtures("short_dreams")
+
 
 def built(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)

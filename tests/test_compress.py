@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import nac_gpu as nac
 
+pytestmark = pytest.mark.usefixtures("short_dreams")
+
 
 def snapshot(model: nn.Module) -> dict[str, object]:
     return {

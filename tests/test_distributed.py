@@ -4,11 +4,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import nac_gpu as nac
+from common.data import Images
+from common.training import Precision, Recipe, fit
 from nac_gpu import agreement, distributed, pulse
 from nac_gpu.agreement import digest
 from nac_gpu.clustering import ward
@@ -169,6 +173,32 @@ def differing(rank: int, world: Any) -> dict[str, Any]:
     return found
 
 
+def plainly_trained(checkpoint: Path | None = None) -> tuple[nn.Module, list[float]]:
+    """A network that no process can tell its part of a batch by: without BatchNorm and dropout."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 12), nn.ReLU(), nn.Linear(12, 2))
+    pixels = torch.randint(0, 256, (60, 3, 4, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    images = Images(pixels, (pixels[:, 0].float().mean((1, 2)) > 128).long(), 2)
+    how = Recipe(epochs=3, learning_rate=0.1, batch_size=16, flip=True)
+    errors = fit(
+        model, images, images, how, Precision(torch.device("cpu"), False), seed=0, label="", checkpoint=checkpoint
+    )
+    return model, errors
+
+
+def experiment(rank: int, world: Any) -> dict[str, Any]:
+    """How the experiments train: on parts of the same batches; stopped once, and going on from what rank 0 wrote."""
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        dist.broadcast_object_list(folder, 0)
+        path = Path(folder[0]) / "checkpoint.pt"
+        with mock.patch("common.training.error_rate", side_effect=[98.0, 99.0, KeyError("stop")]):
+            stopped = refused(lambda: plainly_trained(path))
+        model, errors = plainly_trained(path)
+        dist.barrier()  # until all have read rank 0's folder
+    return {"stopped": stopped, "state": model.state_dict(), "errors": errors}
+
+
 def dying(rank: int, world: Any) -> dict[str, Any]:
     """Of four ranks one is killed while it does its part, of two one is frozen while it does what all do."""
     frozen = dist.get_world_size() == 2
@@ -185,7 +215,7 @@ def dying(rank: int, world: Any) -> dict[str, Any]:
     return {"error": error, "seconds": time.monotonic() - start}
 
 
-SCENARIOS = (data_parallel, calibration, sharded, differing)
+SCENARIOS = (data_parallel, calibration, sharded, differing, experiment)
 
 
 def worker(rank: int, size: int, folder: str) -> None:
@@ -203,7 +233,7 @@ def worker(rank: int, size: int, folder: str) -> None:
 @contextlib.contextmanager
 def workers(size: int, folder: Path) -> Iterator[None]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "common.training"])
     processes = [context.Process(target=worker, args=(rank, size, str(folder))) for rank in range(size)]
     try:
         for process in processes:
@@ -296,6 +326,16 @@ def test_other_results_are_an_error_unless_the_hardware_differs(results: tuple[F
         assert kind == "RuntimeError"
         assert "rank 1 made another model than rank 0 on the same hardware" in text
         assert one["other hardware"] == found[0]["first"]
+
+
+def test_processes_train_as_one_does(results: tuple[Found, Found]) -> None:
+    model, errors = plainly_trained()
+    assert errors[-1] < errors[0]
+    for one in of(results, "experiment"):
+        assert one["stopped"][0] == "KeyError"
+        assert one["errors"] == [98.0, 99.0, errors[-1]]
+        for name, tensor in model.state_dict().items():
+            assert torch.allclose(one["state"][name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_no_rank_waits_for_one_that_died_or_froze(results: tuple[Found, Found]) -> None:

@@ -1,23 +1,28 @@
 """What the experiments share, and the VGG experiment from end to end on a few small images."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import budgets
 import compare
 import latency
 import vgg_cifar
+from common import processes
 from common.data import Images, augment, load, normalise, statistics, warped
 from common.fast_conv import fast_weight_gradients
 from common.results import Results
-from common.training import Precision, Recipe, error_rate, fit
+from common.training import Augmented, Precision, Recipe, error_rate, fit
 
 CPU = Precision(torch.device("cpu"), bfloat16=False)
 RECIPE = Recipe(epochs=3, learning_rate=0.05, batch_size=16, shift=1, flip=True)
@@ -77,11 +82,17 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pyte
         fit(loaded, blobs(64, 0), blobs(32, 1), other, CPU, seed=3, label="other", checkpoint=checkpoint)
 
 
-def test_error_rate_counts_and_keeps_the_mode() -> None:
+def seeing_the_first_class() -> nn.Module:
+    """In every image."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).train()
     with torch.no_grad():
         model[1].weight.zero_()
         model[1].bias.copy_(torch.tensor([1.0, 0.0]))
+    return model
+
+
+def test_error_rate_counts_and_keeps_the_mode() -> None:
+    model = seeing_the_first_class()
     images = blobs(10, 0)
     assert error_rate(model, images, statistics(images), CPU) == 50
     assert model.training
@@ -222,6 +233,73 @@ def test_the_vgg_experiment_from_end_to_end(network: str, tmp_path: Path, capsys
     assert (tmp_path / "results.json").read_bytes() == before
 
 
+def as_process(rank: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "rank_and_size", lambda: (rank, size))
+
+
+def test_the_parts_of_processes_are_the_batches_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, how = blobs(29, 0), replace(RECIPE, batch_size=12, cutout=3, warp=0.1)
+
+    def batches() -> list[tuple[Tensor, Tensor]]:
+        return list(Augmented(images, statistics(images), how, CPU, seed=4))
+
+    alone, parts = batches(), []
+    for rank in range(3):
+        as_process(rank, 3, monkeypatch)
+        parts.append(batches())
+    assert [[len(labels) for _, labels in part] for part in parts] == [[4, 4, 2]] * 3
+    for batch, (inputs, labels) in enumerate(alone):
+        found_inputs, found_labels = (torch.cat([part[batch][i] for part in parts]) for i in (0, 1))
+        assert torch.equal(found_labels[: len(labels)], labels)
+        if batch < 2:  # one image more, and other numbers are drawn for the last batch
+            assert torch.equal(found_inputs, inputs)
+        else:
+            assert found_labels[len(labels) :].tolist() == [alone[0][1][0]]
+    with pytest.raises(ValueError, match="batch_size=16, expected a multiple of the 3 processes"):
+        Augmented(images, statistics(images), RECIPE, CPU, seed=4)
+
+
+def test_processes_divide_the_test_images_and_the_first_one_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, model, path = blobs(11, 0), seeing_the_first_class(), tmp_path / "r.json"
+    found = []
+    for rank in (2, 1, 0):
+        as_process(rank, 3, monkeypatch)
+        found.append(error_rate(model, images, statistics(images), CPU))
+        Results(path, {}, torch.device("cpu")).measure("row", 0, lambda: {"error": 1.0})
+        assert path.exists() == (rank == 0)
+    assert found == pytest.approx([100 * wrong / 11 for wrong in (2, 2, 1)])
+    assert json.loads(path.read_text())["seeds"]["0"]["environment"]["processes"] == 3
+
+
+def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    """All is trained, compressed and fine-tuned under `torchrun`; then one process goes through its checkpoints."""
+    small = "--dataset digits --multiplier 0.0625 --width 0.5 --methods l1 ward --finetune ward --control --device cpu"
+    arguments = f"{small} --epochs 1 --finetune-epochs 1".split()
+    arguments += ["--output", str(tmp_path / "runs"), "--results"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, vgg_cifar.__file__, *arguments, str(tmp_path / "two.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written: ") == done.stdout.count("left alone: ") == 1
+    checkpoints = {path.name: path.read_bytes() for path in (tmp_path / "runs").iterdir()}
+    assert {name.rsplit("-")[-1] for name in checkpoints} == {"baseline.pt", "ward.pt", "control.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "two.json", "two.png"}
+    vgg_cifar.main(tyro.cli(vgg_cifar.Options, args=[*arguments, str(tmp_path / "one.json")]))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "runs").iterdir()} == checkpoints
+    two, one = (json.loads((tmp_path / f"{name}.json").read_text())["seeds"]["0"] for name in ("two", "one"))
+    assert (two["environment"]["processes"], "processes" in one["environment"]) == (2, False)
+    rows = ["baseline", "widths", "l1", "ward", "ward, fine-tuned", "baseline, fine-tuned"]
+    assert list(two["rows"]) == list(one["rows"]) == rows
+    assert two["rows"]["widths"] == one["rows"]["widths"]
+    for row in set(rows) - {"widths"}:
+        for column in ("parameters", "flops"):
+            assert two["rows"][row][column] == one["rows"][row][column]
+        assert two["rows"][row]["error"] == pytest.approx(one["rows"][row]["error"], abs=0.3)  # rounding: one image
+
+
 def test_results_of_another_configuration_are_not_mixed(tmp_path: Path) -> None:
     Results(tmp_path / "r.json", {"epochs": 1}, torch.device("cpu")).measure("row", 0, lambda: {"error": 1.0})
     for other in ({"epochs": 2}, {}, {"epochs": 1, "warp": 0.1}):
@@ -231,6 +309,7 @@ def test_results_of_another_configuration_are_not_mixed(tmp_path: Path) -> None:
     assert newer.values("row", "error") == [1.0]
 
 
+@pytest.mark.usefixtures("short_dreams")
 def test_compare_measures_rules_at_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = ("Ward, Eq. 9", "L1 filters, dreams, chosen widths", "Ward, images")
     monkeypatch.setattr(compare, "RULES", {name: compare.RULES[name] for name in rules})

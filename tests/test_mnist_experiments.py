@@ -12,6 +12,8 @@ import mnist_cnn
 import mnist_dbn
 from common.models import dbn
 
+pytestmark = pytest.mark.usefixtures("short_dreams")
+
 
 def write_idx(values: Tensor, path: Path) -> None:
     """The file format of MNIST: a magic number, big-endian sizes, bytes."""

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 import nac_gpu as nac
 
+pytestmark = pytest.mark.usefixtures("short_dreams")
+
 
 def test_counts_of_the_papers_networks() -> None:
     from common.models import dbn, mnist_cnn, vgg16, vgg19

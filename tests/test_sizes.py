@@ -14,6 +14,8 @@ from torch.nn import functional as F
 import nac_gpu as nac
 from common.checks import difference, leaves, outputs, randomise, training_step
 
+pytestmark = pytest.mark.usefixtures("short_dreams")
+
 
 class Config(SimpleNamespace):
     """As of Hugging Face: one number for all layers."""

@@ -1,7 +1,8 @@
 """What the experiments on MNIST share: the measurements of one seed, the images held out, the printed table."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -91,6 +92,21 @@ class Run:
     def measured(self, model: nn.Module) -> Measured:
         """A network's size and error."""
         return {**self.size(model), "error": error_rate(model, self.test, self.scale(), self.precision)}
+
+    def measure_merged(
+        self, results: Results, row: str, merge: Callable[[], nn.Module], tune: Callable[[nn.Module], Measured]
+    ) -> None:
+        """The two rows of a merged network, without and with fine-tuning; it is merged only if one is missing.
+
+        Args:
+            results: where the rows go.
+            row: name of the first; the second's ends in ", fine-tuned".
+            merge: makes the network.
+            tune: fine-tunes it in place, and measures it.
+        """
+        merged = cache(merge)
+        results.measure(row, self.seed, lambda: self.measured(merged()))
+        results.measure(f"{row}, fine-tuned", self.seed, lambda: tune(merged()))
 
     def compressed(self, model: nn.Module, widths: Mapping[str, int], how: Merging) -> nn.Module:
         """A copy merged to these widths."""

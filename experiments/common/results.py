@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from common import processes
 from nac_gpu.atomic import write_text
 from nac_gpu.report.machine import environment
 
@@ -22,7 +23,8 @@ def write_json(value: object, path: Path) -> None:
 class Results:
     """The measurements of one experiment, by seed and row, in a JSON file that is written after every one of them.
 
-    A run that was stopped goes on with what is missing, and another run with other seeds adds to the file.
+    A run that was stopped goes on with what is missing, and another run with other seeds adds to the file. Of several
+    processes all measure, and the first one writes.
 
     Attributes:
         seeds: seed -> `{"environment": ..., "rows": {row: {column: value}}}`.
@@ -41,7 +43,8 @@ class Results:
         """
         self.path = path
         self.configuration = json.loads(json.dumps(configuration))  # tuples become lists, as they do in the file
-        self.environment = environment(device)
+        _, size = processes.rank_and_size()
+        self.environment = environment(device) | ({"processes": size} if size > 1 else {})
         self.seeds: dict[str, dict[str, Any]] = {}
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -51,6 +54,7 @@ class Results:
                     "remove it or give another --results"
                 )
             self.seeds = stored["seeds"]
+        processes.wait()  # until all have read what the first one is about to change
 
     def measure(self, row: str, seed: int, make: Callable[[], Measured]) -> Measured:
         """The values of a row for a seed: from the file if they are there, else measured by `make` and written."""
@@ -80,7 +84,8 @@ class Results:
 
     def write(self) -> None:
         """Write the file anew, summary first."""
-        write_json({"configuration": self.configuration, "summary": self.summary(), "seeds": self.seeds}, self.path)
+        if processes.first():
+            write_json({"configuration": self.configuration, "summary": self.summary(), "seeds": self.seeds}, self.path)
 
 
 def _same(stored: Any, now: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import nac_gpu as nac
+from common import processes
 from common.data import Images, augment, normalise, statistics
 from common.fast_conv import fast_weight_gradients
 from nac_gpu.forward import multiplies_bfloat16
@@ -54,7 +55,7 @@ class Precision:
     @staticmethod
     def best(device: str | None = None, bfloat16: bool | None = None) -> "Precision":
         """CUDA if there is any; bfloat16 wherever the hardware multiplies it (CUDA, or a CPU with AMX or AVX-512)."""
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = processes.device(device)
         return Precision(place, multiplies_bfloat16(place) if bfloat16 is None else bfloat16)
 
     @contextlib.contextmanager
@@ -82,20 +83,28 @@ def _inputs(pixels: Tensor, scale: tuple[Tensor, Tensor], precision: Precision) 
 
 @torch.no_grad()
 def error_rate(model: nn.Module, images: Images, scale: tuple[Tensor, Tensor], precision: Precision) -> float:
-    """Share of misclassified images, in percent. The model's mode is put back."""
+    """Share of misclassified images, in percent. The model's mode is put back.
+
+    Processes divide the images; all hold the same model, and get the same answer.
+    """
     training = model.training
     model.eval()
     wrong = 0
+    own = images.part(*processes.part(len(images)))
     with precision():
-        for start in range(0, len(images), 500):
-            inputs = _inputs(images.pixels[start : start + 500], scale, precision)
-            wrong += int((model(inputs).argmax(1) != images.labels[start : start + 500]).sum())
+        for start in range(0, len(own), 500):
+            inputs = _inputs(own.pixels[start : start + 500], scale, precision)
+            wrong += int((model(inputs).argmax(1) != own.labels[start : start + 500]).sum())
     model.train(training)
-    return 100 * wrong / len(images)
+    return 100 * processes.summed(wrong, images.labels.device) / len(images)
 
 
 class Augmented:
     """Training images in batches, in another order and augmented in another way in every epoch.
+
+    Of several processes each gets its part of every batch, so all together train on the same batches as one alone. The
+    parts are equally large, because the processes' gradients are averaged: where the last batch cannot be divided, the
+    epoch's first images, fewer than there are processes, are in it again.
 
     Attributes:
         images: on the device.
@@ -111,6 +120,9 @@ class Augmented:
     ) -> None:
         self.images, self.scale, self.recipe, self.precision = images, scale, recipe, precision
         self.seed, self.epoch = seed, 0
+        _, size = processes.rank_and_size()
+        if recipe.batch_size % size:
+            raise ValueError(f"batch_size={recipe.batch_size}, expected a multiple of the {size} processes")
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -124,10 +136,15 @@ class Augmented:
         """Inputs, float32 [n, channels, height, width], and labels, int64 [n]."""
         how = self.recipe
         generator = torch.Generator().manual_seed(self.seed * 1000 + self.epoch)
-        for index in torch.randperm(len(self.images), generator=generator).split(how.batch_size):
+        order = torch.randperm(len(self.images), generator=generator)
+        _, size = processes.rank_and_size()
+        order = order[torch.arange(-(-len(order) // size) * size) % len(order)]
+        for index in order.split(how.batch_size):
             index = index.to(self.precision.device)
+            # each process augments all, so that its own part is what it would be in one process
             pixels = augment(self.images.pixels[index], how.shift, how.flip, generator, how.cutout, how.warp)
-            yield _inputs(pixels, self.scale, self.precision), self.images.labels[index]
+            own = slice(*processes.part(len(index)))
+            yield _inputs(pixels[own], self.scale, self.precision), self.images.labels[index[own]]
 
 
 def fit(
@@ -142,18 +159,18 @@ def fit(
     checkpoint: Path | None = None,
     scale: tuple[Tensor, Tensor] | None = None,
 ) -> list[float]:
-    """Train a model in place.
+    """Train a model in place; several processes train it together, and all have the same one in the end.
 
     Args:
         model: changed in place, left in eval mode.
         train: images to learn from.
         test: images whose error is measured after every epoch (and never used to choose anything).
-        recipe: how.
+        recipe: how; a batch is that of all processes together.
         precision: where.
         seed: of the order of the images and the augmentation.
         label: shown beside the progress bar.
         checkpoint: a file kept after every epoch; a run that was stopped goes on from it, and one that is
-            complete is only loaded.
+            complete is only loaded. All processes must see it.
         scale: each channel's mean and deviation to take out of the pixels, in units of 0 to 1, [channels] each;
             by default those of the training images.
 
@@ -164,14 +181,15 @@ def fit(
     train, test = train.to(precision.device), test.to(precision.device)
     mean, std = (value.to(precision.device) for value in scale or statistics(train))
 
-    def measure(network: nn.Module, epoch: nac.Epoch) -> dict[str, float]:
-        error = error_rate(network, test, (mean, std), precision)
+    def measure(_: nn.Module, epoch: nac.Epoch) -> dict[str, float]:
+        processes.share_buffers(model)
+        error = error_rate(model, test, (mean, std), precision)
         tqdm.write(f"{label}: epoch {epoch.number}/{recipe.epochs}, test error {error:.2f} %")
         return {"error": error}
 
     with fast_weight_gradients() if precision.bfloat16 else contextlib.nullcontext():
         epochs = nac.finetune(
-            model,
+            processes.parallel(model, precision.device),
             Augmented(train, (mean, std), recipe, precision, seed),
             epochs=recipe.epochs,
             learning_rate=recipe.learning_rate,
@@ -183,7 +201,7 @@ def fit(
             checkpoint=checkpoint,
             settings=asdict(recipe),
             callbacks=[measure],
-            progress=True,
+            progress=processes.first(),
             seed=seed,
         )
     model.eval()

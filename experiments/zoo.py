@@ -3,10 +3,11 @@
 Each is built with random weights and runs in a process of its own, so that one that hangs or crashes stops nothing.
 Measured: what a plan finds and leaves alone, and why; whether copies of neurons merge with no change of the outputs, in
 float64; whether a network of half the width runs and trains; seconds and memory. With --peer, the same network is
-pruned by Torch-Pruning.
+pruned by Torch-Pruning. With --time, only how long plans take is measured, in turns with Torch-Pruning.
 
     python experiments/zoo.py                                           # all suites whose packages are installed
     python experiments/zoo.py --suite torchvision --models 'resnet*' --peer
+    python experiments/zoo.py --time --suite torchvision --models resnet50 --threads 1 --results runs/plan_time.json
     python experiments/zoo.py --table experiments/results/zoo.json      # the table of a file, in Markdown
 
 A run that was stopped goes on with the models that are missing in --results.
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from common.plan_time import plan_time, printed_times
 from common.results import environment, write_json
 from common.zoo_measure import Row, compression, peer
-from common.zoo_models import SUITES, case, installed
+from common.zoo_models import SUITES, case, images, installed
 from nac_gpu.report.text import table
 
 PACKAGES = ("torchvision", "timm", "transformers", "torch-pruning")
@@ -49,6 +51,8 @@ class Options:
         results: the measurements (JSON).
         again: measure models again that are in the file.
         peer: also run Torch-Pruning.
+        time: measure how long plans take, beside Torch-Pruning, and nothing else; on one image of 224 x 224, for models
+            of torchvision.
         threads: of PyTorch in each process.
         table: print the table of this file, and measure nothing.
     """
@@ -59,6 +63,7 @@ class Options:
     results: Path = Path("runs/zoo.json")
     again: bool = False
     peer: bool = False
+    time: bool = False
     threads: int = 2
     table: Path | None = None
 
@@ -104,8 +109,11 @@ def _ended(code: int) -> str:
 def measure_one(name: str, by: str, row: str, threads: str) -> None:
     """What the process of one model does: `--one` and these arguments."""
     torch.set_num_threads(int(threads))
-    measure = compression if by == "nac_gpu" else peer
-    measure(case(name), lambda known: write_json(known, Path(row)))
+    chosen = case(name)
+    if by == "time" and name.startswith("torchvision/"):  # what both libraries show in their examples
+        chosen = replace(chosen, inputs=lambda: images(224, 1))
+    measure = {"nac_gpu": compression, "peer": peer, "time": plan_time}[by]
+    measure(chosen, lambda known: write_json(known, Path(row)))
 
 
 def versions() -> Iterator[tuple[str, str]]:
@@ -127,7 +135,9 @@ def verdict(row: Row) -> str:
 
 
 def printed(stored: dict[str, Any]) -> str:
-    """The table of compatibility, in Markdown."""
+    """The table of a file, in Markdown."""
+    if any("seconds" in row and isinstance(row["seconds"], dict) for row in stored["rows"].values()):
+        return printed_times(stored)
     peers = any("peer" in row for row in stored["rows"].values())
     rows = []
     for name, row in stored["rows"].items():
@@ -154,12 +164,25 @@ def printed(stored: dict[str, Any]) -> str:
     return table(header + ["Torch-Pruning", "s"] * peers, rows)
 
 
+def measured(options: Options, name: str, row: Row) -> Row:
+    """The row of a model with what was missing in it."""
+    if options.again or "stage" not in row:
+        kept = {key: row[key] for key in ("peer",) if key in row}
+        row = in_process(options, name, "time" if options.time else "nac_gpu") | kept
+        tqdm.write(f"{name}: {row.get('outcome', row['stage']) if options.time else verdict(row)}")
+    if options.peer and (options.again or "peer" not in row):
+        row["peer"] = in_process(options, name, "peer")
+        tqdm.write(f"{name}: Torch-Pruning: {row['peer'].get('outcome')}")
+    return row
+
+
 def main(options: Options) -> None:
     """Measure every model that is missing, write the results after every one, print the table."""
     if options.table is not None:
         print(printed(json.loads(options.table.read_text(encoding="utf-8"))))
         return
-    stored: dict[str, Any] = {"environment": environment(torch.device("cpu")) | dict(versions()), "rows": {}}
+    known = environment(torch.device("cpu")) | {"threads": options.threads} | dict(versions())
+    stored: dict[str, Any] = {"environment": known, "rows": {}}
     if options.results.exists():
         stored["rows"] = json.loads(options.results.read_text(encoding="utf-8"))["rows"]
     chosen = names(options)
@@ -167,15 +190,7 @@ def main(options: Options) -> None:
     try:
         for name in progress:
             progress.set_postfix_str(name)
-            row = stored["rows"].get(name, {})
-            if options.again or "stage" not in row:
-                kept = {key: row[key] for key in ("peer",) if key in row}
-                row = in_process(options, name, "nac_gpu") | kept
-                tqdm.write(f"{name}: {verdict(row)}")
-            if options.peer and (options.again or "peer" not in row):
-                row["peer"] = in_process(options, name, "peer")
-                tqdm.write(f"{name}: Torch-Pruning: {row['peer'].get('outcome')}")
-            stored["rows"][name] = row
+            stored["rows"][name] = measured(options, name, stored["rows"].get(name, {}))
             write_json(stored, options.results)
     except KeyboardInterrupt:
         progress.close()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nac_gpu.activations import Activity
+from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.groups import Group
 
 _RIDGE = 1e-2  # as in compensation
@@ -69,23 +70,16 @@ def _left(covariance: Tensor, gain: Tensor, summing: Tensor, means: Tensor) -> f
     return min(max(float((left * gain).sum()) / whole, 0.0), _MOST)
 
 
-def inertia_curve(cut: Callable[[int], Tensor], points: Tensor) -> Curve:
+def inertia_curve(tree: Dendrogram) -> Curve:
     """The same for a group of which only the weights are known: the share of their variance within clusters.
 
-    Args:
-        cut: gives labels, int64 [n], for a number of clusters.
-        points: the neurons, [n, d].
+    Every merge adds its cost to the variance within clusters, until all of it is there.
     """
-    centred = points.double() - points.double().mean(0)
-    whole = float(centred.square().sum())
-    curve = {}
-    for kept in widths_to_try(len(points)):
-        labels = cut(kept)
-        sums = torch.zeros(kept, points.shape[1], dtype=torch.float64, device=points.device)
-        sums.index_add_(0, labels, centred)
-        between = float((sums.square().sum(1) / torch.bincount(labels, minlength=kept)).sum())
-        curve[kept] = min(max(1 - between / whole, 0.0), _MOST) if whole > 0 and kept < len(points) else 0.0
-    return curve
+    within = tree.heights.double().square().cumsum(0).tolist()
+    return {
+        kept: min(within[tree.n - kept - 1] / within[-1], _MOST) if kept < tree.n and within[-1] > 0 else 0.0
+        for kept in widths_to_try(tree.n)
+    }
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Evidence:
         activity = self.activities.get(group.name)
         if activity is not None:
             return error_curve(self.tree(group).cut, group.size, activity)
-        return inertia_curve(self.tree(group).cut, self.points(group)[0])
+        return inertia_curve(self.tree(group))
 
 
 def gather(

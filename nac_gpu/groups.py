@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from nac_gpu.labels import CHANNELS, MEAN, SUM, UNITS, Slot, scramble
-from nac_gpu.notes import Normalisation, Notes, Production
+from nac_gpu.makers import Makers
+from nac_gpu.notes import Normalisation, Notes
 
 
 @dataclass(frozen=True)
@@ -171,18 +172,24 @@ def find_groups(notes: Notes) -> Graph:
         return Graph((), ())
     reasons = [_ONE, _UNREAD, _TIED, _OF_UNITS, *dict.fromkeys(s.reason for s in atoms.separations)]
     numbers = {reason: number for number, reason in enumerate(reasons)}
-    channels = _level(notes, CHANNELS, numbers)
+    makers = Makers(notes)
+    channels = _level(notes, CHANNELS, makers, numbers)
     found, grouped = list(channels.found), channels.grouped.clone()
     if any(not slot.tensor for slot in atoms.slots):
-        units = _level(notes, UNITS, numbers)
+        units = _level(notes, UNITS, makers, numbers)
+        owner = torch.full((atoms.count,), -1, dtype=torch.int64)  # the group of channels that an atom makes
+        for number, (_, group) in enumerate(channels.found):
+            owner[_atoms_of(notes, group)] = number
+        rivalled: set[int] = set()
         for first, group in units.found:
             own = _atoms_of(notes, group)
             if bool(channels.grouped[own].all()):
                 continue
-            rivals = [(at, other) for at, other in found if bool(torch.isin(_atoms_of(notes, other), own).any())]
-            found = [item for item in found if not any(item[1] is other for _, other in rivals)]
-            found.append((first, replace(group, otherwise=tuple(other for _, other in rivals))))
+            rivals = sorted(set(owner[own].tolist()) - rivalled - {-1})
+            rivalled |= set(rivals)
+            found.append((first, replace(group, otherwise=tuple(channels.found[number][1] for number in rivals))))
             grouped[own] = True
+        found = [item for number, item in enumerate(found) if number not in rivalled]
     found.sort(key=lambda item: item[0])
     alone: dict[tuple[str, str], int] = {}
     seen = torch.zeros(atoms.count, dtype=torch.bool)
@@ -194,19 +201,17 @@ def find_groups(notes: Notes) -> Graph:
             key = (_layer(atoms.slot_at(int(left[0]))), reasons[number])
             alone[key] = alone.get(key, 0) + count
     left_alone = tuple(LeftAlone(layer, size, why) for (layer, why), size in alone.items())
-    return Graph(_unique_names([group for _, group in found]), left_alone, norms=_norms_behind(notes))
+    return Graph(_unique_names([group for _, group in found]), left_alone, norms=_norms_behind(makers))
 
 
-def _norms_behind(notes: Notes) -> dict[str, Norm]:
+def _norms_behind(makers: Makers) -> dict[str, Norm]:
     """By the name of a weight, the BatchNorm that takes its bare result and nothing else does."""
-    found = {}
-    for number, production in enumerate(notes.productions):
-        slot = notes.atoms.slot_at(int(production.atoms[0]))
-        behind = _only_norm(number, slot, notes)
-        if behind is not None:
-            norm = notes.normalisations[behind]
-            found[slot.tensor] = Norm(*norm.tensors, norm.eps)
-    return found
+    pairs = zip(makers.slots, makers.behind, strict=True)
+    return {slot.tensor: _norm(makers.norms[number]) for slot, number in pairs if number is not None}
+
+
+def _norm(found: Normalisation) -> Norm:
+    return Norm(*found.tensors, found.eps)
 
 
 def _atoms_of(notes: Notes, group: Group) -> Tensor:
@@ -216,7 +221,7 @@ def _atoms_of(notes: Notes, group: Group) -> Tensor:
     return torch.cat([firsts[member.tensor, member.dim] + member.index.flatten() for member in made])
 
 
-def _level(notes: Notes, level: int, numbers: dict[str, int]) -> _Level:
+def _level(notes: Notes, level: int, makers: Makers, numbers: dict[str, int]) -> _Level:
     atoms = notes.atoms
     count = atoms.count
     classes, roles, slots = atoms.classes(level), atoms.roles(), atoms.slot_numbers()
@@ -227,16 +232,17 @@ def _level(notes: Notes, level: int, numbers: dict[str, int]) -> _Level:
         """Bool [atoms]: the class of the atom has an atom of the mask."""
         return torch.zeros(count, dtype=torch.bool).index_fill_(0, classes[mask], True)[classes]
 
-    made = torch.full((count,), len(notes.productions), dtype=torch.int64)
-    for number in range(len(notes.productions) - 1, -1, -1):
-        made[classes[notes.productions[number].atoms]] = number
-    made = made[classes]
-    why = torch.full((count,), len(numbers), dtype=torch.int64)
-    for separation in reversed(atoms.separations):
-        if separation.level & level and bool((separation.keys != separation.keys[:1]).any()):  # not only a part
-            why[classes[separation.atoms]] = numbers[separation.reason]
-    why = why[classes]
-    why = torch.where(why == len(numbers), numbers[_ONE], why)
+    def first_with(found: Sequence[Tensor]) -> Tensor:
+        """Int64 [atoms]: the number of the first of these sets that has an atom of the atom's class, or how many."""
+        number = torch.full((count,), len(found), dtype=torch.int64)
+        if found:
+            of_each = torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(set_) for set_ in found]))
+            number.scatter_reduce_(0, classes[torch.cat(list(found))], of_each, "amin")
+        return number[classes]
+
+    made = first_with([production.atoms for production in notes.productions])
+    parting = [s for s in atoms.separations if s.level & level and s.parts]
+    why = torch.tensor([*(numbers[s.reason] for s in parting), numbers[_ONE]])[first_with([s.atoms for s in parting])]
     of_units = classes_with(virtual)
     tied = classes_with(roles == MEAN | SUM)
     read = classes_with((roles & SUM) > 0)
@@ -255,7 +261,8 @@ def _level(notes: Notes, level: int, numbers: dict[str, int]) -> _Level:
     token = scramble(codes[used] + scramble(slots[used] * (int(sizes.max()) if len(sizes) else 1) + place))
     signatures = torch.zeros(len(sizes), dtype=torch.int64).index_add_(0, row, token)
     _, which, of_each = signatures.unique(return_inverse=True, return_counts=True)
-    grouped = torch.zeros(count, dtype=torch.bool)
+    of_no_tensor = virtual.nonzero().flatten()
+    grouped = torch.zeros(count, dtype=torch.bool)  # of classes at first
     found = []
     order = which.argsort(stable=True)
     for rows in order.split(of_each.tolist()):
@@ -266,18 +273,18 @@ def _level(notes: Notes, level: int, numbers: dict[str, int]) -> _Level:
         root = classes[neurons[0, 0]]
         units: tuple[str, ...] = ()
         if level == UNITS:
-            inside = (virtual & (classes == root)).nonzero().flatten()
+            inside = of_no_tensor[classes[of_no_tensor] == root]
             units = tuple(dict.fromkeys(atoms.slots[number].module for number in slots[inside].tolist()))
-        grouped |= torch.zeros(count, dtype=torch.bool).index_fill_(0, classes[neurons[:, 0]], True)[classes]
+        grouped[classes[neurons[:, 0]]] = True
         first = int(made[root])
         found.append(
             (
                 (first, int(neurons[0, 0])),
-                _group(slots[neurons[0]], neurons, roles, notes, notes.productions[first], units),
+                _group(slots[neurons[0]], neurons, roles, notes, makers, first, units),
             )
         )
     found.sort(key=lambda item: item[0])
-    return _Level(found, grouped, why)
+    return _Level(found, grouped[classes], why)
 
 
 def _unique_names(groups: Sequence[Group]) -> tuple[Group, ...]:
@@ -292,9 +299,12 @@ def _unique_names(groups: Sequence[Group]) -> tuple[Group, ...]:
 
 
 def _group(
-    columns: Tensor, neurons: Tensor, roles: Tensor, notes: Notes, made: Production, units: tuple[str, ...]
+    columns: Tensor, neurons: Tensor, roles: Tensor, notes: Notes, makers: Makers, made: int, units: tuple[str, ...]
 ) -> Group:
-    """A group from its neurons' atoms, int64 [n, atoms of each], whose columns lie in the slots [atoms of each]."""
+    """A group from its neurons' atoms, int64 [n, atoms of each], whose columns lie in the slots [atoms of each].
+
+    The production of the number `made` makes them first.
+    """
     members = {}
     for number in dict.fromkeys(columns.tolist()):
         slot = notes.atoms.slots[number]
@@ -302,41 +312,18 @@ def _group(
         role = "sum" if int(roles[slot.first + int(positions[0, 0])]) == SUM else "mean"
         members[number] = Member(slot.tensor, slot.dim, role, positions)
     by_tensor = {member.tensor: member for member in members.values() if member.role == "mean"}
-    first_with = {norm.tensors: number for number, norm in reversed(list(enumerate(notes.normalisations)))}
-    norms = {
-        number: Norm(*norm.tensors, norm.eps)
-        for number, norm in enumerate(notes.normalisations)
-        if any(name in by_tensor for name in norm.tensors) and first_with[norm.tensors] == number
-    }
-    producers: dict[str, Producer] = {}
-    folded: set[int] = set()
-    for number, production in enumerate(notes.productions):
-        slot = notes.atoms.slot_at(int(production.atoms[0]))
-        member = by_tensor.get(slot.tensor)
-        if member is None or member.dim != slot.dim or slot.tensor in producers:
-            continue
-        behind = _only_norm(number, slot, notes)
-        if behind is not None:
-            folded.add(behind)
-        bias = None if production.bias is None else notes.atoms.slot_at(int(production.bias[0])).tensor
+    norms = {number: _norm(makers.norms[number]) for number in makers.norms_with(by_tensor)}
+    producers: list[Producer] = []
+    folded: set[int | None] = set()
+    for number in makers.first_uses((member.tensor, member.dim) for member in by_tensor.values()):
+        slot, behind = makers.slots[number], makers.behind[number]
+        folded.add(behind)
         norm = norms.get(behind) if behind is not None else None
-        producers[slot.tensor] = Producer(member, _layer(slot), bias, norm)
+        producers.append(Producer(by_tensor[slot.tensor], _layer(slot), makers.biases[number], norm))
     free = tuple(norm for number, norm in norms.items() if number not in folded)
-    first = notes.atoms.slot_at(int(made.atoms[0]))
-    return Group(_layer(first), len(neurons), tuple(members.values()), tuple(producers.values()), free, units)
+    return Group(_layer(makers.slots[made]), len(neurons), tuple(members.values()), tuple(producers), free, units)
 
 
 def _layer(slot: Slot) -> str:
     """The layer that a weight belongs to; a parameter of another name stands for itself."""
     return slot.tensor.removesuffix(".weight")
-
-
-def _only_norm(number: int, slot: Slot, notes: Notes) -> int | None:
-    """The one BatchNorm behind a production, if its weight is used once and nothing else reads the bare result."""
-    same = [p for p in notes.productions if notes.atoms.slot_at(int(p.atoms[0])) == slot]
-    behind: list[tuple[int, Normalisation]] = [(i, n) for i, n in enumerate(notes.normalisations) if n.source == number]
-    if len(same) > 1 or len(behind) != 1 or notes.uses.get(number, 0) != 1:
-        return None
-    index, norm = behind[0]
-    used = [n for n in notes.normalisations if n.tensors == norm.tensors]
-    return index if len(used) == 1 and torch.equal(norm.channels, notes.productions[number].atoms) else None

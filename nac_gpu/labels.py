@@ -9,6 +9,7 @@ in step over h; at the level of `UNITS`, whole rows h merge: heads of attention,
 at one of the levels or at both. A unit has an atom of its own, in a slot without a tensor.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -94,6 +95,11 @@ class Separation:
     reason: str
     level: int
 
+    @property
+    def parts(self) -> bool:
+        """Some atoms of it are kept apart from each other, not only from all others."""
+        return bool((self.keys != self.keys[:1]).any())
+
 
 @dataclass
 class Atoms:
@@ -101,6 +107,7 @@ class Atoms:
 
     slots: list[Slot] = field(default_factory=list)
     separations: list[Separation] = field(default_factory=list)
+    _firsts: list[int] = field(default_factory=list)  # of the slots
     _by_name: dict[tuple[str, int], Slot] = field(default_factory=dict)
     _edges: list[tuple[Tensor, int]] = field(default_factory=list)
     _roles: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -125,6 +132,7 @@ class Atoms:
 
     def _add(self, slot: Slot) -> Slot:
         self.slots.append(slot)
+        self._firsts.append(slot.first)
         return slot
 
     def slot_numbers(self) -> Tensor:
@@ -134,11 +142,7 @@ class Atoms:
 
     def slot_at(self, atom: int) -> Slot:
         """The slot that an atom lies in."""
-        low, high = 0, len(self.slots) - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.slots[middle].first <= atom else (low, middle - 1)
-        return self.slots[low]
+        return self.slots[bisect_right(self._firsts, atom) - 1]
 
     def unite(self, left: Tensor, right: Tensor, level: int = BOTH) -> None:
         """Atoms that must share one assignment, elementwise: two planes that broadcast; `NONE` in either is skipped."""
@@ -176,18 +180,22 @@ class Atoms:
     def roles(self) -> Tensor:
         """Role bits of every atom, int64 [count]."""
         roles = torch.zeros(self.count, dtype=torch.int64)
-        for atoms, role in self._roles:
-            roles[atoms] |= role
+        for role in (MEAN, SUM):
+            used = [atoms for atoms, own in self._roles if own == role]
+            if used:
+                roles[torch.cat(used)] |= role
         return roles
 
     def codes(self, level: int) -> Tensor:
         """A number for every atom, int64 [count]: atoms may only be merged if theirs are equal."""
         codes = torch.zeros(self.count, dtype=torch.int64)
-        for number, separation in enumerate(self.separations):
-            if separation.level & level:
-                mixed = scramble(separation.keys + scramble(torch.tensor(number + 1)))
-                codes.index_add_(0, separation.atoms, mixed)
-        return codes
+        own = [separation for separation in self.separations if separation.level & level]
+        if not own:
+            return codes
+        sizes = torch.tensor([len(separation.keys) for separation in own])
+        number = torch.repeat_interleave(scramble(torch.arange(1, len(own) + 1)), sizes)
+        mixed = scramble(torch.cat([separation.keys for separation in own]) + number)
+        return codes.index_add_(0, torch.cat([separation.atoms for separation in own]), mixed)
 
     def classes(self, level: int) -> Tensor:
         """The class of every atom, int64 [count]: the lowest atom that it is united with, directly or not."""

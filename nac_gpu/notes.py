@@ -6,6 +6,7 @@ notes equations, roles, productions and freezes.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -63,21 +64,20 @@ class Call:
 
     @property
     def name(self) -> str:
-        """Its name, the same for the in-place form (`relu_` is `relu`)."""
-        name = self.func.overloadpacket.__name__
-        return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+        """Its name, see `name_of`."""
+        return name_of(self.func)
 
     @property
     def in_place(self) -> bool:
         """It writes into one of its arguments."""
         return self.func._schema.is_mutable
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """The tensors that it reads, flattened."""
         return [value for value in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(value, Tensor)]
 
-    @property
+    @cached_property
     def given(self) -> dict[str, Any]:
         """All arguments by name."""
         names = [argument.name for argument in self.func._schema.arguments]
@@ -286,6 +286,13 @@ class Notes:
         bias_atoms = self.along(bias, -1) if bias is not None and self.labels_of(bias).parameter else None
         self.productions.append(Production(atoms[atoms >= 0], bias_atoms))
         return len(self.productions) - 1
+
+
+@cache
+def name_of(func: torch._ops.OpOverload) -> str:
+    """An operation's name, the same for the in-place form (`relu_` is `relu`)."""
+    name = func.overloadpacket.__name__
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
 def aligned(plane: Tensor, ndim: int) -> Tensor:

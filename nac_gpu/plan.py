@@ -280,6 +280,7 @@ def _chosen(
     asked = wanted.most(before.parameters, before.flops)
     most = asked
     best: tuple[float, Chosen] | None = None
+    found: Chosen = []
     for _ in range(_ATTEMPTS):
         own = [limits.get(group.name, Limits(1, group.size)) for group in good]
         sizes = Sizes(good, shapes, graph.operations, before.flops)
@@ -299,7 +300,7 @@ def _chosen(
             most = (most[0] / max(used), most[1] / max(used))
     if best is None:
         raise ValueError(f"no widths were found that meet the budget in {_ATTEMPTS} attempts; give width= instead")
-    return trial.passed(best[1]), evidence
+    return best[1] if best[1] is found else trial.passed(best[1]), evidence
 
 
 def _step(model: nn.Module, wanted: Wanted) -> int:
@@ -394,7 +395,8 @@ def check_weights(model: nn.Module) -> None:
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}, expected a floating type; "
                 "compress the model before it is quantised, or convert it"
             )
-        if not bool(torch.isfinite(parameter).all()):
+        # One bad value makes the sum bad, in one pass over the memory; a good sum may still overflow.
+        if not bool(torch.isfinite(parameter.sum())) and not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             raise ValueError(
                 f"{name} has {bad} values that are NaN or infinite, expected finite weights; "

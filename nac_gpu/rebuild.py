@@ -14,7 +14,9 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named}
 
 
-def rebuild(model: nn.Module, state: Mapping[str, Tensor], attributes: Attributes | None = None) -> nn.Module:
+def rebuild(
+    model: nn.Module, state: Mapping[str, Tensor], attributes: Attributes | None = None, *, share: bool = False
+) -> nn.Module:
     """A copy of the model with other tensors.
 
     Ties stay ties; mode, `requires_grad`, hooks and everything else are the original's.
@@ -23,6 +25,7 @@ def rebuild(model: nn.Module, state: Mapping[str, Tensor], attributes: Attribute
         model: left as it is.
         state: a tensor for each name of `tensors(model)`.
         attributes: of modules that are no tensors' sizes: numbers of heads and groups, sizes kept by the user's code.
+        share: parameters that are the model's own stay so, for a copy that is only run.
     """
     memo: dict[int, Tensor] = {}
     changed: set[int] = set()
@@ -30,8 +33,10 @@ def rebuild(model: nn.Module, state: Mapping[str, Tensor], attributes: Attribute
         new = state[name]
         if new.shape != old.shape:
             changed.add(id(old))
-        new = new.detach().clone() if new.data_ptr() == old.data_ptr() else new.detach()
-        if isinstance(old, nn.Parameter):
+        parameter = isinstance(old, nn.Parameter)
+        own = new.data_ptr() == old.data_ptr() and not (share and parameter)
+        new = new.detach().clone() if own else new.detach()
+        if parameter:
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         memo[id(old)] = new
     small = copy.deepcopy(model, memo)

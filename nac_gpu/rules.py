@@ -5,6 +5,7 @@ their own. An operation without a rule freezes what enters it: never a wrong net
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from nac_gpu.labels import BOTH, CHANNELS, MEAN, NONE, UNITS, Labels, Separation, compact, varying
 from nac_gpu.norms import BATCH_NORMS, batch_norm, group_norm, layer_norm
-from nac_gpu.notes import Call, Notes, aligned, inner_axis
+from nac_gpu.notes import Call, Notes, aligned, inner_axis, name_of
 from nac_gpu.products import MATRIX_PRODUCTS, convolution, embedding, matrix_product
 
 Rule = Callable[[Notes, Call], list[Labels]]
@@ -59,7 +60,7 @@ def apply(notes: Notes, call: Call) -> list[Labels]:
     labelled = [tensor for tensor in call.tensors if notes.planes(tensor)]
     if not labelled or call.name in VALUE_FREE:
         return call.each(Labels(uniform=_stays_uniform(notes, call)))
-    rule = _rule(call)
+    rule = _rule(call.func)
     if rule not in (_movement, _lookup, _join, _identity, _constant):
         notes.count_use(labelled)
     if rule is None:
@@ -74,13 +75,14 @@ def apply(notes: Notes, call: Call) -> list[Labels]:
 
 def _stays_uniform(notes: Notes, call: Call) -> bool:
     """All that an operation reads is uniform, and it moves values or acts on each."""
-    rule, tensors = _rule(call), call.tensors
+    rule, tensors = _rule(call.func), call.tensors
     keeps = rule in (_movement, _identity, _constant, _join, _elementwise) and call.name != "constant_pad_nd"
     return keeps and bool(tensors) and all(notes.labels_of(tensor).uniform or not tensor.ndim for tensor in tensors)
 
 
-def _rule(call: Call) -> Rule | None:
-    name, func = call.name, call.func
+@cache
+def _rule(func: torch._ops.OpOverload) -> Rule | None:
+    name = name_of(func)
     by_name: dict[str, Rule] = {
         "cat": _join,
         "stack": _join,

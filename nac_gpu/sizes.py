@@ -131,9 +131,8 @@ def set_configs(model: nn.Module, groups: Sequence[Group], widths: Sequence[int]
             setattr(config, name, value * after // before)
 
 
-def guesses(model: nn.Module, group: Group) -> Iterator[tuple[tuple[str, str], ...]]:
-    """Sets of attributes that may have to follow a group's size, the likeliest first."""
-    modules = dict(model.named_modules())
+def guesses(modules: Mapping[str, nn.Module], group: Group) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Sets of attributes of modules, by name, that may have to follow a group's size, the likeliest first."""
     units = tuple(name for name in group.units if name in modules)
     own = tuple((name, kind) for name in units for kind in _own_count(modules[name]))
     if group.units:

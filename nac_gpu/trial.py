@@ -20,6 +20,7 @@ from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.sizes import attributes, guesses
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative
+_SURE = 1e-5  # in float32: no more than its rounding, float64 need not be asked
 
 
 def copy_neurons(state: Mapping[str, Tensor], group: Group, labels: Tensor) -> dict[str, Tensor]:
@@ -84,12 +85,10 @@ def lively(tensor: Any, generator: torch.Generator) -> Any:
     Zero-initialised heads, layer scales of 1e-6 and inputs of zeros hide what merging does; none may make the trial
     vacuous.
     """
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.numel() < 2
-        or not tensor.is_floating_point()
-        or not bool((tensor == tensor.flatten()[0]).all())
-    ):
+    if not isinstance(tensor, Tensor) or tensor.numel() < 2 or not tensor.is_floating_point():
+        return tensor
+    flat = tensor.flatten()
+    if bool(flat[0] != flat[-1]) or not bool((flat == flat[0]).all()):
         return tensor
     fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
     drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
@@ -157,7 +156,11 @@ class Trial:
         self.shapes: dict[str, torch.Size] = {}
         self._model, self._inputs, self._seed = model, example_inputs, seed
         self._auxiliary = auxiliary
-        self._set_dtype(torch.float64)
+        self._modules = dict(model.named_modules())
+        double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+        # float64 where float32 does not tell, and float32 for good where an operation has no float64.
+        self._next = [] if double else [torch.float64, torch.float32]
+        self._set_dtype(torch.float64 if double else torch.float32)
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(self._seed)
@@ -175,7 +178,7 @@ class Trial:
         All at once first, in halves where that fails. Units that cannot be merged make room for the channels that they
         were preferred to.
         """
-        likely = [(replace(group, attributes=next(guesses(self._model, group))), width) for group, width in chosen]
+        likely = [(replace(group, attributes=next(guesses(self._modules, group))), width) for group, width in chosen]
         place = {group.name: at for at, (parent, _) in enumerate(chosen) for group in (*parent.otherwise, parent)}
         good = sorted(self._good(likely), key=lambda item: place[item[0].name])
         together = self.failure(good) if len(good) < len(likely) else None
@@ -185,28 +188,33 @@ class Trial:
         return []
 
     def failure(self, tried: Chosen) -> str | None:
-        """Why these groups cannot be merged to these widths, all at once, or None if they can."""
+        """Why these groups cannot be merged to these widths, all at once, or None if they can.
+
+        In float32 first: it takes half the time, and what it rounds away it rounds away in the user's network too. Only
+        a difference that could be more than rounding is looked at in float64, and from then on all is.
+        """
         groups, widths = [group for group, _ in tried], [width for _, width in tried]
         generator = torch.Generator().manual_seed(self._seed)
         labels = [random_labels(group.size, width, generator) for group, width in tried]
         copies = self._state
         for group, chosen in zip(groups, labels, strict=True):
             copies = copy_neurons(copies, group, chosen)
-        copied = rebuild(self._model, copies)
+        copied = rebuild(self._model, copies, share=True)
+        del copies
         try:
             expected = outputs(copied, self._lively_inputs)
             if self._auxiliary:
                 expected += outputs(copied, self._lively_inputs, auxiliary=True)
-        except Exception:
-            if self._dtype == torch.float32:
+        except Exception:  # an operation that this type has not
+            if not self._next:
                 raise
-            self._set_dtype(torch.float32)  # an operation that float64 has not
-            return self.failure(tried)
+            return self._again(tried)
         del copied
         counter = flop_counter()
         try:
-            merged = merged_copies(copies, groups, labels)
-            small = rebuild(self._model, merged, attributes(self._model, groups, widths))
+            # The first of a cluster's neurons is itself in the network of copies too: no need to merge those.
+            merged = merged_copies(self._state, groups, labels)
+            small = rebuild(self._model, merged, attributes(self._model, groups, widths), share=True)
             with counter:
                 found = outputs(small, self._lively_inputs)
             if self._auxiliary:
@@ -214,11 +222,18 @@ class Trial:
         except Exception as error:  # whatever the user's code raises when a width is not what it was written for
             return f"the smaller network does not run: {type(error).__name__}: {error}"
         error = relative_error(found, expected)
+        if self._dtype == torch.float32 and self._next and not error <= _SURE:
+            return self._again(tried)
         if not error <= TOLERANCE[self._dtype]:
             return f"merging identical neurons changed the outputs (relative error {error:.1e})"
         self.shapes = {name: tensor.shape for name, tensor in merged.items()}
         self.after = Cost(sum(parameter.numel() for parameter in small.parameters()), counter.get_total_flops())
         return None
+
+    def _again(self, tried: Chosen) -> str | None:
+        """The same in the next type, in which all other trials will be made."""
+        self._set_dtype(self._next.pop(0))
+        return self.failure(tried)
 
     def _good(self, tried: Chosen) -> Chosen:
         if not tried:
@@ -238,15 +253,14 @@ class Trial:
 
     def _kind(self, group: Group) -> str:
         """What groups have in common whose fates are alike: units in modules of one class, or channels."""
-        modules = dict(self._model.named_modules())
-        return " ".join(sorted({type(modules.get(name, self._model)).__qualname__ for name in group.units}))
+        return " ".join(sorted({type(self._modules.get(name, self._model)).__qualname__ for name in group.units}))
 
     def _good_alike(self, tried: Chosen, why: str) -> Chosen:
         """Units of one kind: what is found out about the first of them is taken to hold for all."""
         group, width = tried[0]
         if len(tried) > 1:
             why = self.failure(tried[:1]) or ""
-        ways = [] if not why else list(guesses(self._model, group))[1:]
+        ways = [] if not why else list(guesses(self._modules, group))[1:]
         for number, attributes_too in enumerate(ways, 1):
             if self.failure([(replace(group, attributes=attributes_too), width)]) is None:
                 same = [(replace(g, attributes=self._guess(g, number)), w) for g, w in tried]
@@ -266,7 +280,7 @@ class Trial:
         return found
 
     def _guess(self, group: Group, number: int) -> tuple[tuple[str, str], ...]:
-        found = list(guesses(self._model, group))
+        found = list(guesses(self._modules, group))
         return found[min(number, len(found) - 1)]
 
     def _one_by_one(self, tried: Chosen) -> Chosen:

@@ -155,9 +155,20 @@ def nn_means(labels: torch.Tensor, k: int) -> torch.Tensor:
 
 def test_inertia_is_the_share_of_variance_within_clusters() -> None:
     points = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
-    curve = inertia_curve(lambda k: nac.ward_linkage(points).cut(k), points)
+    curve = inertia_curve(nac.ward_linkage(points))
     assert curve[2] == pytest.approx(1 / 101)
     assert curve[4] == 0
+    assert set(inertia_curve(nac.ward_linkage(torch.ones(9, 3))).values()) == {0.0}
+
+
+def test_inertia_of_many_points_is_that_of_their_clusters() -> None:
+    points = torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tree = nac.ward_linkage(points)
+    centred = points - points.mean(0)
+    for kept, share in inertia_curve(tree).items():
+        means = nn_means(tree.cut(kept), kept)
+        within = centred - (means > 0).double() @ means.T @ centred
+        assert share == pytest.approx(float(within.square().sum() / centred.square().sum()), abs=2e-6)
 
 
 def test_losses_go_through_what_was_measured_and_never_fall() -> None:

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import zoo
+from common import plan_time
 from common.zoo_measure import Row, compression
 from common.zoo_models import SUITES, Case, case, installed, torchvision_models
 
@@ -73,6 +75,38 @@ def test_a_run_in_processes_of_their_own(tmp_path: Path, capsys: pytest.CaptureF
     zoo.main(zoo.Options(table=results))
     assert "| handwritten/siren |" in capsys.readouterr().out.replace("  ", " ")
     assert json.loads(results.read_text())["rows"]["handwritten/siren"]["groups"] == 77
+
+
+def test_times_of_plans_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with heads, a peer that takes no time, and rows that have no peer or nothing at all."""
+    tried: list[bool] = []
+
+    def peer_seconds(model: nn.Module, inputs: object, *, heads: bool) -> dict[str, float]:
+        tried.append(heads)
+        return {"all": 2.0 if heads else 4.0}
+
+    monkeypatch.setattr(plan_time, "peer_seconds", peer_seconds)
+    found: list[Row] = []
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    plan_time.plan_time(Case(lambda: layer, lambda: torch.randn(2, 5, 16)), lambda row: found.append(dict(row)), 2)
+    row = found[-1]
+    assert row["stage"] == "done"
+    assert tried == [False, True] * 3
+    for asked in plan_time.ASKED:
+        assert all(0 < run["record"] + run["trial"] < run["all"] for run in row["seconds"][asked])
+    row["seconds"]["width=0.5"] = [{"record": 9.0, "trial": 9.0, "all": 99.0}] + [
+        {"record": 1.0, "trial": 0.5, "all": total} for total in (2.0, 3.0)
+    ]
+    stored = {"rows": {"a": row, "b": {"stage": "x", "outcome": "hangs"}}}
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in zoo.printed(stored).splitlines()]
+    assert cells[2] == ["a", "width=0.5", "1.00", "0.50", "1.00", "2.50", "2.00", "1.25 (1.00 - 1.50)"]
+    assert cells[4] == ["b", "width=0.5", "-", "-", "-", "-", "-", "hangs"]
+
+
+def test_a_model_without_a_plan_has_no_times() -> None:
+    found: list[Row] = []
+    plan_time.plan_time(Case(lambda: nn.Linear(2, 2), lambda: torch.randn(1, 2)), lambda row: found.append(dict(row)))
+    assert found[-1]["outcome"].startswith("fails: ValueError: nothing to compress")
 
 
 def test_a_model_that_takes_too_long_is_ended() -> None:

@@ -105,6 +105,41 @@ def last_layer(model: nn.Module) -> list[nn.Module]:
     return []
 
 
+def heads_of(model: nn.Module) -> dict[nn.Module, int]:
+    """Numbers of heads by the layers that make queries, keys and values, as Torch-Pruning asks for them."""
+    found: dict[nn.Module, int] = {}
+    for module in model.modules():
+        own: Any = module
+        if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):  # timm's
+            found[own.qkv] = own.num_heads
+        elif isinstance(module, nn.MultiheadAttention):
+            found[module] = module.num_heads
+    return found
+
+
+def pruned(model: nn.Module, inputs: Any, *, heads: bool = False) -> None:
+    """Prune a model in place with Torch-Pruning: its graph, and one step.
+
+    Args:
+        model: changed.
+        inputs: what it is called with.
+        heads: prune whole heads, not channels of all heads.
+    """
+    import torch_pruning as tp  # pyright: ignore[reportMissingImports] -- optional
+
+    pruner = tp.pruner.MagnitudePruner(
+        model,
+        inputs,
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=1 - WIDTH,
+        ignored_layers=last_layer(model),
+        num_heads=heads_of(model),
+        prune_num_heads=heads,
+        prune_head_dims=not heads,
+    )
+    pruner.step()
+
+
 def peer(case: Case, note: Callable[[Row], None]) -> None:
     """Torch-Pruning to the same share of the channels.
 
@@ -112,27 +147,12 @@ def peer(case: Case, note: Callable[[Row], None]) -> None:
         case: the model.
         note: takes what is known so far, after every stage.
     """
-    import torch_pruning as tp  # pyright: ignore[reportMissingImports] -- optional
-
     row, reached = started(note)
     try:
         model, inputs = built(case)
-        heads: dict[Any, Any] = {  # as its documentation asks for with attention written in the manner of timm
-            module.qkv: module.num_heads
-            for module in model.modules()
-            if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads")
-        }
         reached("pruning", parameters=sum(p.numel() for p in model.parameters()))
         start = time.perf_counter()
-        pruner = tp.pruner.MagnitudePruner(
-            model,
-            inputs,
-            importance=tp.importance.GroupMagnitudeImportance(),
-            pruning_ratio=1 - WIDTH,
-            ignored_layers=last_layer(model),
-            num_heads=heads,
-        )
-        pruner.step()
+        pruned(model, inputs)
         reached("running", seconds=time.perf_counter() - start, after=sum(p.numel() for p in model.parameters()))
         outputs(model, inputs)
         reached("done", outcome="ok")

@@ -238,9 +238,10 @@ def workers(size: int, folder: Path) -> Iterator[None]:
     try:
         for process in processes:
             process.start()
+        end = time.monotonic() + 180  # for all of them: what one waits for, the others may wait for too
         for rank, process in enumerate(processes):
             if rank != VICTIM:
-                process.join(180)
+                process.join(max(0.0, end - time.monotonic()))
         yield
     finally:
         for process in processes:

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.experiments
 	$(BIN)/python experiments/vgg_cifar.py --dataset digits --multiplier 0.25 --width 0.4 --epochs 12 --finetune-epochs 6 --finetune-rate 0.02 \
@@ -17,6 +17,9 @@ lint: $(VENV)/.lint build/types/nac_gpu/kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m pdoc nac_gpu -d google -o build/reference
 
 $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

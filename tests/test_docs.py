@@ -16,6 +16,8 @@ import matplotlib
 import pytest
 import tyro
 
+import nac_gpu as nac
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -76,3 +78,11 @@ def test_every_module_is_in_the_design_section() -> None:
     for path in (ROOT / "nac_gpu").rglob("*.py"):
         if path.name != "__init__.py":
             assert re.search(rf"\b{path.stem}\b", design), f"{path.name} is not in the README's design section"
+
+
+def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pdoc", "nac_gpu", "-d", "google", "-o", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "nac_gpu.html").read_text(encoding="utf-8")
+    assert [name for name in nac.__all__ if f'id="{name}"' not in reference] == []

@@ -107,12 +107,13 @@ def last_layer(model: nn.Module) -> list[nn.Module]:
 
 def heads_of(model: nn.Module) -> dict[nn.Module, int]:
     """Numbers of heads by the layers that make queries, keys and values, as Torch-Pruning asks for them."""
-    timm = {
-        module.qkv: module.num_heads
-        for module in model.modules()
-        if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads")
-    }
-    return timm | {module: module.num_heads for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    found: dict[nn.Module, int] = {}
+    for module in model.modules():
+        layer = module if isinstance(module, nn.MultiheadAttention) else getattr(module, "qkv", None)  # timm's
+        heads = getattr(module, "num_heads", None)
+        if isinstance(layer, nn.Linear | nn.MultiheadAttention) and isinstance(heads, int):
+            found[layer] = heads
+    return found
 
 
 def pruned(model: nn.Module, inputs: Any, *, heads: bool = False) -> None:

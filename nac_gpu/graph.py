@@ -6,6 +6,8 @@ the equations into groups.
 """
 
 import contextlib
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +21,16 @@ from nac_gpu.forward import ExampleInputs, call, describe, evaluating, flop_coun
 from nac_gpu.groups import Graph, LeftAlone, find_groups
 from nac_gpu.labels import Atoms, Labels
 from nac_gpu.notes import Call, Notes
+from nac_gpu.outline import Outline
 from nac_gpu.rules import apply
 
 
 class _Record(TorchDispatchMode):
     """Carries labels along with every tensor of the pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, run: Callable[[Any, Any, Any], Any]) -> None:
         super().__init__()
+        self._run = run  # an operation
         self.flops = 0
         self.operations: dict[str, int] = {}  # by the name of the parameter that they multiply with
         self.modules: list[str] = [type(model).__name__]  # that are running, the innermost last
@@ -64,7 +68,7 @@ class _Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         self._count(func, args, kwargs, out)
         with _disable_current_modes():
             outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
@@ -98,19 +102,11 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     Raises:
         RuntimeError: the forward pass failed; names the module, with the original error as its cause.
     """
-    seen = _Record(model)
-    try:
-        _run(model, example_inputs, seen, auxiliary=False)
-    except Exception as error:
-        raise RuntimeError(
-            f"the example inputs do not fit the forward pass: {seen.modules[-1]} raised {type(error).__name__}: "
-            f"{error}; expected inputs with which model(...) runs, got {describe(example_inputs)}"
-        ) from error
+    seen = _pass(model, example_inputs, auxiliary=False)
     auxiliary, flops, operations = False, seen.flops, seen.operations
     if seen.unread():
-        again = _Record(model)
-        with contextlib.suppress(Exception):  # training may need targets, say
-            _run(model, example_inputs, again, auxiliary=True)
+        with contextlib.suppress(RuntimeError):  # training may need targets, say
+            again = _pass(model, example_inputs, auxiliary=True)
             auxiliary = set(again.unread()) < set(seen.unread())
             seen = again if auxiliary else seen
     unread = [LeftAlone(name.removesuffix(".weight"), size, NOT_RUN) for name, size in seen.unread().items()]
@@ -120,6 +116,29 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
 
 
 NOT_RUN = "it does not run on these example inputs"
+
+
+def _pass(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool) -> _Record:
+    """A recorded pass: in outline where that can be done.
+
+    What the model keeps of the outline (a cache, the last activations) is kept by a copy that shares its tensors.
+    """
+    outline = Outline()
+    with contextlib.suppress(Exception):  # of which the pass with values tells
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        seen = _Record(model, outline)
+        _run(copy.deepcopy(model, dict(shared)), example_inputs, seen, auxiliary=auxiliary)
+        if not outline.failed:
+            return seen
+    seen = _Record(model, lambda func, args, kwargs: func(*args, **kwargs))
+    try:
+        _run(model, example_inputs, seen, auxiliary=auxiliary)
+    except Exception as error:
+        raise RuntimeError(
+            f"the example inputs do not fit the forward pass: {seen.modules[-1]} raised {type(error).__name__}: "
+            f"{error}; expected inputs with which model(...) runs, got {describe(example_inputs)}"
+        ) from error
+    return seen
 
 
 def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxiliary: bool) -> None:

@@ -280,7 +280,6 @@ def _chosen(
     asked = wanted.most(before.parameters, before.flops)
     most = asked
     best: tuple[float, Chosen] | None = None
-    found: Chosen = []
     for _ in range(_ATTEMPTS):
         own = [limits.get(group.name, Limits(1, group.size)) for group in good]
         sizes = Sizes(good, shapes, graph.operations, before.flops)
@@ -300,7 +299,7 @@ def _chosen(
             most = (most[0] / max(used), most[1] / max(used))
     if best is None:
         raise ValueError(f"no widths were found that meet the budget in {_ATTEMPTS} attempts; give width= instead")
-    return best[1] if best[1] is found else trial.passed(best[1]), evidence
+    return trial.passed(best[1]), evidence
 
 
 def _step(model: nn.Module, wanted: Wanted) -> int:

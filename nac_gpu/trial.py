@@ -154,6 +154,7 @@ class Trial:
         self.alone: list[LeftAlone] = []
         self.after: Cost | None = None
         self.shapes: dict[str, torch.Size] = {}
+        self._known: dict[tuple[tuple[str, int, int], ...], tuple[Chosen, Cost | None, dict[str, torch.Size]]] = {}
         self._model, self._inputs, self._seed = model, example_inputs, seed
         self._auxiliary = auxiliary
         self._modules = dict(model.named_modules())
@@ -176,13 +177,19 @@ class Trial:
         """The groups, with their widths, that can be merged; attributes that have to follow them are found out.
 
         All at once first, in halves where that fails. Units that cannot be merged make room for the channels that they
-        were preferred to.
+        were preferred to. Budgets come back to widths that have passed, and those are not tried again.
         """
+        asked = tuple((group.name, group.size, width) for group, width in chosen)
+        if asked in self._known:
+            good, self.after, self.shapes = self._known[asked]
+            return good
         likely = [(replace(group, attributes=next(guesses(self._modules, group))), width) for group, width in chosen]
         place = {group.name: at for at, (parent, _) in enumerate(chosen) for group in (*parent.otherwise, parent)}
         good = sorted(self._good(likely), key=lambda item: place[item[0].name])
         together = self.failure(good) if len(good) < len(likely) else None
         if together is None:
+            if good:
+                self._known[asked] = good, self.after, self.shapes
             return good
         self.alone += [LeftAlone(g.name, g.size, f"together with the other groups: {together}") for g, _ in good]
         return []

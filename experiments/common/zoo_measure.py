@@ -109,11 +109,10 @@ def heads_of(model: nn.Module) -> dict[nn.Module, int]:
     """Numbers of heads by the layers that make queries, keys and values, as Torch-Pruning asks for them."""
     found: dict[nn.Module, int] = {}
     for module in model.modules():
-        own: Any = module
-        if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):  # timm's
-            found[own.qkv] = own.num_heads
-        elif isinstance(module, nn.MultiheadAttention):
-            found[module] = module.num_heads
+        layer = module if isinstance(module, nn.MultiheadAttention) else getattr(module, "qkv", None)  # timm's
+        heads = getattr(module, "num_heads", None)
+        if isinstance(layer, nn.Linear | nn.MultiheadAttention) and isinstance(heads, int):
+            found[layer] = heads
     return found
 
 

@@ -1,0 +1,70 @@
+"""The trial's precision: float32 where it tells, float64 where it does not."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nac_gpu.graph import record
+from nac_gpu.trial import Trial
+
+
+class Amplifies(nn.Module):
+    """What float32 rounds away is seen in the outputs, the more the larger the factor."""
+
+    def __init__(self, factor: float, *, in_double: bool = True, flaw: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 64), nn.Linear(64, 4)
+        self.factor, self.in_double, self.flaw = factor, in_double, flaw
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64 and not self.in_double:
+            raise RuntimeError("not implemented for 'Double'")
+        x = self.first(x).relu()
+        return (self.last(x * (1 + self.flaw * x.shape[1])) * self.factor).sin()
+
+
+def tried(model: Amplifies) -> tuple[str | None, list[torch.dtype]]:
+    inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), dtype=next(model.parameters()).dtype)
+    (group,) = record(model, inputs).groups
+    types: list[torch.dtype] = []
+    model.register_forward_pre_hook(lambda _, args: types.append(args[0].dtype))  # copies keep it
+    return Trial(model, inputs).failure([(group, 32)]), types
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def test_float32_is_enough_where_outputs_agree() -> None:
+    why, types = tried(Amplifies(1.0, in_double=False))
+    assert why is None
+    assert set(types) == {torch.float32}
+
+
+def test_float64_tells_rounding_from_a_difference() -> None:
+    why, types = tried(Amplifies(1e4))
+    assert why is None
+    assert types[-1] == torch.float64
+
+
+def test_a_difference_is_told_in_float64() -> None:
+    why, types = tried(Amplifies(1.0, flaw=1e-5))
+    assert why is not None
+    assert "changed the outputs" in why
+    assert types[-1] == torch.float64
+
+
+def test_without_float64_rounding_is_allowed_for() -> None:
+    why, types = tried(Amplifies(600.0, in_double=False))
+    assert why is None
+    assert [types[0], types[-1]] == [torch.float32] * 2
+    assert torch.float64 in types
+    why, _ = tried(Amplifies(1e4, in_double=False))
+    assert why is not None
+
+
+def test_models_in_float64_are_tried_in_float64() -> None:
+    why, types = tried(Amplifies(1.0, flaw=1e-9).double())
+    assert why is not None
+    assert set(types) == {torch.float64}

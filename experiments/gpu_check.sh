@@ -68,7 +68,7 @@ export python
 # 3.11 and later).
 site=$(mktemp -d) || exit
 trap 'rm -rf "$site"' EXIT
-mkdir "$site/nac_gpu" && ln -s "$PWD"/nac_gpu/{*.py,report} "$site/nac_gpu/" && ln -s "$PWD/kernels" "$site/nac_gpu/kernels" || exit
+mkdir "$site/nac_gpu" && ln -s "$PWD"/nac_gpu/{*.py,cli,report} "$site/nac_gpu/" && ln -s "$PWD/kernels" "$site/nac_gpu/kernels" || exit
 export PYTHONPATH=$site:$PWD/experiments${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 
 # SciPy takes long at thousands of dimensions: what has taken two seconds is not run again.

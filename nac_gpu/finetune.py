@@ -321,8 +321,8 @@ def _resume(
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of nac_gpu.finetune: {error}; remove it to start anew") from error
     if made != options:
-        other = {name: value for name, value in made.items() if options.get(name) != value}
-        now = {name: options.get(name) for name in other}
+        names = [name for name in {**made, **options} if made.get(name) != options.get(name)]
+        other, now = ({name: each.get(name) for name in names} for each in (made, options))
         raise ValueError(f"{path} was made with {other}, not {now}: remove it to start anew")
     model.load_state_dict(state["model"])
     if len(epochs) < options["epochs"]:

@@ -197,7 +197,7 @@ def test_points_are_clustered(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("plan", "tinymodels:small", "--inputs", "1,x"), "no such file, and it is no shape"),
         (("plan", *TINY, "--width", "0.5", "0=3"), "--width: expected one share, or layer=neurons"),
         (("plan", *TINY, "--params", "0.5", "--calibration", "nowhere"), "nowhere is no tree <class>/<image>"),
-        (("plan", *TINY, "--mean", "0.5"), ""),
+        (("plan", *TINY, "--calibration", "x", "--mean", "0.5"), "--mean and --std belong together"),
         (("compress", *TINY, "--width", "0.5", "--output", "no/where.safetensors"), "there is no folder"),
         (("plan", "missing.pt2"), "missing.pt2: there is no such file"),
     ],

@@ -67,7 +67,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert torch.equal(again[0].weight, whole[0].weight)
     with pytest.raises(ValueError, match=r"made with {'epochs': 4}, not {'epochs': 5}: remove it"):
         nac.finetune(again, loader(), **(options | {"epochs": 5}), checkpoint=path)
-    with pytest.raises(ValueError, match=r"made with {}|'cutout'"):
+    with pytest.raises(ValueError, match=r"made with {'cutout': None}, not {'cutout': 8}"):
         nac.finetune(again, loader(), **options, checkpoint=path, settings={"cutout": 8})
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a checkpoint"):

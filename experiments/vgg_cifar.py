@@ -26,7 +26,7 @@ from common import processes
 from common.data import DatasetName, Images, load, normalise, statistics
 from common.models import vgg16, vgg19
 from common.results import Measured, Results, mean_sd
-from common.training import Precision, Recipe, error_rate, fit
+from common.training import Precision, Recipe, Teacher, error_rate, fit
 from nac_gpu.report.text import table
 
 Method = Literal["random", "l1", "kmeans", "ward"]
@@ -73,6 +73,10 @@ class Options:
     """Largest learning rate of the training."""
     finetune_rate: float = 0.04
     """Largest learning rate of the fine-tuning."""
+    finetune_dropout: float = 0.0
+    """Share of the hidden linear units left out in fine-tuning; what is merged has few to spare."""
+    distillation: float = 0.0
+    """The original network's share of the loss of the fine-tuning."""
     weight_decay: float = 2e-3
     """Of weights; large, because the epochs are few."""
     cutout: int = 8
@@ -176,14 +180,28 @@ class Run:
         o = self.options
         return o.output / f"{o.network}-x{o.multiplier:g}-{o.dataset}-seed{self.seed}-{name}.pt"
 
-    def fit(self, model: nn.Module, how: Recipe, name: str) -> float:
+    def fit(self, model: nn.Module, how: Recipe, name: str, teacher: Teacher | None = None) -> float:
         """Train, and give the last test error in percent."""
-        label = f"{name} (seed {self.seed})"
-        checkpoint = self.checkpoint(name)
         errors = fit(
-            model, self.train, self.test, how, self.precision, seed=self.seed, label=label, checkpoint=checkpoint
+            model,
+            self.train,
+            self.test,
+            how,
+            self.precision,
+            seed=self.seed,
+            label=f"{name} (seed {self.seed})",
+            checkpoint=self.checkpoint(name),
+            teacher=teacher,
         )
         return errors[-1]
+
+    def finetune(self, model: nn.Module, original: nn.Module, name: str) -> float:
+        """Train what was compressed, and give the last test error in percent."""
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = self.options.finetune_dropout
+        share = self.options.distillation
+        return self.fit(model, finetune_recipe(self.options), name, Teacher(original, share) if share else None)
 
     def calibration(self) -> nac.Calibration:
         """Unlabelled training images, or dreams."""
@@ -233,7 +251,7 @@ class Run:
 
             def longer() -> Measured:
                 again = self.baseline()
-                return measured(again, self.fit(again, finetune_recipe(options), "control"))
+                return measured(again, self.finetune(again, model, "control"))
 
             self.results.measure("baseline, fine-tuned", self.seed, longer)
 
@@ -251,7 +269,7 @@ class Run:
     ) -> Callable[[], Measured]:
         def make() -> Measured:
             small = compressed(model, example, kept, method, self.calibration(), self.options.rule)
-            return measured(small, self.fit(small, finetune_recipe(self.options), method))
+            return measured(small, self.finetune(small, model, method))
 
         return make
 
@@ -328,7 +346,11 @@ def measure(options: Options, precision: Precision) -> None:
         "rule": options.rule,
         **({"images": options.images} if options.rule == "compensated" else {}),
         "training": asdict(recipe(options)),
-        "fine-tuning": asdict(finetune_recipe(options)),
+        "fine-tuning": {
+            **asdict(finetune_recipe(options)),
+            "dropout": options.finetune_dropout,
+            "distillation": options.distillation,
+        },
         "arithmetic": "bfloat16 autocast" if precision.bfloat16 else "float32",
     }
     results = Results(path, configuration, precision.device)

@@ -46,6 +46,19 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A network whose outputs are to be met.
+
+    Attributes:
+        model: on the device, in eval mode.
+        share: of the loss.
+    """
+
+    model: nn.Module
+    share: float
+
+
+@dataclass(frozen=True)
 class Precision:
     """Where and how the arithmetic is done; `bfloat16` uses autocast and channels_last."""
 
@@ -158,6 +171,7 @@ def fit(
     label: str,
     checkpoint: Path | None = None,
     scale: tuple[Tensor, Tensor] | None = None,
+    teacher: Teacher | None = None,
 ) -> list[float]:
     """Train a model in place; several processes train it together, and all have the same one in the end.
 
@@ -173,6 +187,7 @@ def fit(
             complete is only loaded. All processes must see it.
         scale: each channel's mean and deviation to take out of the pixels, in units of 0 to 1, [channels] each;
             by default those of the training images.
+        teacher: for distillation.
 
     Returns:
         The test error in percent after each epoch.
@@ -197,6 +212,8 @@ def fit(
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             loss=nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing),
+            teacher=teacher.model if teacher else None,
+            distillation=teacher.share if teacher else 0.0,
             precision="bfloat16" if precision.bfloat16 else "float32",
             checkpoint=checkpoint,
             settings=asdict(recipe),

@@ -1,17 +1,21 @@
-"""Which ideas carry how much: error against size, rule by rule, for one trained network. No fine-tuning.
+"""Which ideas carry how much: error against size, rule by rule, for one trained network.
 
     python experiments/compare.py --data PATH                              # VGG-16 of a quarter of the width, CIFAR-10
     python experiments/compare.py --dataset digits --epochs 4 --shares 0.5 0.1   # a few minutes, needs no data
+    python experiments/compare.py --data PATH --network resnet56 --multiplier 1 --shares 0.75 0.5 --finetune-epochs 8
 
-Every rule gets the same trained network and the same number of parameters. Rules that choose no widths of their own
-get the same share of every layer, or those that the data-free budget chose ("chosen widths"). A run that was stopped
-goes on where it was.
+Every rule gets the same trained network, the same number of parameters and, if any, the same fine-tuning. Rules that
+choose no widths of their own get the same share of every layer, or those that the data-free budget chose ("chosen
+widths"). Network slimming gets a network that was trained as it asks for. A run that was stopped goes on where it was.
 """
 
+import importlib.util
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import tyro
@@ -21,9 +25,13 @@ from tqdm import tqdm
 import nac_gpu as nac
 import vgg_cifar
 from common.data import DatasetName, load
+from common.models import Network
+from common.peers import slimmed, torch_pruned
 from common.results import Measured, Results, mean_sd
 from common.training import Precision
 from nac_gpu.report.text import table
+
+TUNED = ", fine-tuned"
 
 
 @dataclass
@@ -36,7 +44,7 @@ class Options:
     """Where the data set is, or is downloaded to."""
     download: bool = False
     """Let torchvision fetch the data set."""
-    network: Literal["vgg16", "vgg19"] = "vgg16"
+    network: Network = "vgg16"
     """As in vgg_cifar.py."""
     multiplier: float = 0.25
     """Width multiplier of every layer."""
@@ -46,6 +54,17 @@ class Options:
     """Parameters to keep."""
     images: int = 512
     """Unlabelled training images for the rules that take some."""
+    rules: tuple[str, ...] | None = None
+    """Names of rules, as in the table; by default all that can be used."""
+    finetune_epochs: int = 0
+    """Epochs of fine-tuning of what every rule makes; 0: none."""
+    finetune_rate: float = 0.04
+    """Largest learning rate of the fine-tuning."""
+    distillation: float = 0.0
+    """The original network's share of the loss of the fine-tuning."""
+    sparsity: float = 1e-3
+    """Weight of the penalty on BatchNorm's scales with which network slimming trains (1e-4 in the paper, whose training
+    has 160 epochs)."""
     seeds: tuple[int, ...] = (0,)
     """One whole run each."""
     device: str | None = None
@@ -70,6 +89,7 @@ RULES: dict[str, dict[str, Any]] = {
     "k-means, Eq. 9": {"widths": "share", "method": "kmeans", "rule": "centroid", "calibration": "none"},
     "Ward, Eq. 9": {"widths": "share", "rule": "centroid", "calibration": "none"},
     "Ward, restored": {"widths": "share", "rule": "restored", "calibration": "none"},
+    "folding (k-means, restored)": {"widths": "share", "method": "kmeans", "rule": "restored", "calibration": "none"},
     "L1 filters, chosen widths": {
         "widths": "chosen",
         "method": vgg_cifar.l1_filters,
@@ -89,6 +109,31 @@ RULES: dict[str, dict[str, Any]] = {
     "Ward, dreams (default)": {"widths": "own"},
     "Ward, images": {"widths": "own", "images": True},
 }
+TORCH_PRUNING = "Torch-Pruning"
+SLIMMING: dict[str, dict[str, Any]] = {
+    "network slimming": {"rule": "restored", "calibration": "none"},
+    "network slimming, dreams": {},
+}
+NAMES = (*RULES, TORCH_PRUNING, *SLIMMING)
+_SPARSE = "none, sparse training"
+
+
+def chosen_rules(options: Options) -> list[str]:
+    """The rules to be compared.
+
+    Raises:
+        SystemExit: a rule that does not exist.
+    """
+    unknown = sorted(set(options.rules or ()) - set(NAMES))
+    if unknown:
+        sys.exit(f"--rules {unknown[0]!r}, expected some of: {'; '.join(NAMES)}")
+    if options.rules is not None:
+        return list(options.rules)
+    left_out = [] if importlib.util.find_spec("torch_pruning") else [TORCH_PRUNING]
+    left_out += [] if options.network.startswith("vgg") else list(SLIMMING)  # elsewhere layers share their channels
+    for name in left_out:
+        print(f"left out: {name}")
+    return [name for name in NAMES if name not in left_out]
 
 
 def uniform(model: nn.Module, example: Tensor, share: float) -> nac.Plan:
@@ -113,10 +158,15 @@ class Comparison:
     model: nn.Module
     example: Tensor
     images: nac.Calibration
+    sparsity: float
 
     def __post_init__(self) -> None:
         """No plan has been made yet."""
         self._plans: dict[tuple[str, float], nac.Plan] = {}
+
+    def sparse(self) -> nn.Module:
+        """The network as network slimming trains it."""
+        return self.run.baseline("sparse", self.sparsity).float()
 
     def plan(self, widths: str, share: float) -> nac.Plan:
         """The plan that rules without a budget of their own are given."""
@@ -128,17 +178,31 @@ class Comparison:
             self._plans[widths, share] = make[widths]()
         return self._plans[widths, share]
 
-    def __call__(self, rule: str, share: float) -> Measured:
-        """Compress by a rule to a share of the parameters, and measure."""
+    def network(self, rule: str, share: float) -> nn.Module:
+        """The network with a share of the parameters that a rule makes."""
+        if rule == TORCH_PRUNING:
+            return torch_pruned(self.model, self.example, share)
+        if rule in SLIMMING:
+            return slimmed(self.sparse(), self.example, share, **SLIMMING[rule])
         options = dict(RULES[rule])
         widths = options.pop("widths")
         if options.pop("images", False):
             options["calibration"] = self.images
         if widths == "own":
-            small = nac.compress(self.model, self.example, params=share, **options)
-        else:
-            small = nac.compress(self.model, self.example, self.plan(widths, share), **options)
-        return asdict(nac.cost(small, self.example)) | {"error": self.run.error(small)}
+            return nac.compress(self.model, self.example, params=share, **options)
+        return nac.compress(self.model, self.example, self.plan(widths, share), **options)
+
+    def measured(self, network: nn.Module, error: float | None = None) -> Measured:
+        """Cost and error."""
+        error = self.run.error(network) if error is None else error
+        return asdict(nac.cost(network, self.example)) | {"error": error}
+
+    def finetuned(self, rule: str, share: float) -> Measured:
+        """The same after fine-tuning."""
+        small = self.network(rule, share)
+        file = re.sub(r"\W+", "-", row(rule, share).lower())
+        original = self.sparse() if rule in SLIMMING else self.model
+        return self.measured(small, self.run.finetune(small, original, file))
 
 
 def row(rule: str, share: float) -> str:
@@ -153,44 +217,56 @@ def measure(options: Options, seed: int, results: Results, make: Callable[[int],
     device = run.precision.device
     images = run.calibration()
     example = torch.zeros(1, *run.train.pixels.shape[1:], device=device)
-    compare = Comparison(run, model, example, images)
-
-    def baseline() -> Measured:
-        return asdict(nac.cost(model, example)) | {"error": run.error(model)}
-
-    results.measure("none", seed, baseline)
-    todo = [(rule, share) for share in options.shares for rule in RULES]
+    compare = Comparison(run, model, example, images, options.sparsity)
+    results.measure("none", seed, lambda: compare.measured(model))
+    rules = chosen_rules(options)
+    if any(rule in SLIMMING for rule in rules):
+        results.measure(_SPARSE, seed, lambda: compare.measured(compare.sparse()))
+    todo = [(rule, share) for share in options.shares for rule in rules]
     for rule, share in tqdm(todo, desc=f"seed {seed}", unit="network"):
-        results.measure(row(rule, share), seed, lambda rule=rule, share=share: compare(rule, share))
+        name = row(rule, share)
+        results.measure(name, seed, lambda rule=rule, share=share: compare.measured(compare.network(rule, share)))
+        if options.finetune_epochs:
+            results.measure(name + TUNED, seed, lambda rule=rule, share=share: compare.finetuned(rule, share))
 
 
-def show(results: Results, shares: tuple[float, ...]) -> str:
+def show(results: Results, shares: tuple[float, ...], suffix: str = "") -> str:
     """The table: a row a rule, a column a size; test errors in percent."""
-    rows = [["none", *[mean_sd(results.values("none", "error"))] * len(shares)]]
-    rows += [[rule, *(mean_sd(results.values(row(rule, share), "error")) for share in shares)] for rule in RULES]
-    return table(["rule", *(f"{100 * share:g} %" for share in shares)], rows)
+    rows = [[name, *[mean_sd(results.values(name, "error"))] * len(shares)] for name in ("none", _SPARSE)]
+    for rule in NAMES:
+        rows.append([rule, *(mean_sd(results.values(row(rule, share) + suffix, "error")) for share in shares)])
+    measured = [found for found in rows if set(found[1:]) != {"-"}]
+    return table(["rule", *(f"{100 * share:g} %" for share in shares)], measured)
 
 
 def draw(results: Results, shares: tuple[float, ...], path: Path) -> None:
-    """A picture: error against size, a line a rule."""
+    """A picture: error against size, a line a rule; fine-tuned beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
+    suffixes = ["", TUNED] if any(name.endswith(TUNED) for name in results.rows()) else [""]
+    figure, axes = plt.subplots(
+        1, len(suffixes), figsize=(4 + 6 * len(suffixes), 5), layout="constrained", squeeze=False
+    )
     colours = plt.get_cmap("tab20")
-    for number, rule in enumerate(RULES):
-        values = [results.values(row(rule, share), "error") for share in shares]
-        heights = [sum(v) / len(v) for v in values]
-        width = 2.5 if "default" in rule or "images" in rule else 1
-        axis.plot([100 * s for s in shares], heights, "o-", color=colours(number), linewidth=width, label=rule)
-    whole = results.values("none", "error")
-    axis.axhline(sum(whole) / len(whole), color="#888888", linestyle=":", label="not compressed")
-    axis.set(xscale="log", xlabel="parameters kept, %", ylabel="test error, %, not fine-tuned")
-    axis.set_xticks([100 * share for share in shares], [f"{100 * share:g}" for share in shares])
-    axis.minorticks_off()
-    axis.spines[["top", "right"]].set_visible(False)
+    for axis, suffix in zip(axes[0], suffixes, strict=True):
+        for number, rule in enumerate(NAMES):
+            values = {100 * share: results.values(row(rule, share) + suffix, "error") for share in shares}
+            known = {share: sum(found) / len(found) for share, found in values.items() if found}
+            width = 2.5 if "default" in rule or "images" in rule else 1
+            label = rule if known and not suffix else None
+            colour = colours(number % colours.N)
+            axis.plot(list(known), list(known.values()), "o-", color=colour, linewidth=width, label=label)
+        whole = results.values("none", "error")
+        axis.axhline(
+            sum(whole) / len(whole), color="#888888", linestyle=":", label=None if suffix else "not compressed"
+        )
+        axis.set(xscale="log", xlabel="parameters kept, %", ylabel=f"test error, %{suffix or ', not fine-tuned'}")
+        axis.set_xticks([100 * share for share in shares], [f"{100 * share:g}" for share in shares])
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -206,6 +282,9 @@ def main(options: Options) -> None:
         multiplier=options.multiplier,
         epochs=options.epochs,
         images=options.images,
+        finetune_epochs=options.finetune_epochs,
+        finetune_rate=options.finetune_rate,
+        distillation=options.distillation,
         output=options.output,
     )
     path = options.results or options.output / f"compare-{options.network}-x{options.multiplier:g}.json"
@@ -217,10 +296,14 @@ def main(options: Options) -> None:
         "training": asdict(vgg_cifar.recipe(trained)),
         "arithmetic": "bfloat16 autocast" if precision.bfloat16 else "float32",
     }
+    if options.finetune_epochs:
+        configuration["fine-tuning"] = vgg_cifar.told_finetuning(trained)
     results = Results(path, configuration, precision.device)
     for seed in options.seeds:
         measure(options, seed, results, lambda s: vgg_cifar.Run(trained, s, train, test, precision, results))
     print(f"\n{show(results, options.shares)}\n")
+    if options.finetune_epochs:
+        print(f"fine-tuned:\n{show(results, options.shares, TUNED)}\n")
     draw(results, options.shares, path.with_suffix(".png"))
     print(f"written: {path} and {path.with_suffix('.png')}")
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import nac_gpu as nac
 from common import processes
 from common.data import DatasetName, Images, load, normalise, statistics
-from common.models import vgg16, vgg19
+from common.models import NETWORKS, Network
 from common.results import Measured, Results, mean_sd
 from common.training import Precision, Recipe, Teacher, error_rate, fit
 from nac_gpu.report.text import table
@@ -47,13 +47,13 @@ class Options:
     """Where the data set is, or is downloaded to."""
     download: bool = False
     """Let torchvision fetch the data set."""
-    network: Literal["vgg16", "vgg19"] = "vgg16"
-    """VGG-16 with two hidden linear layers (33.65 M parameters), or network slimming's VGG-19 (20.04 M)."""
+    network: Network = "vgg16"
+    """VGG-16 with two hidden linear layers (33.65 M parameters), network slimming's VGG-19 (20.04 M), or a ResNet."""
     multiplier: float = 1.0
     """Width multiplier of every layer."""
     width: str = "paper"
     """Neurons kept: a share such as 0.5, `paper`, the preset for VGG-16 at 2.37 M parameters, or `budget`: chosen for
-    the paper's 2.37 M parameters and 3.72e8 FLOPs."""
+    the paper's 2.37 M parameters and 3.72e8 FLOPs, multiples of 8."""
     methods: tuple[Method, ...] = ("random", "l1", "kmeans", "ward")
     """How neurons are chosen: merged at random, L1 filter pruning, merged by k-means, merged by Ward (NAC)."""
     rule: Literal["compensated", "restored", "centroid"] = "restored"
@@ -114,6 +114,12 @@ def finetune_recipe(options: Options) -> Recipe:
     return replace(recipe(options), epochs=options.finetune_epochs, learning_rate=options.finetune_rate, warmup=0.1)
 
 
+def told_finetuning(options: Options) -> dict[str, Any]:
+    """The fine-tuning as results tell of it."""
+    more = {"dropout": options.finetune_dropout, "distillation": options.distillation}
+    return asdict(finetune_recipe(options)) | more
+
+
 def l1_filters(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int = 0) -> Tensor:
     """L1 filter pruning (Li et al. 2017): the k neurons with the largest sum of absolute weights stay, unmerged.
 
@@ -137,13 +143,19 @@ def widths(model: nn.Module, example: Tensor, calibration: nac.Calibration, opti
     if options.width == "budget":
         group = dist.group.WORLD
         budget = nac.plan(
-            model, example, params=2_370_000, flops=372_000_000, calibration=calibration, process_group=group
+            model,
+            example,
+            params=2_370_000,
+            flops=372_000_000,
+            multiple_of=8,
+            calibration=calibration,
+            process_group=group,
         )
         return budget.widths
     if options.width != "paper":
         return float(options.width)
     if options.network != "vgg16":
-        sys.exit("--width paper is for --network vgg16; give a share, such as --width 0.5")
+        sys.exit("--width paper is for --network vgg16; give a share, such as --width 0.5, or budget")
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)][:-1]
     return {layer: max(1, round(kept * options.multiplier)) for layer, kept in zip(layers, PAPER_VGG16, strict=True)}
 
@@ -180,7 +192,9 @@ class Run:
         o = self.options
         return o.output / f"{o.network}-x{o.multiplier:g}-{o.dataset}-seed{self.seed}-{name}.pt"
 
-    def fit(self, model: nn.Module, how: Recipe, name: str, teacher: Teacher | None = None) -> float:
+    def fit(
+        self, model: nn.Module, how: Recipe, name: str, teacher: Teacher | None = None, sparsity: float = 0.0
+    ) -> float:
         """Train, and give the last test error in percent."""
         errors = fit(
             model,
@@ -192,6 +206,7 @@ class Run:
             label=f"{name} (seed {self.seed})",
             checkpoint=self.checkpoint(name),
             teacher=teacher,
+            sparsity=sparsity,
         )
         return errors[-1]
 
@@ -218,12 +233,11 @@ class Run:
         device = self.precision.device
         return error_rate(model, self.test.to(device), (mean.to(device), std.to(device)), self.precision)
 
-    def baseline(self) -> nn.Module:
-        """The trained network."""
+    def baseline(self, name: str = "baseline", sparsity: float = 0.0) -> nn.Module:
+        """The trained network; with `sparsity` as network slimming trains it."""
         torch.manual_seed(self.seed)
-        build = {"vgg16": vgg16, "vgg19": vgg19}[self.options.network]
-        model = build(self.train.classes, self.options.multiplier)
-        self.fit(model, recipe(self.options), "baseline")
+        model = NETWORKS[self.options.network](self.train.classes, self.options.multiplier)
+        self.fit(model, recipe(self.options), name, sparsity=sparsity)
         return model
 
     def __call__(self) -> None:
@@ -346,11 +360,7 @@ def measure(options: Options, precision: Precision) -> None:
         "rule": options.rule,
         **({"images": options.images} if options.rule == "compensated" else {}),
         "training": asdict(recipe(options)),
-        "fine-tuning": {
-            **asdict(finetune_recipe(options)),
-            "dropout": options.finetune_dropout,
-            "distillation": options.distillation,
-        },
+        "fine-tuning": told_finetuning(options),
         "arithmetic": "bfloat16 autocast" if precision.bfloat16 else "float32",
     }
     results = Results(path, configuration, precision.device)

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 import budgets
-import compare
 import latency
 import vgg_cifar
 from common import processes
@@ -307,25 +306,6 @@ def test_results_of_another_configuration_are_not_mixed(tmp_path: Path) -> None:
             Results(tmp_path / "r.json", other, torch.device("cpu"))
     newer = Results(tmp_path / "r.json", {"epochs": 1, "warp": 0.0}, torch.device("cpu"))
     assert newer.values("row", "error") == [1.0]
-
-
-@pytest.mark.usefixtures("short_dreams")
-def test_compare_measures_rules_at_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = ("Ward, Eq. 9", "L1 filters, dreams, chosen widths", "Ward, images")
-    monkeypatch.setattr(compare, "RULES", {name: compare.RULES[name] for name in rules})
-    options = compare.Options(
-        dataset="digits", multiplier=0.06, epochs=1, shares=(0.5,), images=64, device="cpu", output=tmp_path
-    )
-    compare.main(options)
-    path = tmp_path / "compare-vgg16-x0.06.json"
-    rows = json.loads(path.read_text())["seeds"]["0"]["rows"]
-    assert set(rows) == {"none", *(compare.row(rule, 0.5) for rule in rules)}
-    whole = rows["none"]["parameters"]
-    assert all(0.45 * whole <= rows[compare.row(rule, 0.5)]["parameters"] <= 0.5 * whole for rule in rules)
-    assert path.with_suffix(".png").exists()
-    written = path.stat().st_mtime_ns
-    compare.main(options)  # all is there
-    assert path.stat().st_mtime_ns == written
 
 
 def test_latency_is_compared_with_flops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,14 @@
-"""The networks of the paper, as plain `nn.Sequential`s, with the layer shapes that give its parameter counts."""
+"""The networks of the paper as plain `nn.Sequential`s, with layer shapes that give its parameter counts; ResNets."""
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Network = Literal["vgg16", "vgg19", "resnet18", "resnet20", "resnet56"]
 
 #: Output channels of the 3x3 convolutions; 0 is a 2x2 max pooling (Simonyan & Zisserman 2015; Liu et al. 2017).
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
@@ -73,6 +78,61 @@ def vgg19(classes: int, multiplier: float = 1.0) -> nn.Module:
     """
     features, channels = _vgg_features(VGG19, multiplier, bias=False)
     return _assembled(nn.Sequential(*features, nn.AvgPool2d(2)), nn.Linear(channels, classes))
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions and what goes past them (He et al. 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of both ways, rectified."""
+        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(inner + self.shortcut(x))
+
+
+def _resnet(classes: int, widths: tuple[int, ...], blocks: int, multiplier: float) -> nn.Module:
+    channels = scaled(widths[0], multiplier)
+    layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+    for stage, width in enumerate(widths):
+        for block in range(blocks):
+            outputs = scaled(width, multiplier)
+            layers.append(Residual(channels, outputs, 2 if stage and not block else 1))
+            channels = outputs
+    return _assembled(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1)), nn.Linear(channels, classes))
+
+
+def resnet18(classes: int, multiplier: float = 1.0) -> nn.Module:
+    """ResNet-18 for 32x32 images: four stages of two blocks, 64 to 512 channels, 11.17 M parameters for 10 classes."""
+    return _resnet(classes, (64, 128, 256, 512), 2, multiplier)
+
+
+def resnet20(classes: int, multiplier: float = 1.0) -> nn.Module:
+    """ResNet-20 for CIFAR (He et al. 2016) with projections: 16 to 64 channels, 0.27 M parameters for 10 classes."""
+    return _resnet(classes, (16, 32, 64), 3, multiplier)
+
+
+def resnet56(classes: int, multiplier: float = 1.0) -> nn.Module:
+    """ResNet-56 for CIFAR (He et al. 2016) with projections: 16 to 64 channels, 0.86 M parameters for 10 classes."""
+    return _resnet(classes, (16, 32, 64), 9, multiplier)
+
+
+#: What builds a network for so many classes, its width multiplied.
+NETWORKS: Mapping[Network, Callable[[int, float], nn.Module]] = {
+    "vgg16": vgg16,
+    "vgg19": vgg19,
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet56": resnet56,
+}
 
 
 def dbn(widths: tuple[int, int, int] = (500, 500, 2000)) -> nn.Sequential:

@@ -172,6 +172,7 @@ def fit(
     checkpoint: Path | None = None,
     scale: tuple[Tensor, Tensor] | None = None,
     teacher: Teacher | None = None,
+    sparsity: float = 0.0,
 ) -> list[float]:
     """Train a model in place; several processes train it together, and all have the same one in the end.
 
@@ -188,6 +189,7 @@ def fit(
         scale: each channel's mean and deviation to take out of the pixels, in units of 0 to 1, [channels] each;
             by default those of the training images.
         teacher: for distillation.
+        sparsity: weight in the loss of the sum of BatchNorm's absolute scales (network slimming, Liu et al. 2017).
 
     Returns:
         The test error in percent after each epoch.
@@ -202,6 +204,12 @@ def fit(
         tqdm.write(f"{label}: epoch {epoch.number}/{recipe.epochs}, test error {error:.2f} %")
         return {"error": error}
 
+    of_targets = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    scales: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def sparse(outputs: Tensor, targets: Tensor) -> Tensor:
+        return of_targets(outputs, targets) + sparsity * torch.cat(scales).abs().sum()
+
     with fast_weight_gradients() if precision.bfloat16 else contextlib.nullcontext():
         epochs = nac.finetune(
             processes.parallel(model, precision.device),
@@ -211,12 +219,12 @@ def fit(
             warmup=recipe.warmup,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
-            loss=nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing),
+            loss=sparse if sparsity else of_targets,
             teacher=teacher.model if teacher else None,
             distillation=teacher.share if teacher else 0.0,
             precision="bfloat16" if precision.bfloat16 else "float32",
             checkpoint=checkpoint,
-            settings=asdict(recipe),
+            settings=asdict(recipe) | ({"sparsity": sparsity} if sparsity else {}),
             callbacks=[measure],
             progress=processes.first(),
             seed=seed,

@@ -116,12 +116,13 @@ def heads_of(model: nn.Module) -> dict[nn.Module, int]:
     return found
 
 
-def pruned(model: nn.Module, inputs: Any, *, heads: bool = False) -> None:
+def pruned(model: nn.Module, inputs: Any, *, width: float = WIDTH, heads: bool = False) -> None:
     """Prune a model in place with Torch-Pruning: its graph, and one step.
 
     Args:
         model: changed.
         inputs: what it is called with.
+        width: share of the channels of every layer that stays.
         heads: prune whole heads, not channels of all heads.
     """
     import torch_pruning as tp  # pyright: ignore[reportMissingImports] -- optional
@@ -130,7 +131,7 @@ def pruned(model: nn.Module, inputs: Any, *, heads: bool = False) -> None:
         model,
         inputs,
         importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=1 - WIDTH,
+        pruning_ratio=1 - width,
         ignored_layers=last_layer(model),
         num_heads=heads_of(model),
         prune_num_heads=heads,

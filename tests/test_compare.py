@@ -1,0 +1,86 @@
+"""Rules and peers side by side."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import compare
+import nac_gpu as nac
+from common import peers
+from common.models import resnet18, resnet20, resnet56, vgg19
+
+
+def small_vgg() -> nn.Module:
+    torch.manual_seed(0)
+    model = vgg19(10, 0.06).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.1, 1.0)
+    return model
+
+
+def test_slimming_keeps_the_channels_of_the_largest_scales() -> None:
+    model, example = small_vgg(), torch.zeros(1, 3, 32, 32)
+    small = peers.slimmed(model, example, 0.5, rule="restored", calibration="none")
+    before, after = (nac.cost(network, example).parameters for network in (model, small))
+    assert 0.45 * before <= after <= 0.5 * before
+    scales, kept = peers.channel_scales(model), peers.channel_scales(small)
+    assert [len(scale) for scale in kept.values()] != [len(scale) for scale in scales.values()]
+    for name, scale in kept.items():
+        assert scale.tolist() == [value for value in scales[name].tolist() if value >= scale.min()]
+    least = min(float(scale.min()) for scale in kept.values() if len(scale) > 1)
+    gone = torch.cat(list(scales.values()))
+    assert int((gone >= least).sum()) >= sum(len(scale) for scale in kept.values()) - len(kept)
+
+
+def test_torch_pruning_is_given_the_same_budget() -> None:
+    pytest.importorskip("torch_pruning")
+    model, example = small_vgg(), torch.zeros(1, 3, 32, 32)
+    small = peers.torch_pruned(model, example, 0.5)
+    before, after = (nac.cost(network, example).parameters for network in (model, small))
+    assert 0.4 * before <= after <= 0.5 * before
+    assert nac.cost(model, example).parameters == before
+
+
+@pytest.mark.parametrize(("build", "parameters"), [(resnet18, 11_173_962), (resnet20, 272_474), (resnet56, 855_770)])
+def test_resnets_have_the_sizes_that_they_are_known_for(build: Callable[..., nn.Module], parameters: int) -> None:
+    assert sum(parameter.numel() for parameter in build(10).parameters()) == parameters
+
+
+def test_unknown_rules_are_refused() -> None:
+    with pytest.raises(SystemExit, match="'Wart', expected some of: random; L1 filters"):
+        compare.chosen_rules(compare.Options(rules=("Wart",)))
+    assert not set(compare.SLIMMING) & set(compare.chosen_rules(compare.Options(network="resnet20")))
+
+
+@pytest.mark.usefixtures("short_dreams")
+def test_compare_measures_rules_at_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = ("Ward, Eq. 9", "L1 filters, dreams, chosen widths", "Ward, images", "network slimming")
+    options = compare.Options(
+        dataset="digits",
+        network="vgg19",
+        multiplier=0.06,
+        epochs=1,
+        shares=(0.5,),
+        rules=rules,
+        finetune_epochs=1,
+        distillation=0.5,
+        images=64,
+        device="cpu",
+        output=tmp_path,
+    )
+    compare.main(options)
+    path = tmp_path / "compare-vgg19-x0.06.json"
+    rows = json.loads(path.read_text())["seeds"]["0"]["rows"]
+    names = [compare.row(rule, 0.5) + suffix for rule in rules for suffix in ("", compare.TUNED)]
+    assert set(rows) == {"none", "none, sparse training", *names}
+    whole = rows["none"]["parameters"]
+    assert all(0.45 * whole <= rows[name]["parameters"] <= 0.5 * whole for name in names)
+    assert path.with_suffix(".png").exists()
+    written = path.stat().st_mtime_ns
+    compare.main(options)  # all is there
+    assert path.stat().st_mtime_ns == written

@@ -1,4 +1,4 @@
-"""Rules and peers side by side."""
+"""Rules and peers side by side, and together with other methods."""
 
 import json
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import combined
 import compare
 import nac_gpu as nac
 from common import peers
@@ -84,3 +85,33 @@ def test_compare_measures_rules_at_one_size(tmp_path: Path, monkeypatch: pytest.
     written = path.stat().st_mtime_ns
     compare.main(options)  # all is there
     assert path.stat().st_mtime_ns == written
+
+
+def test_combined_with_pruning_and_eight_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    options = combined.Options(
+        dataset="digits", multiplier=0.06, epochs=1, share=0.5, images=64, seconds=0.1, output=tmp_path
+    )
+    combined.main(options)
+    rows = json.loads((tmp_path / "combined-vgg16-x0.06.json").read_text())["seeds"]["0"]["rows"]
+    assert list(rows) == [name + stage for name in ("original", "merged") for stage in combined.STAGES]
+    assert rows["merged"]["parameters"] <= 0.5 * rows["original"]["parameters"]
+    for name in ("original", "merged"):
+        plain, small, sparse = rows[name], rows[f"{name}, 8 bits"], rows[f"{name}, pruned"]
+        assert small["bytes"] < 0.5 * plain["bytes"]
+        assert sparse["packed"] < 0.75 * plain["packed"]
+        assert abs(small["error"] - plain["error"]) < 5
+        assert plain["batch 64"] > plain["batch 1"] > 0
+    assert "| merged, pruned, 8 bits " in capsys.readouterr().out
+    written = (tmp_path / "combined-vgg16-x0.06.json").stat().st_mtime_ns
+    combined.main(options)  # all is there
+    assert (tmp_path / "combined-vgg16-x0.06.json").stat().st_mtime_ns == written
+
+
+def test_pruning_takes_the_smallest_weights() -> None:
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -4.0], [3.0, -2.0]]))
+    combined.pruned(nn.Sequential(layer), 0.5)
+    assert layer.weight.tolist() == [[0, -4], [3, 0]]
+    assert list(layer.state_dict()) == ["bias", "weight"]

@@ -180,10 +180,11 @@ def _timing(model: nn.Module, small: nn.Module, inputs: ExampleInputs, size: int
                 before, after = timed(model), timed(small)
             taken.append((before, after))
     before, after = np.array(taken).T
-    return Timing(size, _spread(before), _spread(after), _spread(before / after), len(taken))
+    return Timing(size, spread(before), spread(after), spread(before / after), len(taken))
 
 
-def _spread(values: np.ndarray) -> Spread:
+def spread(values: np.ndarray) -> Spread:
+    """The median of values [n], and where 20 % and 80 % of them lie."""
     low, median, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     return Spread(median, low, high)
 

@@ -12,29 +12,30 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 _aten = torch.ops.aten
+#: Operations that give the same values, which are new ones each time anyhow.
+_SAME = frozenset({_aten.alias, _aten.clone, _aten.detach})
 #: Operations that wait until the values of their result are read; all others read them now.
-_WAITING = frozenset({_aten.alias, _aten.clone, _aten.detach, _aten.index_select, _aten._to_copy})
+_WAITING = frozenset({_aten.index_select, _aten._to_copy})
 
 
 class Deferred(Tensor):
-    """A tensor that makes its values anew each time an operation reads them, and keeps none.
+    """A tensor that makes its values anew each time an operation reads them, and keeps none."""
 
-    Args:
-        make: gives the values.
-        like: a tensor of the same shape and dtype.
-        device: where the values will be.
-    """
-
-    _make: Callable[[], Tensor]
+    _make: Callable[[], Tensor]  # gives the values
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
-    @staticmethod
-    def __new__(cls, make: Callable[[], Tensor], like: Tensor, device: torch.device) -> "Deferred":
+    @classmethod
+    def of(cls, make: Callable[[], Tensor], like: Tensor, device: torch.device) -> "Deferred":
+        """A deferred tensor.
+
+        Args:
+            make: gives the values, in memory of their own.
+            like: a tensor of the same shape and dtype.
+            device: where the values will be.
+        """
         made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
         made._make = make
         return made
-
-    def __init__(self, make: Callable[[], Tensor], like: Tensor, device: torch.device) -> None: ...
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"Deferred({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -48,12 +49,14 @@ class Deferred(Tensor):
         kwargs = kwargs or {}
         _check_reads_only(func, args, kwargs)
         first = args[0] if args else None
+        if func.overloadpacket in _SAME and isinstance(first, Deferred):
+            return cls.of(first._make, _on_meta(first), first.device)
         if func.overloadpacket in _WAITING and isinstance(first, Deferred):
             if kwargs.get("device") == first.device:
                 kwargs = {name: value for name, value in kwargs.items() if name != "device"}
             if kwargs.get("device") is None:
                 like = func(*pytree.tree_map(_on_meta, args), **kwargs)
-                return cls(lambda: func(*pytree.tree_map(loaded, args), **kwargs), like, first.device)
+                return cls.of(lambda: func(*pytree.tree_map(loaded, args), **kwargs), like, first.device)
         return func(*pytree.tree_map(loaded, args), **pytree.tree_map(loaded, kwargs))
 
 
@@ -66,7 +69,7 @@ def after(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """
     if not isinstance(tensor, Deferred):
         return function(tensor)
-    return Deferred(lambda: function(tensor.load()), function(_on_meta(tensor)), tensor.device)
+    return Deferred.of(lambda: function(tensor.load()), function(_on_meta(tensor)), tensor.device)
 
 
 def loaded(value: Any) -> Any:

@@ -109,7 +109,7 @@ def gather(
         source = f"dreamed up from {'the statistics of BatchNorm' if known else 'the weights of the first layer'}"
     elif is_open(model):
         raise ValueError(
-            "expected calibration='none' for a model of nac_gpu.open_model, whose weights are in files: its neurons are "
+            "expected calibration='none' for a model of nac_gpu.open_model: its weights are in files, its neurons are "
             "compared by their weights"
         )
     else:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.atomic import atomically, atomically_folder
-from nac_gpu.opening import is_open, without_parameters
+from nac_gpu.opening import built_without_parameters, is_open
 from nac_gpu.origin import Origin, origin_of, restore, shapes_of
 from nac_gpu.plan import Plan
 from nac_gpu.rebuild import rebuild, tensors
@@ -42,7 +42,6 @@ def save(model: nn.Module, path: str | Path) -> None:
         ValueError: the model was not compressed (or lost its memory of it, as when only its state dict was kept), or
             its configuration cannot express its widths.
         FileExistsError: there is such a folder.
-        ImportError: safetensors is not installed.
         OSError: the file cannot be written.
     """
     path = Path(path)
@@ -81,9 +80,7 @@ def load(path: str | Path, factory: Callable[[], nn.Module], *, device: torch.de
     """
     path = Path(path)
     manifest, stored = read(path)
-    with without_parameters():
-        model = factory()
-    model, _ = unwrapped(model)
+    model, _ = unwrapped(built_without_parameters(factory))
     model, _ = computed(model)
     try:
         plan = Plan.from_json(json.dumps(manifest["plan"]))

@@ -54,7 +54,7 @@ class _Record(TorchDispatchMode):
                 shape[dim] = size
                 planes.append(self.notes.atoms.of(self._names[id(tensor)], dim, size).reshape(shape))
             self._labels[tensor] = Labels(tuple(planes), parameter=True)
-        return self._labels.get(tensor, Labels())
+        return self._labels[tensor] if tensor in self._labels else Labels()
 
     def unread(self) -> dict[str, int]:
         """Weights that nothing has read, and how many neurons each makes."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from nac_gpu.deferred import Deferred
 from nac_gpu.rebuild import rebuild, tensors
@@ -15,9 +16,7 @@ from nac_gpu.shards import Entry, Weights, entries
 from nac_gpu.unwrap import is_computed, unwrapped
 
 
-def open_model(
-    factory: Callable[[], nn.Module], weights: Weights, *, device: torch.device | str = "cpu"
-) -> nn.Module:
+def open_model(factory: Callable[[], nn.Module], weights: Weights, *, device: torch.device | str = "cpu") -> nn.Module:
     """A model whose weights stay in safetensors files: each is read when an operation needs it, and dropped again.
 
     `nac_gpu.plan`, `nac_gpu.compress` and `nac_gpu.cost` take such a model, `compress` gives one, and `nac_gpu.save`
@@ -41,11 +40,7 @@ def open_model(
     """
     device = torch.device(device)
     found = entries(weights)
-    with without_parameters():
-        built = factory()
-    if not isinstance(built, nn.Module):
-        raise TypeError(f"expected a factory that builds a module, it gave {type(built).__name__}")
-    model, _ = unwrapped(built)
+    model, _ = unwrapped(built_without_parameters(factory))
     computed = [name for name, module in model.named_modules() if is_computed(module)]
     if computed:
         raise ValueError(
@@ -60,9 +55,42 @@ def is_open(model: nn.Module) -> bool:
     return any(isinstance(tensor, Deferred) for tensor in tensors(model).values())
 
 
+def built_without_parameters(factory: Callable[[], nn.Module]) -> nn.Module:
+    """What the factory builds, with the parameters on the meta device, and other tensors with their values.
+
+    Raises:
+        TypeError: that is not a module.
+    """
+    model = None
+    with _parameters_on_meta():
+        with contextlib.suppress(RuntimeError), _EmptyOnMeta():
+            model = factory()
+        if model is None or (isinstance(model, nn.Module) and _lost(model)):
+            model = factory()  # it writes buffers into empty memory, so memory must be had
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a factory that builds a module, it gave {type(model).__name__}")
+    return model
+
+
+def _lost(model: nn.Module) -> list[str]:
+    """Buffers without values that no file holds."""
+    kept = set(model.state_dict())
+    return [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in kept]
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Memory without values is not needed yet: parameters begin as `torch.empty`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None and kwargs.get("out") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
 @contextlib.contextmanager
-def without_parameters() -> Iterator[None]:
-    """Modules that are built inside have their parameters on the meta device, and all other tensors where they are."""
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters are on the meta device as soon as a module has them; other tensors are where they are."""
 
     def on_meta(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:

@@ -6,6 +6,7 @@ tensor, however large the files are.
 
 import json
 import math
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,21 +71,23 @@ class Entry:
         Raises:
             OSError: the file is gone, or ends too soon.
         """
-        content = torch.empty(self.size, dtype=torch.uint8)
+        if not self.size:
+            return torch.empty(self.shape, dtype=self.dtype)
+        content = mmap.mmap(-1, self.size)  # from the heap, small allocations would settle in the gaps that it leaves
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
-            rest = memoryview(content.numpy())
+            rest = memoryview(content)
             while rest:
                 count = file.readinto(rest)
                 if not count:
                     raise OSError(f"{self.path} became shorter since it was opened, {len(rest)} bytes are missing")
                 rest = rest[count:]
-        return content.view(self.dtype).reshape(self.shape)
+        return torch.frombuffer(content, dtype=self.dtype).reshape(self.shape)
 
     def deferred(self, device: torch.device) -> Deferred:
         """The tensor, read each time that it is needed."""
         like = torch.empty(self.shape, dtype=self.dtype, device="meta")
-        return Deferred(lambda: self.read().to(device), like, device)
+        return Deferred.of(lambda: self.read().to(device), like, device)
 
 
 def entries(weights: Weights) -> dict[str, Entry]:
@@ -195,7 +198,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         file.write(_header(tensors, metadata))
         for _, tensor in _in_order(tensors):
             # No name is bound to the values, so that they are gone before the next ones come.
-            file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def relabel(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nac_gpu.forward import ExampleInputs, call, describe, evaluating, flop_counter, in_small_operations, tensors_in
 from nac_gpu.groups import Graph, LeftAlone, find_groups
@@ -40,8 +41,7 @@ class _Record(TorchDispatchMode):
         self._labelled = {id(tensor) for _, tensor in model.named_parameters()}
         statistics = ("running_mean", "running_var")  # per channel, as weights are
         self._labelled |= {id(tensor) for name, tensor in model.named_buffers() if name.endswith(statistics)}
-        self._storages = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
-        self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is held, so that its id stays its own
+        self._labels = WeakIdKeyDictionary()  # of tensors that are still there: those that are gone need no memory
         self.notes = Notes(
             Atoms(),
             name_of=lambda tensor: self._names.get(id(tensor)),
@@ -51,15 +51,14 @@ class _Record(TorchDispatchMode):
 
     def labels_of(self, tensor: Tensor) -> Labels:
         """The labels of a tensor; those of parameters and statistics are made when it is first read."""
-        key = id(tensor)
-        if key not in self._labels and key in self._labelled:
+        if tensor not in self._labels and id(tensor) in self._labelled:
             planes = []
             for dim, size in enumerate(tensor.shape):
                 shape = [1] * tensor.ndim
                 shape[dim] = size
-                planes.append(self.notes.atoms.of(self._names[key], dim, size).reshape(shape))
-            self._labels[key] = (tensor, Labels(tuple(planes), parameter=True))
-        return self._labels[key][1] if key in self._labels else Labels()
+                planes.append(self.notes.atoms.of(self._names[id(tensor)], dim, size).reshape(shape))
+            self._labels[tensor] = Labels(tuple(planes), parameter=True)
+        return self._labels[tensor] if tensor in self._labels else Labels()
 
     def unread(self) -> dict[str, int]:
         """Weights that nothing has read, and how many neurons each makes."""
@@ -69,13 +68,13 @@ class _Record(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = self._run(func, args, kwargs)
-        self._count(func, args, kwargs, out)
         with _disable_current_modes():
             outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
             labels = apply(self.notes, Call(func, args, kwargs, outputs))
             for tensor, found in zip(outputs, labels, strict=True):
-                if found.planes or found.uniform or found.pending or id(tensor) in self._labels:
-                    self._labels[id(tensor)] = (tensor, found)
+                if found.planes or found.uniform or found.pending or tensor in self._labels:
+                    self._labels[tensor] = found
+            self._count(func, args, kwargs, out)
         return out
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -83,11 +82,13 @@ class _Record(TorchDispatchMode):
         counted = flop_registry.get(func._overloadpacket)
         if counted is None:
             return
-        tensors = [value for value in args if isinstance(value, Tensor) and value.ndim > 1]  # no biases
-        names = [self._storages.get(value.untyped_storage().data_ptr()) for value in tensors]
-        name = next((name for name in names if name is not None), None)
-        if name is not None:
+        for value in args:
+            labels = self.labels_of(value) if isinstance(value, Tensor) and value.ndim > 1 else Labels()  # no biases
+            if not labels.parameter or not labels.planes:
+                continue
+            name = self.notes.atoms.slot_at(int(labels.planes[0].max())).tensor
             self.operations[name] = self.operations.get(name, 0) + counted(*args, **kwargs, out_val=out)
+            return
 
 
 def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:

@@ -1,0 +1,284 @@
+"""Models whose weights stay in files: the same result as in memory, in less memory than the model has."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepnet
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import nac_gpu as nac
+from nac_gpu.deferred import Deferred
+from nac_gpu.files import read
+from nac_gpu.opening import is_open
+from nac_gpu.rebuild import tensors
+from nac_gpu.shards import entries, write
+
+transformers: Any = pytest.importorskip("transformers")
+IDS = {"input_ids": torch.arange(8).reshape(1, 8)}
+
+
+def llama() -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=64, tie_word_embeddings=True, **sizes, **heads)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def bert() -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes)).eval()
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3))
+
+
+class Scaled(nn.Module):
+    """With a number that is in no file, written into memory that was empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.empty(1).fill_(0.5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.table
+
+
+def convolutions() -> nn.Module:
+    """BatchNorm behind a layer, and where its slopes cannot be folded."""
+    first = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), Scaled(), nn.Conv2d(16, 16, 3, groups=16)]
+    model = nn.Sequential(*first, nn.ReLU(), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(72, 2))
+    return model.eval()
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -1, 1)
+            for buffer in (module.running_mean, module.running_var):
+                assert buffer is not None
+                nn.init.uniform_(buffer, 0.5, 2)
+    return model
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "llama": (llama, IDS),
+    "bert": (bert, IDS),
+    "mlp": (mlp, torch.ones(1, 12)),
+    "convolutions": (convolutions, torch.ones(1, 3, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("rule", ["restored", "centroid"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_result_is_that_of_the_model_in_memory(name: str, rule: Any, tmp_path: Path) -> None:
+    factory, inputs = NETWORKS[name]
+    torch.manual_seed(0)
+    whole = with_statistics(factory())
+    file = tmp_path / "model.safetensors"
+    save_file({n: t for n, t in tensors(whole).items() if n in whole.state_dict()}, file)
+    expected = nac.compress(whole, inputs, width=0.5, rule=rule, calibration="none")
+    opened = nac.open_model(factory, file)
+    small = nac.compress(opened, inputs, width=0.5, rule=rule)
+    assert all(isinstance(p, Deferred) for p in small.parameters() if p.ndim > 1), "no weight was kept in memory"
+    assert nac.plan(opened, inputs, width=0.5) == nac.plan(whole, inputs, width=0.5)
+    nac.save(small, tmp_path / "small.safetensors")
+    loaded = nac.load(tmp_path / "small.safetensors", factory)
+    assert not is_open(loaded)
+    assert loaded.state_dict().keys() == expected.state_dict().keys()
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+def test_a_budget_is_met_by_weights_alone(tmp_path: Path) -> None:
+    whole, inputs = mlp(), torch.ones(1, 12)
+    save_file(whole.state_dict(), tmp_path / "model.safetensors")
+    opened = nac.open_model(mlp, tmp_path)
+    for budget in ({"params": 0.4}, {"flops": 0.4}):
+        plan = nac.plan(opened, inputs, **budget)
+        assert plan.widths == nac.plan(whole, inputs, calibration="none", **budget).widths
+    with pytest.raises(ValueError, match=r"expected calibration='none' for a model of nac_gpu\.open_model"):
+        nac.compress(opened, inputs, width=0.5, calibration=[inputs])
+
+
+def test_methods_that_remove_neurons(tmp_path: Path) -> None:
+    def half(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int = 0) -> Tensor:
+        labels = torch.arange(len(points))
+        labels[k:] = -1
+        return labels
+
+    whole, inputs = mlp(), torch.ones(1, 12)
+    save_file(whole.state_dict(), tmp_path / "model.safetensors")
+    expected = nac.compress(whole, inputs, width=0.5, method=half, calibration="none")
+    small = nac.compress(nac.open_model(mlp, tmp_path), inputs, width=0.5, method=half)
+    for key, tensor in tensors(expected).items():
+        assert torch.equal(tensors(small)[key].cpu() + 0, tensor), key
+
+
+def test_folders_of_hugging_face(tmp_path: Path) -> None:
+    """Several files with an index; the result is a folder that `from_pretrained` opens."""
+    whole: Any = llama()
+    whole.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
+    assert len(list((tmp_path / "whole").glob("*.safetensors"))) > 3
+    expected = nac.compress(whole, IDS, width=0.5, calibration="none")
+    small = nac.compress(nac.open_model(llama, tmp_path / "whole"), IDS, width=0.5)
+    nac.save(small, tmp_path / "small")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert again.config.intermediate_size == 24
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+
+
+def test_what_is_in_files_cannot_be_written_to(tmp_path: Path) -> None:
+    save_file(mlp().state_dict(), tmp_path / "model.safetensors")
+    opened = nac.open_model(mlp, tmp_path)
+    with pytest.raises(RuntimeError, match=r"mul_ writes into a tensor of the shape \(40, 12\) whose values are in a"):
+        opened[0].weight.detach().mul_(2)  # type: ignore[index]
+    assert "Deferred((40, 12)" in repr(opened[0].weight)  # type: ignore[index]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    deepnet.write_shards(tmp_path / "model", 3, 8)
+    return tmp_path / "model"
+
+
+def opened(folder: Path, size: int = 8, blocks: int = 3) -> nn.Module:
+    return nac.open_model(lambda: deepnet.deep(blocks, size), folder)
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    state = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(state)
+    save_file(state, file)
+
+
+def test_files_that_are_missing_or_damaged(folder: Path) -> None:
+    file = folder / "1.safetensors"
+    content = file.read_bytes()
+    for length in (0, 20, len(content) - 1):
+        file.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"1\.safetensors .*cut off.*download or copy it again"):
+            opened(folder)
+    file.write_bytes(content[:8] + b"[" + content[9:])
+    with pytest.raises(ValueError, match=r"1\.safetensors is not a safetensors file"):
+        opened(folder)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"1\.safetensors is missing, one of 3 files, with 1\."):
+        opened(folder)
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        opened(folder / "none")
+    (folder / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no files that end in \.safetensors; save the model with"):
+        opened(folder / "empty")
+
+
+def test_a_file_that_becomes_shorter_while_in_use(folder: Path) -> None:
+    model = opened(folder)
+    os.truncate(folder / "2.safetensors", 100)
+    with pytest.raises(OSError, match=r"2\.safetensors became shorter since it was opened"):
+        nac.plan(model, torch.ones(1, 8), width=0.5)
+
+
+def test_tensors_that_do_not_fit(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"0\.norm\.weight has the shape \(8,\) in .*, but the factory's has \(10,\)"):
+        opened(folder, size=10)
+    with pytest.raises(ValueError, match=r"the files lack 3\.norm\.weight \(8,\), the first of 6 tensors.*give all fi"):
+        opened(folder, blocks=4)
+    with pytest.raises(ValueError, match=r"the factory's model lacks 2\.\w+\.\w+ .*, the first of 6 tensors"):
+        opened(folder, blocks=2)
+    rewrite(folder / "1.safetensors", lambda state: state.pop("1.up.bias"))
+    with pytest.raises(ValueError, match=r"1\.safetensors lacks 1\.up\.bias, which model\.safetensors\.index\.json"):
+        opened(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="is not the index of a model, it lacks or spoils 'weight_map'"):
+        opened(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"the files lack 1\.up\.bias \(4,\), the first of 1 tensors"):
+        opened(folder)
+    rewrite(folder / "1.safetensors", lambda state: state.update({"0.up.bias": torch.zeros(4)}))
+    with pytest.raises(ValueError, match=r"0\.up\.bias is in .*0\.safetensors and in .*1\.safetensors"):
+        opened(folder)
+
+
+def test_factories_that_do_not_do(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({"weight": torch.ones(3, 3), "bias": torch.ones(3)}, file)
+    with pytest.raises(TypeError, match="expected a factory that builds a module, it gave int"):
+        nac.open_model(lambda: 3, file)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="the weights of the model are computed"):
+        nac.open_model(lambda: weight_norm(nn.Linear(3, 3)), [file])
+
+    def without_values() -> nn.Module:
+        model = nn.Linear(3, 3)
+        model.register_buffer("table", torch.ones(3, device="meta"), persistent=False)
+        return model
+
+    with pytest.raises(ValueError, match="the buffer table has no values and is in no file"):
+        nac.open_model(without_values, file)
+
+
+def test_every_type_of_number_comes_back(tmp_path: Path) -> None:
+    """Types of all widths in one file: what safetensors writes is read, and the other way round."""
+    types = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+    state = {str(dtype): torch.arange(3).to(dtype) for dtype in types} | {"nothing": torch.empty(0, 2)}
+    save_file(state, tmp_path / "x.safetensors")
+    for name, entry in entries(tmp_path).items():
+        assert torch.equal(entry.read(), state[name])
+        assert entry.read().dtype == state[name].dtype
+    write(tmp_path / "y.safetensors", state, {"format": "pt"})
+    found = load_file(tmp_path / "y.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_nothing_is_left_where_saving_fails(folder: Path) -> None:
+    small = nac.compress(opened(folder), torch.ones(1, 8), width=0.5)
+    os.truncate(folder / "2.safetensors", 100)
+    target = folder.parent / "out" / "small.safetensors"
+    with pytest.raises(OSError, match=r"small\.safetensors could not be written: .*became shorter"):
+        nac.save(small, target)
+    assert not list(target.parent.iterdir())
+
+
+BLOCKS, SIZE = 24, 2048
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    count = deepnet.write_shards(tmp_path / "large", BLOCKS, SIZE)
+    yield tmp_path / "large", count
+    shutil.rmtree(tmp_path / "large")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and counts the memory as Linux does")
+def test_a_model_of_four_times_the_allowed_memory(large: tuple[Path, int]) -> None:
+    folder, count = large
+    assert count > 400e6
+
+    def run(way: str) -> "subprocess.CompletedProcess[str]":
+        arguments = [way, str(folder), str(BLOCKS), str(SIZE), str(count // 4)]
+        # glibc would keep large blocks that were freed, between small ones that are in use
+        settings = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
+        command = [sys.executable, deepnet.__file__, *arguments]
+        return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+
+    done = run("open")
+    assert done.returncode == 0, done.stderr
+    manifest, state = read(folder.parent / "open.safetensors")
+    assert set(manifest["widths"].values()) == {SIZE // 8}
+    assert state[f"{BLOCKS - 1}.down.weight"].shape == (SIZE, SIZE // 8)
+    failed = run("in memory")
+    assert failed.returncode != 0
+    assert "allocate memory" in failed.stderr
+    (folder.parent / "open.safetensors").unlink()

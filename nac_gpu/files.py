@@ -21,7 +21,7 @@ from nac_gpu.opening import built_without_parameters, is_open
 from nac_gpu.origin import Origin, origin_of, restore, shapes_of
 from nac_gpu.plan import Plan
 from nac_gpu.rebuild import rebuild, tensors
-from nac_gpu.shards import file_entries, relabel, write
+from nac_gpu.shards import content, file_entries, relabel, write
 from nac_gpu.unwrap import computed, unwrapped
 
 FORMAT = 1
@@ -222,7 +222,7 @@ def _digest(manifest: str, values: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256(manifest.encode())
     for name, tensor in sorted(values.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        found.update(content(tensor))
     return found.hexdigest()
 
 

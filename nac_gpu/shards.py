@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nac_gpu.deferred import Deferred
+from nac_gpu.deferred import Deferred, loaded
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -197,8 +197,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     with path.open("wb") as file:
         file.write(_header(tensors, metadata))
         for _, tensor in _in_order(tensors):
-            # No name is bound to the values, so that they are gone before the next ones come.
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(content(tensor))  # no name is bound to it, so that it is gone before the next one comes
+
+
+def content(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values."""
+    return loaded(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def relabel(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

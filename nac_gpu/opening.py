@@ -1,6 +1,7 @@
 """Models that are larger than the memory: the tensors stay in their files until an operation reads them."""
 
 import contextlib
+import ctypes
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nac_gpu.deferred import Deferred
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.shards import Entry, Weights, entries
 from nac_gpu.unwrap import is_computed, unwrapped
+
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+_LARGE = 2**20  # bytes
 
 
 def open_model(factory: Callable[[], nn.Module], weights: Weights, *, device: torch.device | str = "cpu") -> nn.Module:
@@ -21,7 +25,10 @@ def open_model(factory: Callable[[], nn.Module], weights: Weights, *, device: to
 
     `nac_gpu.plan`, `nac_gpu.compress` and `nac_gpu.cost` take such a model, `compress` gives one, and `nac_gpu.save`
     writes it tensor by tensor, so that what needs memory is the largest layers and what clustering one group takes, not
-    the model. The files are read about seven times. Neurons are compared by their weights (`calibration="none"`).
+    the model. The files are read several times. Neurons are compared by their weights (`calibration="none"`).
+
+    With glibc, large blocks of memory are given back to the system as soon as they are free, in this process from now
+    on (its `M_MMAP_THRESHOLD` is set to 1 MiB).
 
     Args:
         factory: builds the architecture. Its parameters get no memory, at most one at a time; other tensors do.
@@ -39,6 +46,7 @@ def open_model(factory: Callable[[], nn.Module], weights: Weights, *, device: to
         TypeError: the factory does not build a module.
     """
     device = torch.device(device)
+    _return_large_blocks()
     found = entries(weights)
     model, _ = unwrapped(built_without_parameters(factory))
     computed = [name for name, module in model.named_modules() if is_computed(module)]
@@ -58,44 +66,42 @@ def is_open(model: nn.Module) -> bool:
 def built_without_parameters(factory: Callable[[], nn.Module]) -> nn.Module:
     """What the factory builds, with the parameters on the meta device, and other tensors with their values.
 
+    A factory that needs its parameters' values, and what such a factory makes of them, gets memory for all of them.
+
     Raises:
         TypeError: that is not a module.
     """
     model = None
-    with _parameters_on_meta():
-        with contextlib.suppress(RuntimeError), _EmptyOnMeta():
-            model = factory()
-        if model is None or (isinstance(model, nn.Module) and _lost(model)):
-            model = factory()  # it writes buffers into empty memory, so memory must be had
+    with contextlib.suppress(Exception), _parameters_on_meta():  # without it, the same error comes again
+        model = factory()
+    if model is None or (isinstance(model, nn.Module) and _lost(model)):
+        model = factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a factory that builds a module, it gave {type(model).__name__}")
     return model
 
 
-def _lost(model: nn.Module) -> list[str]:
-    """Buffers without values that no file holds."""
+def _lost(model: nn.Module) -> bool:
+    """Whether there are tensors without values that no file holds."""
     kept = set(model.state_dict())
-    return [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in kept]
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Memory without values is not needed yet: parameters begin as `torch.empty`."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.empty and kwargs.get("device") is None and kwargs.get("out") is None:
-            kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
+    if any(buffer.is_meta and name not in kept for name, buffer in model.named_buffers()):
+        return True
+    own = {id(parameter) for parameter in model.parameters()}
+    tensors = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return any(tensor.is_meta and id(tensor) not in own for tensor in tensors)
 
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters are on the meta device as soon as a module has them; other tensors are where they are."""
+    known = WeakTensorKeyDictionary()  # one tensor under two names stays one
 
     def on_meta(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:
-            return None  # as it is, so that tied ones stay one
-        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            return None  # as it is
+        if parameter not in known:
+            known[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        return known[parameter]
 
     handle = register_module_parameter_registration_hook(on_meta)  # pyright: ignore[reportArgumentType]
     try:
@@ -104,6 +110,16 @@ def _parameters_on_meta() -> Iterator[None]:
             yield
     finally:
         handle.remove()
+
+
+def _return_large_blocks() -> None:
+    """Make glibc give large blocks of memory back as soon as they are free, in this process from now on.
+
+    By default it puts them on its heap after a while, where small ones that stay in use settle between them: the heap
+    grew with the number of layers.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def _opened(model: nn.Module, found: dict[str, Entry], device: torch.device) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nac_gpu.forward import ExampleInputs, call, describe, evaluating, flop_counter, in_small_operations, tensors_in
 from nac_gpu.groups import Graph, LeftAlone, find_groups
@@ -24,6 +24,34 @@ from nac_gpu.labels import Atoms, Labels
 from nac_gpu.notes import Call, Notes
 from nac_gpu.outline import Outline
 from nac_gpu.rules import apply
+
+
+class _Labelled:
+    """The labels of the tensors of a pass that are still there."""
+
+    def __init__(self, model: nn.Module, atoms: Atoms) -> None:
+        self.names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self._own = {id(tensor) for tensor in model.parameters()}
+        statistics = ("running_mean", "running_var")  # per channel, as weights are
+        self._own |= {id(tensor) for name, tensor in model.named_buffers() if name.endswith(statistics)}
+        self._atoms = atoms
+        self._known = WeakTensorKeyDictionary()
+
+    def of(self, tensor: Tensor) -> Labels:
+        """The labels of a tensor; those of parameters and statistics are made when it is first read."""
+        if tensor not in self._known and id(tensor) in self._own:
+            planes = []
+            for dim, size in enumerate(tensor.shape):
+                shape = [1] * tensor.ndim
+                shape[dim] = size
+                planes.append(self._atoms.of(self.names[id(tensor)], dim, size).reshape(shape))
+            self._known[tensor] = Labels(tuple(planes), parameter=True)
+        return self._known[tensor] if tensor in self._known else Labels()
+
+    def put(self, tensor: Tensor, labels: Labels) -> None:
+        """Note down the labels of a result, or of what was written into."""
+        if labels.planes or labels.uniform or labels.pending or tensor in self._known:
+            self._known[tensor] = labels
 
 
 class _Record(TorchDispatchMode):
@@ -35,30 +63,15 @@ class _Record(TorchDispatchMode):
         self.flops = 0
         self.operations: dict[str, int] = {}  # by the name of the parameter that they multiply with
         self.modules: list[str] = [type(model).__name__]  # that are running, the innermost last
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self._names = {id(tensor): name for name, tensor in named}
         self._sizes = {name: len(tensor) for name, tensor in model.named_parameters() if tensor.ndim > 1}
-        self._labelled = {id(tensor) for _, tensor in model.named_parameters()}
-        statistics = ("running_mean", "running_var")  # per channel, as weights are
-        self._labelled |= {id(tensor) for name, tensor in model.named_buffers() if name.endswith(statistics)}
-        self._labels = WeakIdKeyDictionary()  # of tensors that are still there: those that are gone need no memory
-        self.notes = Notes(
-            Atoms(),
-            name_of=lambda tensor: self._names.get(id(tensor)),
-            labels_of=self.labels_of,
-            module=lambda: self.modules[-1],
+        atoms, modules = Atoms(), self.modules
+        self.labelled = labelled = _Labelled(model, atoms)
+        self.notes = Notes(  # none of these holds the record, whose memory is given back as soon as it is done with
+            atoms,
+            name_of=lambda tensor: labelled.names.get(id(tensor)),
+            labels_of=labelled.of,
+            module=lambda: modules[-1],
         )
-
-    def labels_of(self, tensor: Tensor) -> Labels:
-        """The labels of a tensor; those of parameters and statistics are made when it is first read."""
-        if tensor not in self._labels and id(tensor) in self._labelled:
-            planes = []
-            for dim, size in enumerate(tensor.shape):
-                shape = [1] * tensor.ndim
-                shape[dim] = size
-                planes.append(self.notes.atoms.of(self._names[id(tensor)], dim, size).reshape(shape))
-            self._labels[tensor] = Labels(tuple(planes), parameter=True)
-        return self._labels[tensor] if tensor in self._labels else Labels()
 
     def unread(self) -> dict[str, int]:
         """Weights that nothing has read, and how many neurons each makes."""
@@ -72,8 +85,7 @@ class _Record(TorchDispatchMode):
             outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
             labels = apply(self.notes, Call(func, args, kwargs, outputs))
             for tensor, found in zip(outputs, labels, strict=True):
-                if found.planes or found.uniform or found.pending or tensor in self._labels:
-                    self._labels[tensor] = found
+                self.labelled.put(tensor, found)
             self._count(func, args, kwargs, out)
         return out
 
@@ -83,7 +95,7 @@ class _Record(TorchDispatchMode):
         if counted is None:
             return
         for value in args:
-            labels = self.labels_of(value) if isinstance(value, Tensor) and value.ndim > 1 else Labels()  # no biases
+            labels = self.labelled.of(value) if isinstance(value, Tensor) and value.ndim > 1 else Labels()  # no biases
             if not labels.parameter or not labels.planes:
                 continue
             name = self.notes.atoms.slot_at(int(labels.planes[0].max())).tensor
@@ -164,6 +176,6 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxi
         for hook in hooks:
             hook.remove()
     for tensor in tensors_in(output):
-        mode.notes.atoms.separations.extend(mode.labels_of(tensor).pending)
-        for plane in mode.labels_of(tensor).planes:
+        mode.notes.atoms.separations.extend(mode.labelled.of(tensor).pending)
+        for plane in mode.labelled.of(tensor).planes:
             mode.notes.atoms.freeze(plane, "model output")

@@ -7,6 +7,7 @@ tensor, however large the files are.
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +54,14 @@ class Entry:
         dtype: of the numbers.
         shape: of the tensor.
         start: its first byte in the file.
+        state: of the file, as `_state` gives it.
     """
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
+    state: tuple[int, int]
 
     @property
     def size(self) -> int:
@@ -69,18 +72,20 @@ class Entry:
         """The tensor, in memory of its own, on the CPU.
 
         Raises:
-            OSError: the file is gone, or ends too soon.
+            OSError: the file is gone, or was changed since it was looked at.
         """
         if not self.size:
             return torch.empty(self.shape, dtype=self.dtype)
         content = mmap.mmap(-1, self.size)  # from the heap, small allocations would settle in the gaps that it leaves
         with self.path.open("rb", buffering=0) as file:
+            if _state(os.fstat(file.fileno())) != self.state:
+                raise OSError(f"{self.path} was changed since it was opened; open the model again")
             file.seek(self.start)
             rest = memoryview(content)
             while rest:
                 count = file.readinto(rest)
                 if not count:
-                    raise OSError(f"{self.path} became shorter since it was opened, {len(rest)} bytes are missing")
+                    raise OSError(f"{self.path} ends too soon, {len(rest)} bytes are missing")
                 rest = rest[count:]
         return torch.frombuffer(content, dtype=self.dtype).reshape(self.shape)
 
@@ -157,8 +162,9 @@ def file_entries(path: Path) -> dict[str, Entry]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    size = path.stat().st_size
     with path.open("rb") as file:
+        state = _state(os.fstat(file.fileno()))
+        size = state[0]
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
             raise ValueError(f"{path} is not a safetensors file, or was cut off within its header; {_AGAIN}")
@@ -169,7 +175,7 @@ def file_entries(path: Path) -> dict[str, Entry]:
         parts.pop(_METADATA, None)
         for name, part in parts.items():
             begin, end = part["data_offsets"]
-            found[name] = Entry(path, _DTYPES[part["dtype"]], tuple(part["shape"]), 8 + length + begin)
+            found[name] = Entry(path, _DTYPES[part["dtype"]], tuple(part["shape"]), 8 + length + begin, state)
             if begin < 0 or end - begin != found[name].size:
                 raise ValueError(f"{end - begin} bytes for {name}, which has {found[name].size}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -181,6 +187,11 @@ def file_entries(path: Path) -> dict[str, Entry]:
                 f"{_AGAIN}"
             )
     return found
+
+
+def _state(found: os.stat_result) -> tuple[int, int]:
+    """What tells a file from one that was written later."""
+    return found.st_size, found.st_mtime_ns
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -47,24 +47,36 @@ def in_memory(folder: Path, blocks: int, size: int) -> nn.Module:
     return model
 
 
-def memory() -> int:
-    """Bytes of address space that the process has."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+def memory(kind: str) -> int:
+    """Bytes of address space that the process has ("VmSize"), or had at most ("VmPeak")."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024
 
 
 def main(way: str, folder: Path, blocks: int, size: int, allowed: int) -> None:
-    """Compress a model with so many bytes more than the process has once it has compressed a tiny one."""
+    """Compress a model with so many bytes more than the process has once it has compressed a tiny one.
+
+    The exit code is 3 where the model cannot be had, and 4 where it cannot be compressed.
+    """
     tiny = folder.parent / f"tiny-{way}"
     write_shards(tiny, 1, 8)
     nac.save(
         nac.compress(nac.open_model(lambda: deep(1, 8), tiny), torch.ones(1, 8), width=0.5), tiny / "x.safetensors"
     )
-    limit = memory() + allowed
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    model = nac.open_model(lambda: deep(blocks, size), folder) if way == "open" else in_memory(folder, blocks, size)
-    small = nac.compress(model, torch.ones(1, size), width=0.25, calibration="none")
-    nac.save(small, folder.parent / f"{way}.safetensors")
+    start = memory("VmSize")
+    resource.setrlimit(resource.RLIMIT_AS, (start + allowed, start + allowed))
+    code = 3
+    try:
+        model = nac.open_model(lambda: deep(blocks, size), folder) if way == "open" else in_memory(folder, blocks, size)
+        code = 4
+        nac.save(
+            nac.compress(model, torch.ones(1, size), width=0.25, calibration="none"),
+            folder.parent / f"{way}.safetensors",
+        )
+    except (MemoryError, OSError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}")
+        sys.exit(code)
+    print(memory("VmPeak") - start)
 
 
 if __name__ == "__main__":

@@ -164,9 +164,7 @@ def train(model: nn.Sequential) -> None:
 def test_what_is_in_files_cannot_be_written_to(write: Callable[[Any], None], tmp_path: Path) -> None:
     save_file(mlp().state_dict(), tmp_path / "model.safetensors")
     opened = nac.open_model(mlp, tmp_path)
-    with pytest.raises(
-        RuntimeError, match=r" writes into a tensor of the shape \([0-9, ]*\) whose values are in"
-    ):
+    with pytest.raises(RuntimeError, match=r" writes into a tensor of the shape \([0-9, ]*\) whose values are in"):
         write(opened)
     assert "Deferred((40, 12)" in repr(opened[0].weight)  # type: ignore[index]
 

@@ -14,6 +14,7 @@ from nac_gpu.files import load, save
 from nac_gpu.finetune import Epoch, finetune
 from nac_gpu.groups import LeftAlone
 from nac_gpu.linkage import ward_linkage
+from nac_gpu.opening import open_model
 from nac_gpu.plan import GroupPlan, Plan, plan
 from nac_gpu.report import Report, report
 from nac_gpu.widths import Calibration, LimitsByLayer, Share, Width
@@ -41,6 +42,7 @@ __all__ = [
     "finetune",
     "kmeans",
     "load",
+    "open_model",
     "plan",
     "random",
     "report",

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from nac_gpu.distributed import Ranks
 from nac_gpu.forward import ExampleInputs, device_of
 from nac_gpu.rebuild import rebuild, tensors
+from nac_gpu.shards import content
 
 _SHOWN = 100  # characters of an argument in an error
 
@@ -24,7 +25,7 @@ def digest(*values: object) -> str:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            found.update(content(leaf))
         else:
             found.update(repr(leaf).encode())
     return found.hexdigest()

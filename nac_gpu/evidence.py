@@ -15,6 +15,7 @@ from nac_gpu.forward import ExampleInputs, device_of
 from nac_gpu.groups import Group
 from nac_gpu.linkage import ward_linkage
 from nac_gpu.neurons import neuron_vectors
+from nac_gpu.opening import is_open
 from nac_gpu.rebuild import tensors
 from nac_gpu.widths import Calibration
 
@@ -98,12 +99,19 @@ def gather(
         if calibration not in ("dream", "none"):
             raise ValueError(f"calibration={calibration!r}, expected batches of inputs, 'dream' or 'none'")
         reason = "calibration='none'" if calibration == "none" else why_not(model, example_inputs)
+        if calibration == "dream" and is_open(model):
+            reason = "its weights are in files"
         if reason is not None:
             return Evidence(state, source=f"neurons are compared by their weights, without compensation: {reason}")
         assert isinstance(example_inputs, Tensor), "else there are no dreams"
         batches: list[ExampleInputs] = list(dream(model, example_inputs, seed=seed, ranks=ranks))
         known = has_statistics(model)
         source = f"dreamed up from {'the statistics of BatchNorm' if known else 'the weights of the first layer'}"
+    elif is_open(model):
+        raise ValueError(
+            "expected calibration='none' for a model of nac_gpu.open_model: its weights are in files, its neurons are "
+            "compared by their weights"
+        )
     else:
         batches = union(list(as_batches(calibration, example_inputs, device_of(model))), ranks)
         source, known = "of calibration data", True

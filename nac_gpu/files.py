@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.atomic import atomically, atomically_folder
+from nac_gpu.opening import built_without_parameters, is_open
 from nac_gpu.origin import Origin, origin_of, restore, shapes_of
 from nac_gpu.plan import Plan
 from nac_gpu.rebuild import rebuild, tensors
+from nac_gpu.shards import content, file_entries, relabel, write
 from nac_gpu.unwrap import computed, unwrapped
 
 FORMAT = 1
@@ -40,7 +42,6 @@ def save(model: nn.Module, path: str | Path) -> None:
         ValueError: the model was not compressed (or lost its memory of it, as when only its state dict was kept), or
             its configuration cannot express its widths.
         FileExistsError: there is such a folder.
-        ImportError: safetensors is not installed.
         OSError: the file cannot be written.
     """
     path = Path(path)
@@ -79,7 +80,7 @@ def load(path: str | Path, factory: Callable[[], nn.Module], *, device: torch.de
     """
     path = Path(path)
     manifest, stored = read(path)
-    model, _ = unwrapped(factory())
+    model, _ = unwrapped(built_without_parameters(factory))
     model, _ = computed(model)
     try:
         plan = Plan.from_json(json.dumps(manifest["plan"]))
@@ -131,13 +132,12 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _save_file(model: nn.Module, origin: Origin, path: Path) -> None:
-    safetensors = _safetensors()
     from nac_gpu import __version__
 
     names = _names(model)
     own = tensors(model)
     changed = [name for name, shape in origin.shapes.items() if tuple(own[name].shape) != shape and name not in names]
-    values = {name: own[name].cpu().contiguous() for name in (*names, *changed)}
+    values = {name: own[name] for name in (*names, *changed)}
     manifest = json.dumps(
         {
             "format": FORMAT,
@@ -151,12 +151,18 @@ def _save_file(model: nn.Module, origin: Origin, path: Path) -> None:
             "plan": asdict(origin.plan),
         }
     )
-    header = {"format": "pt", _MANIFEST: manifest, _HASH: _digest(manifest, values)}
+    header = {"format": "pt", _MANIFEST: manifest, _HASH: "0" * 64}
     with atomically(path) as partial:
-        try:
-            safetensors.torch.save_file(values, partial, header)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from error
+        _write(partial, values, header, path)
+        written = {name: entry.deferred(torch.device("cpu")) for name, entry in file_entries(partial).items()}
+        relabel(partial, values, {**header, _HASH: _digest(manifest, written)})
+
+
+def _write(partial: Path, values: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> None:
+    try:
+        write(partial, values, header)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _save_folder(model: nn.Module, path: Path) -> None:
@@ -177,6 +183,14 @@ def _save_folder(model: nn.Module, path: Path) -> None:
             f"such as {path.name}.safetensors, which nac_gpu.load opens"
         )
     with atomically_folder(path) as partial:
+        if is_open(model):
+            for settings in (config, getattr(model, "generation_config", None)):
+                if settings is not None:
+                    settings.save_pretrained(partial)
+            own = tensors(model)
+            values = {name: own[name] for name in _names(model)}
+            _write(partial / "model.safetensors", values, {"format": "pt"}, path)
+            return
         save_pretrained: Any = model.save_pretrained
         save_pretrained(partial)
 
@@ -208,7 +222,7 @@ def _digest(manifest: str, values: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256(manifest.encode())
     for name, tensor in sorted(values.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        found.update(content(tensor))
     return found.hexdigest()
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nac_gpu.forward import ExampleInputs, call, describe, evaluating, flop_counter, in_small_operations, tensors_in
 from nac_gpu.groups import Graph, LeftAlone, find_groups
@@ -23,6 +24,34 @@ from nac_gpu.labels import Atoms, Labels
 from nac_gpu.notes import Call, Notes
 from nac_gpu.outline import Outline
 from nac_gpu.rules import apply
+
+
+class _Labelled:
+    """The labels of the tensors of a pass that are still there."""
+
+    def __init__(self, model: nn.Module, atoms: Atoms) -> None:
+        self.names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self._own = {id(tensor) for tensor in model.parameters()}
+        statistics = ("running_mean", "running_var")  # per channel, as weights are
+        self._own |= {id(tensor) for name, tensor in model.named_buffers() if name.endswith(statistics)}
+        self._atoms = atoms
+        self._known = WeakTensorKeyDictionary()
+
+    def of(self, tensor: Tensor) -> Labels:
+        """The labels of a tensor; those of parameters and statistics are made when it is first read."""
+        if tensor not in self._known and id(tensor) in self._own:
+            planes = []
+            for dim, size in enumerate(tensor.shape):
+                shape = [1] * tensor.ndim
+                shape[dim] = size
+                planes.append(self._atoms.of(self.names[id(tensor)], dim, size).reshape(shape))
+            self._known[tensor] = Labels(tuple(planes), parameter=True)
+        return self._known[tensor] if tensor in self._known else Labels()
+
+    def put(self, tensor: Tensor, labels: Labels) -> None:
+        """Note down the labels of a result, or of what was written into."""
+        if labels.planes or labels.uniform or labels.pending or tensor in self._known:
+            self._known[tensor] = labels
 
 
 class _Record(TorchDispatchMode):
@@ -34,32 +63,15 @@ class _Record(TorchDispatchMode):
         self.flops = 0
         self.operations: dict[str, int] = {}  # by the name of the parameter that they multiply with
         self.modules: list[str] = [type(model).__name__]  # that are running, the innermost last
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self._names = {id(tensor): name for name, tensor in named}
         self._sizes = {name: len(tensor) for name, tensor in model.named_parameters() if tensor.ndim > 1}
-        self._labelled = {id(tensor) for _, tensor in model.named_parameters()}
-        statistics = ("running_mean", "running_var")  # per channel, as weights are
-        self._labelled |= {id(tensor) for name, tensor in model.named_buffers() if name.endswith(statistics)}
-        self._storages = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
-        self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is held, so that its id stays its own
-        self.notes = Notes(
-            Atoms(),
-            name_of=lambda tensor: self._names.get(id(tensor)),
-            labels_of=self.labels_of,
-            module=lambda: self.modules[-1],
+        atoms, modules = Atoms(), self.modules
+        self.labelled = labelled = _Labelled(model, atoms)
+        self.notes = Notes(  # none of these holds the record, whose memory is given back as soon as it is done with
+            atoms,
+            name_of=lambda tensor: labelled.names.get(id(tensor)),
+            labels_of=labelled.of,
+            module=lambda: modules[-1],
         )
-
-    def labels_of(self, tensor: Tensor) -> Labels:
-        """The labels of a tensor; those of parameters and statistics are made when it is first read."""
-        key = id(tensor)
-        if key not in self._labels and key in self._labelled:
-            planes = []
-            for dim, size in enumerate(tensor.shape):
-                shape = [1] * tensor.ndim
-                shape[dim] = size
-                planes.append(self.notes.atoms.of(self._names[key], dim, size).reshape(shape))
-            self._labels[key] = (tensor, Labels(tuple(planes), parameter=True))
-        return self._labels[key][1] if key in self._labels else Labels()
 
     def unread(self) -> dict[str, int]:
         """Weights that nothing has read, and how many neurons each makes."""
@@ -69,13 +81,12 @@ class _Record(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = self._run(func, args, kwargs)
-        self._count(func, args, kwargs, out)
         with _disable_current_modes():
             outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
             labels = apply(self.notes, Call(func, args, kwargs, outputs))
             for tensor, found in zip(outputs, labels, strict=True):
-                if found.planes or found.uniform or found.pending or id(tensor) in self._labels:
-                    self._labels[id(tensor)] = (tensor, found)
+                self.labelled.put(tensor, found)
+            self._count(func, args, kwargs, out)
         return out
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -83,11 +94,13 @@ class _Record(TorchDispatchMode):
         counted = flop_registry.get(func._overloadpacket)
         if counted is None:
             return
-        tensors = [value for value in args if isinstance(value, Tensor) and value.ndim > 1]  # no biases
-        names = [self._storages.get(value.untyped_storage().data_ptr()) for value in tensors]
-        name = next((name for name in names if name is not None), None)
-        if name is not None:
+        for value in args:
+            labels = self.labelled.of(value) if isinstance(value, Tensor) and value.ndim > 1 else Labels()  # no biases
+            if not labels.parameter or not labels.planes:
+                continue
+            name = self.notes.atoms.slot_at(int(labels.planes[0].max())).tensor
             self.operations[name] = self.operations.get(name, 0) + counted(*args, **kwargs, out_val=out)
+            return
 
 
 def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
@@ -163,6 +176,6 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxi
         for hook in hooks:
             hook.remove()
     for tensor in tensors_in(output):
-        mode.notes.atoms.separations.extend(mode.labels_of(tensor).pending)
-        for plane in mode.labels_of(tensor).planes:
+        mode.notes.atoms.separations.extend(mode.labelled.of(tensor).pending)
+        for plane in mode.labelled.of(tensor).planes:
             mode.notes.atoms.freeze(plane, "model output")

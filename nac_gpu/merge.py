@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nac_gpu.deferred import after, loaded
 from nac_gpu.groups import Group, Member, Norm, Producer
 from nac_gpu.neurons import norm_scale, working_dtype
 
@@ -80,8 +81,10 @@ class Merger:
             factor[member.index.flatten()] = share.repeat_interleave(member.index.shape[1])
             self.state[member.tensor] = _combine(tensor, member.dim, source, target, factor)
         if bool((home < 0).any()):
-            removed = member.index[home < 0].flatten().to(tensor.device)
-            self.state[member.tensor] = self.state[member.tensor].index_fill(member.dim, removed, 0)
+            removed = member.index[home < 0].flatten()
+            self.state[member.tensor] = after(
+                self.state[member.tensor], lambda values: values.index_fill(member.dim, removed.to(values.device), 0)
+            )
         kept = torch.zeros(tensor.shape[member.dim], dtype=torch.bool)
         kept[target] = True
         dropped = self._dropped.setdefault((member.tensor, member.dim), torch.zeros_like(kept))
@@ -106,7 +109,7 @@ class Merger:
         """
         weight = self.state[producer.member.tensor]
         size = weight.shape[producer.member.dim]
-        like = weight.new_empty(0, dtype=working_dtype(weight))
+        like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)
         source, target = (index.to(weight.device) for index in _spread(producer.member.index, home))
         part = torch.zeros(size, dtype=like.dtype, device=weight.device)
         part[producer.member.index.flatten().to(weight.device)] = share.repeat_interleave(
@@ -160,7 +163,7 @@ class Merger:
             return set()  # plain means of what there is
         member = next(m for m in group.members if m.tensor == norm.weight)
         weight = self.state[norm.weight]
-        like = weight.new_empty(0, dtype=working_dtype(weight))
+        like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)
         source, target = (index.to(weight.device) for index in _spread(member.index, home))
         part = torch.zeros(len(weight), dtype=like.dtype, device=weight.device)
         part[member.index.flatten().to(weight.device)] = share.repeat_interleave(member.index.shape[1]).to(part)
@@ -179,7 +182,7 @@ class Merger:
 
     def _put(self, name: str, values: Tensor, source: Tensor, target: Tensor) -> None:
         """Write merged per-channel values [size] at the clusters' positions; the other members' become zero."""
-        new = self.state[name].clone()
+        new = loaded(self.state[name]).clone()
         new[source] = 0
         new[target] = values[target].to(new.dtype)
         self.state[name] = new
@@ -208,10 +211,14 @@ def _spread(index: Tensor, home: Tensor) -> tuple[Tensor, Tensor]:
 
 def _combine(tensor: Tensor, dim: int, source: Tensor, target: Tensor, factor: Tensor) -> Tensor:
     """Along one dimension, every cluster's position gets the sum of its members times their factors."""
-    source, target = source.to(tensor.device), target.to(tensor.device)
-    work = tensor.to(working_dtype(tensor))
-    shape = [1] * tensor.ndim
-    shape[dim] = len(source)
-    parts = work.index_select(dim, source) * factor.to(work)[source].reshape(shape)
-    merged = work.clone().index_fill_(dim, source, 0).index_add_(dim, target, parts)
-    return merged.to(tensor.dtype)
+
+    def combined(tensor: Tensor) -> Tensor:
+        read, written = source.to(tensor.device), target.to(tensor.device)
+        work = tensor.to(working_dtype(tensor))
+        shape = [1] * tensor.ndim
+        shape[dim] = len(read)
+        parts = work.index_select(dim, read) * factor.to(work)[read].reshape(shape)
+        merged = work.clone().index_fill_(dim, read, 0).index_add_(dim, written, parts)
+        return merged.to(tensor.dtype)
+
+    return after(tensor, combined)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
@@ -30,7 +31,9 @@ class Outline:
 
     def __init__(self) -> None:
         self.failed = False
-        self._open: dict[int, Tensor] = {}  # by storage, tensors without values; held, so that ids stay their own
+        # Memory without values, by the id of its storage. It is given back once the pass is done with it; the reference
+        # keeps the id from being given to others.
+        self._open: dict[int, StorageWeakRef] = {}
         self._known: dict[Any, Any] = {}  # shapes of results: PyTorch works some of them out in Python
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -65,15 +68,19 @@ class Outline:
         if func._schema.is_mutable:
             if out != given[0]:
                 raise ValuesNeededError("more is changed than the values of the first argument")
-            self._open[args[0].untyped_storage()._cdata] = args[0]
+            self._keep_open(args[0])
             return args[0]
         with _disable_current_modes():
             return pytree.tree_map_only(_Shape, lambda shape: self._unfilled(shape, device), out)
 
     def _unfilled(self, shape: "_Shape", device: torch.device) -> Tensor:
         tensor = shape.empty(device)
-        self._open[tensor.untyped_storage()._cdata] = tensor
+        self._keep_open(tensor)
         return tensor
+
+    def _keep_open(self, tensor: Tensor) -> None:
+        reference = StorageWeakRef(tensor.untyped_storage())
+        self._open[reference.cdata] = reference
 
 
 @dataclass(frozen=True)  # a tuple would be a container to pytree

@@ -5,8 +5,10 @@ or if the smaller network does not run (a size is written into the model's code)
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.cost import Cost
+from nac_gpu.deferred import after, loaded
 from nac_gpu.forward import ExampleInputs, call, evaluating, flop_counter, in_small_operations, tensors_in
 from nac_gpu.groups import Group, LeftAlone
 from nac_gpu.rebuild import rebuild, tensors
@@ -87,12 +90,21 @@ def lively(tensor: Any, generator: torch.Generator) -> Any:
     """
     if not isinstance(tensor, Tensor) or tensor.numel() < 2 or not tensor.is_floating_point():
         return tensor
-    flat = tensor.flatten()
-    if bool(flat[0] != flat[-1]) or not bool((flat == flat[0]).all()):
+    if not _constant(loaded(tensor)):
         return tensor
-    fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
-    drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-    return drawn / fan_in**0.5
+    fan_in = math.prod(tensor.shape[1:])
+    seed = int(torch.randint(2**62, (), generator=generator))
+
+    def drawn(like: Tensor) -> Tensor:
+        own = torch.Generator().manual_seed(seed)
+        return torch.randn(like.shape, generator=own, dtype=torch.float64).to(like) / fan_in**0.5
+
+    return after(tensor, drawn)
+
+
+def _constant(tensor: Tensor) -> bool:
+    flat = tensor.flatten()
+    return bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
 
 
 def merged_copies(state: Mapping[str, Tensor], groups: Sequence[Group], labels: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -116,18 +128,21 @@ def merged_copies(state: Mapping[str, Tensor], groups: Sequence[Group], labels: 
     for (name, dim), moves in sorted(
         all_moves.items(), key=lambda item: any(added for _, _, added in item[1])
     ):  # small ones first
-        old = small[name]
-        kept = torch.ones(old.shape[dim], dtype=torch.bool)
-        for source, _, _ in moves:
-            kept[source] = False
-        place = (kept.cumsum(0) - 1).to(old.device)
-        new = old.index_select(dim, kept.nonzero().flatten().to(old.device))
-        for source, target, added in moves:
-            if added:
-                parts = old.index_select(dim, source.to(old.device))
-                new.index_add_(dim, place[target.to(old.device)], parts)
-        small[name] = new
+        small[name] = after(small[name], partial(_moved, dim=dim, moves=moves))
     return small
+
+
+def _moved(old: Tensor, dim: int, moves: Sequence[tuple[Tensor, Tensor, bool]]) -> Tensor:
+    """A tensor without positions along one dimension, some of which are added to others: (from, to, added) int64."""
+    kept = torch.ones(old.shape[dim], dtype=torch.bool)
+    for source, _, _ in moves:
+        kept[source] = False
+    place = kept.cumsum(0) - 1
+    new = old.index_select(dim, kept.nonzero().flatten().to(old.device))
+    for source, target, added in moves:
+        if added:
+            new.index_add_(dim, place[target].to(old.device), old.index_select(dim, source.to(old.device)))
+    return new
 
 
 Chosen = list[tuple[Group, int]]

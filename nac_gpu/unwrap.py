@@ -30,7 +30,7 @@ def computed(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     Args:
         model: left as it is; given back itself if there is nothing to do.
     """
-    if not any(_is_computed(module) for module in model.modules()):
+    if not any(is_computed(module) for module in model.modules()):
         return model, ()
     memo: dict[int, Tensor] = {}  # tensors that hooks computed cannot be copied with their history
     for value in (value for module in model.modules() for value in vars(module).values()):
@@ -76,7 +76,8 @@ def _remove_parametrizations(module: nn.Module) -> list[str]:
     return list(values)
 
 
-def _is_computed(module: nn.Module) -> bool:
+def is_computed(module: nn.Module) -> bool:
+    """Whether a module's own weights are parametrised, normalised or masked."""
     hooks = module._forward_pre_hooks.values()
     return parametrize.is_parametrized(module) or any(
         isinstance(hook, prune.BasePruningMethod | WeightNorm | SpectralNorm) for hook in hooks

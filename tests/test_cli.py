@@ -13,6 +13,7 @@ import pytest
 import tinymodels
 import torch
 from PIL import Image
+from safetensors.torch import save_model
 from scipy.cluster.hierarchy import linkage
 from torch import nn
 
@@ -155,6 +156,32 @@ def test_weights_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
     assert "is of another model: Missing key" in failed(capsys, "plan", *TINY, "--weights", tmp_path / "other.pt")
     assert "no such file" in failed(capsys, "plan", *TINY, "--weights", tmp_path / "none.pt")
+
+
+def test_weights_that_stay_in_their_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same result as in memory: of a state dict, and of a folder of transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    file, small, other = (tmp_path / f"{name}.safetensors" for name in ("weights", "small", "other"))
+    save_model(find("tinymodels:small").build(), str(file))
+    common = (*TINY, "--weights", file, "--width", "0.5", "--calibration", "none")
+    called("compress", *common, "--output", small)
+    called("compress", *common, "--output", other, "--open")
+    assert small.read_bytes() == other.read_bytes()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "llama", max_shard_size="20KB")
+    llama = (tmp_path / "llama", "--inputs", "input_ids=int:1,8", "--open")
+    capsys.readouterr()
+    called("plan", *llama, "--params", "0.85")
+    assert "without compensation: its weights are in files" in capsys.readouterr().out
+    called("compress", *llama, "--width", "0.5", "--output", tmp_path / "small-llama")
+    model: Any = find(str(tmp_path / "small-llama")).build()
+    assert model.config.intermediate_size == 24
+    capsys.readouterr()
+    for more in ((), ("--weights", file, "--finetune", tmp_path)):
+        output = ("--width", "0.5", "--output", tmp_path / "x.safetensors")
+        assert "--open" in failed(capsys, "compress", *TINY, *more, *output, "--open")
 
 
 def test_an_exported_program_is_taken_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

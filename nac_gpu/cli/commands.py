@@ -53,6 +53,8 @@ class Compress(Training, Widths):
 
     def run(self) -> None:
         """Compress, fine-tune, save, print."""
+        if self.open and self.finetune is not None:
+            raise ValueError("--finetune needs a model in memory, and --open leaves it in its files; use nac finetune")
         source = self.source()
         check_output(self.output)
         model, inputs = self.original(source)

@@ -26,6 +26,7 @@ class Source:
         inputs: example inputs of a model that was built, or None if they are not known.
         scale: how its images are normalised.
         trained: `build` gives trained weights.
+        untrained: makes the architecture without them; None where only `build` can.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Source:
     inputs: Callable[[nn.Module], ExampleInputs] | None = None
     scale: Scale | None = None
     trained: bool = False
+    untrained: Callable[[], nn.Module] | None = None
 
 
 def find(name: str, pretrained: bool = False) -> Source:
@@ -62,7 +64,8 @@ def find(name: str, pretrained: bool = False) -> Source:
     if path.is_dir():
         return _transformers(name, path)
     if rest and not path.exists():
-        return Source(name, _factory(name, kind, rest))
+        factory = _factory(name, kind, rest)
+        return Source(name, factory, untrained=factory)
     raise ValueError(
         f"unknown model {name!r}, expected torchvision:NAME, timm:NAME, a folder with config.json, a file .pt2, or "
         "package.module:function"
@@ -95,7 +98,8 @@ def _torchvision(name: str, rest: str, pretrained: bool) -> Source:
         more = {"init_weights": False} if rest in ("googlenet", "inception_v3") and not pretrained else {}
         return models.get_model(rest, weights=best if pretrained else None, **more)
 
-    return Source(name, build, lambda _: torch.zeros(1, 3, size, size), scale, pretrained)
+    untrained = None if pretrained else build
+    return Source(name, build, lambda _: torch.zeros(1, 3, size, size), scale, pretrained, untrained)
 
 
 def _timm(name: str, rest: str, pretrained: bool) -> Source:
@@ -112,7 +116,11 @@ def _timm(name: str, rest: str, pretrained: bool) -> Source:
 
     known: Any = timm.get_pretrained_cfg(rest, allow_unregistered=True)
     scale = (tuple(known.mean), tuple(known.std)) if known is not None else None
-    return Source(name, lambda: timm.create_model(rest, pretrained=pretrained), inputs, scale, pretrained)
+
+    def build() -> nn.Module:
+        return timm.create_model(rest, pretrained=pretrained)
+
+    return Source(name, build, inputs, scale, pretrained, None if pretrained else build)
 
 
 def _transformers(name: str, path: Path) -> Source:
@@ -140,8 +148,11 @@ def _transformers(name: str, path: Path) -> Source:
         return dict(own.dummy_inputs)
 
     weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
-    factory = build if weights else lambda: cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
-    return Source(name, factory, inputs, None, weights)
+
+    def untrained() -> nn.Module:
+        return cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
+
+    return Source(name, build if weights else untrained, inputs, None, weights, untrained)
 
 
 def _factory(name: str, module: str, function: str) -> Callable[[], nn.Module]:

@@ -72,6 +72,9 @@ class Model:
 class Widths(Model):
     """How small the model is to become."""
 
+    open: bool = False
+    """For models larger than the memory: the weights stay in their safetensors files until they are needed. --weights
+    names a file or a folder of them; a folder of transformers has its own. Neurons are compared by their weights."""
     params: int | float | None = None
     """Parameters of the whole model after: a share (0.25) or a number (2370000). Widths are chosen to lose least."""
     flops: int | float | None = None
@@ -89,6 +92,18 @@ class Widths(Model):
     "none": the weights alone."""
     images: int = 512
     """How many images of the calibration folder are looked at."""
+
+    def original(self, source: Source) -> tuple[nn.Module, ExampleInputs]:
+        """The model in eval mode, its weights in their files if that was asked for, and its inputs, on the device."""
+        if not self.open:
+            return super().original(source)
+        weights = self.weights or (Path(self.model) if Path(self.model).is_dir() else None)
+        if weights is None or source.untrained is None:
+            raise ValueError(
+                f"--open {self.model}: expected --weights, safetensors files, and no other trained weights"
+            )
+        model = nac.open_model(source.untrained, weights, device=self.device)
+        return model, to_device(example_inputs(self.inputs, source, model), torch.device(self.device))
 
     def wanted(self) -> Width | None:
         """What --width says."""

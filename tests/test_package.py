@@ -59,11 +59,20 @@ def test_the_types_are_shipped() -> None:
     assert (Path(nac.__file__).parent / "py.typed").exists()
 
 
+def tracked(root: Path) -> set[str]:
+    """What git tracks, but for what only a clone needs; nothing where there is no clone."""
+    if not (root / ".git").exists():
+        return set()
+    done = subprocess.run(["git", "-C", root, "ls-files"], check=True, capture_output=True, text=True)
+    return {name for name in done.stdout.splitlines() if not name.startswith(".git")}
+
+
 def test_wheel_and_sdist_hold_all_that_is_needed(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "__pycache__", "data")
     shutil.copytree(root, source, ignore=ignored)
+    shutil.copytree(root / ".ci", source / ".ci")
     subprocess.run(
         [sys.executable, "-m", "build", "--outdir", tmp_path / "dist", source], check=True, capture_output=True
     )
@@ -72,6 +81,7 @@ def test_wheel_and_sdist_hold_all_that_is_needed(tmp_path: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = ("tests/conftest.py", "tests/kernels/states.py", "experiments/common/models.py", "docs/tutorial.md")
     assert set(expected) | {"kernels/merging.py", "CHANGELOG.md", "Makefile", "README.md", "LICENSE"} <= names
+    assert tracked(root) - names == set()
     command = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "installed", wheel]
     subprocess.run([sys.executable, *command], check=True)
     code = """

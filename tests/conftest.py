@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -44,3 +45,11 @@ def short_dreams(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, value in (("BATCH", 8), ("COUNT", 16), ("POSITIONS", 64), ("STEPS", 2)):
         monkeypatch.setattr(dream, name, value)
+
+
+@pytest.fixture(scope="module")
+def made() -> Any:
+    """A model, what it became, example inputs, the plan and the report."""
+    from reports import made_report
+
+    return made_report()

@@ -13,7 +13,7 @@ import pytest
 import nac_gpu as nac
 
 
-def test_importing_needs_torch_and_numpy_only_and_starts_nothing() -> None:
+def test_importing_needs_torch_and_numpy_only_and_starts_nothing(tmp_path: Path) -> None:
     code = """
 import sys
 import numpy, torch
@@ -25,10 +25,10 @@ assert new <= {"nac_gpu"}, new
 assert not torch.cuda.is_initialized()
 assert nac_gpu.ward_linkage(torch.rand(5, 2)).cut(2).max() == 1
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=tmp_path)
 
 
-def test_pytorch_may_be_built_without_torch_distributed() -> None:
+def test_pytorch_may_be_built_without_torch_distributed(tmp_path: Path) -> None:
     code = """
 import sys, types
 import torch
@@ -40,7 +40,7 @@ import nac_gpu
 with nac_gpu.distributed.joined(None, nn.Linear(1, 1)) as ranks:
     assert list(ranks.share("ab", str.upper)) == ["A", "B"]
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("name", nac.__all__)

@@ -24,6 +24,12 @@ INSTALLED = Path(sys.executable).with_name("nac")
 TINY = "tinymodels:small", "--inputs", "1,3,16,16"
 
 
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command looks for `package.module:function` in the current folder, too; later tests do not."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
 def nac_command(*arguments: object) -> "subprocess.CompletedProcess[str]":
     """A new process, from the installed command."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}

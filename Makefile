@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
+REFERENCE ?= build/reference
 
 .PHONY: demo test lint docs clean
 
@@ -19,7 +20,7 @@ lint: $(VENV)/.lint build/types/nac_gpu/kernels
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m pdoc nac_gpu -d google -o build/reference
+	$(BIN)/python -m pdoc nac_gpu -d google -o $(REFERENCE)
 
 $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

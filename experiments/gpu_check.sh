@@ -6,7 +6,7 @@
 #     experiments/gpu_check.sh [OUTPUT_FOLDER]
 #
 # PYTHON   the interpreter (python3)
-# TESTS    what pytest runs (tests/kernels tests/test_linkage.py tests/test_algorithms.py)
+# TESTS    what pytest runs (tests/kernels tests/test_linkage.py tests/test_points.py tests/test_algorithms.py)
 # PRESETS  of bench_linkage.py (neurons vgg16 large)
 # BUDGET   seconds for everything (570); what would begin later is not run and counts as failed
 set -uo pipefail
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.." || exit
 mkdir -p "$output" || exit
 
 python=${PYTHON:-python3}
-read -ra tests <<<"${TESTS:-tests/kernels tests/test_linkage.py tests/test_algorithms.py}"
+read -ra tests <<<"${TESTS:-tests/kernels tests/test_linkage.py tests/test_points.py tests/test_algorithms.py}"
 read -ra presets <<<"${PRESETS:-neurons vgg16 large}"
 bench=("$python" experiments/bench_linkage.py --results "$output/linkage.json")
 budget=${BUDGET:-570}

@@ -1,10 +1,17 @@
 """Fixtures for all tests."""
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
+# `python -m pytest` looks into the current folder first, where nac_gpu lacks its kernels: what is installed is tested.
+sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != ROOT]
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -44,3 +51,11 @@ def short_dreams(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, value in (("BATCH", 8), ("COUNT", 16), ("POSITIONS", 64), ("STEPS", 2)):
         monkeypatch.setattr(dream, name, value)
+
+
+@pytest.fixture(scope="module")
+def made() -> Any:
+    """A model, what it became, example inputs, the plan and the report."""
+    from reports import made_report
+
+    return made_report()

@@ -25,6 +25,12 @@ INSTALLED = Path(sys.executable).with_name("nac")
 TINY = "tinymodels:small", "--inputs", "1,3,16,16"
 
 
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command looks for `package.module:function` in the current folder, too; later tests do not."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
 def nac_command(*arguments: object) -> "subprocess.CompletedProcess[str]":
     """A new process, from the installed command."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
@@ -225,6 +231,10 @@ def test_points_are_clustered(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("plan", *TINY, "--width", "0.5", "0=3"), "--width: expected one share, or layer=neurons"),
         (("plan", *TINY, "--params", "0.5", "--calibration", "nowhere"), "nowhere is no tree <class>/<image>"),
         (("plan", *TINY, "--calibration", "x", "--mean", "0.5"), "--mean and --std belong together"),
+        (("plan", *TINY, "--mean", "0.5", "0.5", "--std", "1"), "--mean and --std belong together"),
+        (("plan", *TINY, "--mean", "0", "0", "--std", "1", "1"), "2 values each, expected 1 or one for each of 3"),
+        (("plan", *TINY, "--mean", "0.5", "--std", "0"), "expected finite --mean and --std above 0"),
+        (("plan", *TINY, "--mean", "nan", "--std", "1"), "expected finite --mean and --std above 0"),
         (("compress", *TINY, "--width", "0.5", "--output", "no/where.safetensors"), "there is no folder"),
         (("plan", "missing.pt2"), "missing.pt2: there is no such file"),
     ],

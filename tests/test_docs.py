@@ -1,12 +1,9 @@
 """What the README and the pages say is run: Python and commands, and what they print."""
 
 import contextlib
-import doctest
-import importlib
 import io
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,26 +11,13 @@ from typing import Any
 
 import matplotlib
 import pytest
-import tyro
-
-import nac_gpu as nac
-
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"^(?: {4}|\$ )python (experiments/(\w+)\.py[^#\n]*)", re.MULTILINE)
-
-
-def agrees(expected: str, found: str) -> bool:
-    """`...` stands for what depends on the machine."""
-    return doctest.OutputChecker().check_output(expected, found, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+from pages import FENCE, PAGES, ROOT, agrees, consoles
 
 
 def run_console(text: str, folder: Path) -> None:
-    """Lines that begin with `$` are commands, what follows is what they print."""
-    parts = re.split(r"^\$ (.*)\n", text, flags=re.MULTILINE)[1:]
+    """Run the commands of a block, and compare what they print."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for command, expected in zip(parts[::2], parts[1::2], strict=True):
+    for command, expected in consoles(text):
         done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert agrees(expected, done.stdout), f"{command} prints\n{done.stdout}\nnot\n{expected}"
@@ -59,14 +43,6 @@ def test_pages_say_what_happens(page: Path, tmp_path: Path, monkeypatch: pytest.
             run_console(text, tmp_path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_of_experiments_are_understood(page: Path) -> None:
-    """They need data and hours, so only their options are read."""
-    for line, name in COMMAND.findall(page.read_text(encoding="utf-8")):
-        options = importlib.import_module(name).Options
-        assert tyro.cli(options, args=shlex.split(line)[1:]) is not None
-
-
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
@@ -78,11 +54,3 @@ def test_every_module_is_in_the_design_section() -> None:
     for path in (ROOT / "nac_gpu").rglob("*.py"):
         if path.name != "__init__.py":
             assert re.search(rf"\b{path.stem}\b", design), f"{path.name} is not in the README's design section"
-
-
-def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pdoc", "nac_gpu", "-d", "google", "-o", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    reference = (tmp_path / "nac_gpu.html").read_text(encoding="utf-8")
-    assert [name for name in nac.__all__ if f'id="{name}"' not in reference] == []

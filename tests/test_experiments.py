@@ -7,32 +7,24 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import tyro
 from PIL import Image
+from standins import blobs, write_tree
 from torch import Tensor, nn
 
 import budgets
 import latency
 import vgg_cifar
 from common import processes
-from common.data import Images, augment, load, normalise, statistics, warped
+from common.data import augment, load, normalise, statistics, warped
 from common.fast_conv import fast_weight_gradients
 from common.results import Results
 from common.training import Augmented, Precision, Recipe, error_rate, fit
 
 CPU = Precision(torch.device("cpu"), bfloat16=False)
 RECIPE = Recipe(epochs=3, learning_rate=0.05, batch_size=16, shift=1, flip=True)
-
-
-def blobs(n: int, seed: int, size: int = 8) -> Images:
-    """Two classes of images: dark and bright."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % 2
-    noise = torch.randint(0, 60, (n, 3, size, size), generator=generator)
-    return Images((noise + 120 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels, 2)
 
 
 def small_network() -> nn.Module:
@@ -166,16 +158,6 @@ def test_digits_ship_with_scikit_learn() -> None:
     assert (len(train), len(test)) == (1438, 359)
     assert train.pixels.shape[1:] == (3, 32, 32)
     assert train.pixels.max() == 255
-
-
-def write_tree(path: Path, classes: int = 2, size: int = 32) -> None:
-    """An ImageFolder tree of dark and bright images."""
-    for split, count in (("train", 24), ("test", 8)):
-        images = blobs(count, len(split), size)
-        for i, (pixels, label) in enumerate(zip(images.pixels, images.labels.tolist(), strict=True)):
-            folder = path / split / f"class{label % classes}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())).save(folder / f"{i}.png")
 
 
 def test_an_image_folder_tree_and_what_is_missing(tmp_path: Path) -> None:

@@ -195,7 +195,8 @@ while True:
 
 def started(script: str, path: Path) -> "subprocess.Popen[str]":
     text = script.format(path=str(path), factory=inspect.getsource(factory).split("return ")[1])
-    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", text]
+    return subprocess.Popen(command, cwd=path.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_full_disk_is_an_error_and_the_old_file_stays(path: Path, small: nn.Module) -> None:

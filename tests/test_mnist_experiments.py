@@ -1,12 +1,12 @@
 """The MNIST experiments from end to end, on a few made-up digits."""
 
 import json
-import struct
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from standins import write_mnist
+from torch import nn
 
 import mnist_cnn
 import mnist_dbn
@@ -15,24 +15,9 @@ from common.models import dbn
 pytestmark = pytest.mark.usefixtures("short_dreams")
 
 
-def write_idx(values: Tensor, path: Path) -> None:
-    """The file format of MNIST: a magic number, big-endian sizes, bytes."""
-    header = struct.pack(f">{1 + values.ndim}I", 0x800 + values.ndim, *values.shape)
-    path.write_bytes(header + values.to(torch.uint8).numpy().tobytes())
-
-
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
-    """A tiny MNIST: a bright bar whose place tells the class."""
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for prefix, count in (("train", 120), ("t10k", 40)):
-        labels = torch.arange(count) % 10
-        images = torch.randint(0, 40, (count, 28, 28), generator=torch.Generator().manual_seed(count))
-        for image, label in zip(images, labels.tolist(), strict=True):
-            image[2 * label + 3 : 2 * label + 6] += 180
-        write_idx(images, raw / f"{prefix}-images-idx3-ubyte")
-        write_idx(labels, raw / f"{prefix}-labels-idx1-ubyte")
+    write_mnist(tmp_path)
     return tmp_path
 
 

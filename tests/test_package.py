@@ -13,7 +13,7 @@ import pytest
 import nac_gpu as nac
 
 
-def test_importing_needs_torch_and_numpy_only_and_starts_nothing() -> None:
+def test_importing_needs_torch_and_numpy_only_and_starts_nothing(tmp_path: Path) -> None:
     code = """
 import sys
 import numpy, torch
@@ -25,10 +25,10 @@ assert new <= {"nac_gpu"}, new
 assert not torch.cuda.is_initialized()
 assert nac_gpu.ward_linkage(torch.rand(5, 2)).cut(2).max() == 1
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=tmp_path)
 
 
-def test_pytorch_may_be_built_without_torch_distributed() -> None:
+def test_pytorch_may_be_built_without_torch_distributed(tmp_path: Path) -> None:
     code = """
 import sys, types
 import torch
@@ -40,7 +40,7 @@ import nac_gpu
 with nac_gpu.distributed.joined(None, nn.Linear(1, 1)) as ranks:
     assert list(ranks.share("ab", str.upper)) == ["A", "B"]
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("name", nac.__all__)
@@ -59,11 +59,20 @@ def test_the_types_are_shipped() -> None:
     assert (Path(nac.__file__).parent / "py.typed").exists()
 
 
+def tracked(root: Path) -> set[str]:
+    """What git tracks, but for what only a clone needs; nothing where there is no clone."""
+    if not (root / ".git").exists():
+        return set()
+    done = subprocess.run(["git", "-C", root, "ls-files"], check=True, capture_output=True, text=True)
+    return {name for name in done.stdout.splitlines() if not name.startswith(".git")}
+
+
 def test_wheel_and_sdist_hold_all_that_is_needed(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "__pycache__", "data")
     shutil.copytree(root, source, ignore=ignored)
+    shutil.copytree(root / ".ci", source / ".ci")
     subprocess.run(
         [sys.executable, "-m", "build", "--outdir", tmp_path / "dist", source], check=True, capture_output=True
     )
@@ -72,6 +81,7 @@ def test_wheel_and_sdist_hold_all_that_is_needed(tmp_path: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = ("tests/conftest.py", "tests/kernels/states.py", "experiments/common/models.py", "docs/tutorial.md")
     assert set(expected) | {"kernels/merging.py", "CHANGELOG.md", "Makefile", "README.md", "LICENSE"} <= names
+    assert tracked(root) - names == set()
     command = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "installed", wheel]
     subprocess.run([sys.executable, *command], check=True)
     code = """

@@ -80,6 +80,13 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
 
 
+def image_of(example: ExampleInputs) -> tuple[str | None, Tensor | None]:
+    """The images [batch, channels, height, width] that are a model's only input, if they are, and their name if any."""
+    name = next(iter(example)) if isinstance(example, dict) and len(example) == 1 else None
+    image: Any = example[name] if name is not None else example  # type: ignore[index]
+    return name, image if isinstance(image, Tensor) and image.ndim == 4 else None
+
+
 class Images:
     """Batches from a folder of images, one folder a class, in the form that a model takes them."""
 
@@ -103,9 +110,8 @@ class Images:
             from torchvision.transforms import v2
         except ImportError as error:
             raise ImportError("folders of images need torchvision: pip install torchvision") from error
-        self.name = next(iter(example)) if isinstance(example, dict) and len(example) == 1 else None
-        image: Any = example[self.name] if self.name is not None else example  # type: ignore[index]
-        if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] not in (1, 3):
+        self.name, image = image_of(example)
+        if image is None or image.shape[1] not in (1, 3):
             raise ValueError(f"{path}: the model does not take images [batch, 1 or 3, height, width] as its only input")
         size = [int(image.shape[2]), int(image.shape[3])]
         mean, std = scale or ((0.0,), (1.0,))

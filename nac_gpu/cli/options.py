@@ -1,5 +1,6 @@
 """What the commands of `nac` have in common: a model, how small it is to become, how it is trained."""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import tyro
 from torch import nn
 
 import nac_gpu as nac
-from nac_gpu.cli.inputs import Images, calibration_images, example_inputs, to_device
+from nac_gpu.cli.inputs import Images, calibration_images, example_inputs, image_of, to_device
 from nac_gpu.cli.models import Scale, Source, find, load_weights
 from nac_gpu.forward import ExampleInputs
 from nac_gpu.widths import Width
@@ -46,17 +47,29 @@ class Model:
     """Print JSON, for scripts."""
 
     def source(self) -> Source:
-        """Where the model comes from."""
+        """Where the model comes from.
+
+        Raises:
+            ValueError: no such model, or no images can be normalised by --mean and --std.
+        """
+        if len(self.mean) != len(self.std):
+            found = f"found {len(self.mean)} and {len(self.std)}"
+            raise ValueError(f"--mean and --std belong together, one number for each channel; {found}")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or any(value <= 0 for value in self.std):
+            found = f"--mean {' '.join(map(str, self.mean))} --std {' '.join(map(str, self.std))}"
+            raise ValueError(f"expected finite --mean and --std above 0, found {found}")
         return find(self.model, self.pretrained)
 
     def scale(self, source: Source) -> Scale | None:
         """How images are normalised."""
-        if bool(self.mean) != bool(self.std) or len(self.mean) != len(self.std):
-            raise ValueError("--mean and --std belong together, one number for each channel")
         return (self.mean, self.std) if self.mean else source.scale
 
     def original(self, source: Source) -> tuple[nn.Module, ExampleInputs]:
-        """The model in eval mode, and its inputs, on the device."""
+        """The model in eval mode, and its inputs, on the device.
+
+        Raises:
+            ValueError: --mean and --std have other numbers of values than the images have channels.
+        """
         torch.manual_seed(self.seed)  # of weights, where there are none
         model = source.build()
         if self.weights is not None:
@@ -65,6 +78,10 @@ class Model:
             note(f"{self.model} has random weights; give --weights" + (" or --pretrained" if ":" in self.model else ""))
         device = torch.device(self.device)
         inputs = to_device(example_inputs(self.inputs, source, model), device)
+        _, image = image_of(inputs)
+        if self.mean and image is not None and len(self.mean) not in (1, image.shape[1]):
+            expected = f"expected 1 or one for each of {image.shape[1]} channels"
+            raise ValueError(f"--mean and --std have {len(self.mean)} values each, {expected}")
         return model.to(device).eval(), inputs
 
 

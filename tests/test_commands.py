@@ -1,0 +1,157 @@
+"""Every command on the pages is executed: here, with its page (test_docs.py), or where a table of this file says."""
+
+import importlib
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from pages import PAGES, ROOT, commands
+from standins import write_mnist, write_tree
+
+import nac_gpu as nac
+
+FOUND = sorted({command.removeprefix("python ") for page in PAGES for command in commands(page)})
+EXPERIMENTS = [command for command in FOUND if re.match(r"experiments/\w+\.py", command)]
+INSTALLATIONS = [command for command in FOUND if command.startswith("pip install ")]
+#: What .ci/run calls from a fresh clone.
+CI = ("make lint", "make test")
+#: What other tests execute, with what is left open filled in.
+TESTS = {
+    "nac COMMAND --help": "test_cli.py::test_the_installed_command_explains_itself_and_its_exit_codes",
+    "nac compress --finetune FOLDER": "test_cli.py::test_an_interrupted_training_goes_on",
+    "torchrun --nproc-per-node 8": "test_experiments.py::test_two_processes_measure_what_one_does",
+    # On a CPU: its steps, by an interpreter that only pretends.
+    "experiments/gpu_check.sh": "test_bench_linkage.py::test_the_gpu_script_runs_every_step_and_reports_what_failed",
+}
+HERE = ("make demo", "make docs", "docs/figures.py")
+
+#: What stands at the end of an experiment's command: less of everything, and no file of the repository is written.
+SMALLER = {
+    "vgg_cifar": "--multiplier 0.0625 --epochs 1 --finetune-epochs 1 --batch-size 8 --device cpu",
+    "mnist_dbn": "--data PATH --seeds 0 --rbm-epochs 1 --epochs 1 --finetune-epochs 1 1 --device cpu --results .",
+    "mnist_cnn": "--seeds 0 --epochs 1 --finetune-epochs 1 --device cpu --results .",
+    "compare": "--data PATH --multiplier 0.0625 --epochs 1 --shares 0.25 --images 16 --device cpu",
+    "budgets": "--models squeezenet1_1 --size 64 --results budgets.json",
+    "latency": "--models squeezenet1_1 --size 64 --batch-sizes 1 2 --seconds 0.2 --device cpu --results latency.json",
+    "bench_linkage": "--preset quick --repetitions 1 --providers scipy nac_gpu --device cpu --results linkage.json",
+    "zoo": "--suite handwritten --models siren --results zoo.json",
+}
+
+
+def test_every_command_is_executed_somewhere() -> None:
+    known = {*EXPERIMENTS, *INSTALLATIONS, *CI, *TESTS, *HERE}
+    assert set(FOUND) == known, "on the left: nothing executes it; on the right: it is on no page any more"
+    continuous = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert set(CI) <= set(continuous)
+    for test in TESTS.values():
+        file, _, name = test.partition("::")
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
+
+
+def exit_code(script: str) -> object:
+    """Run a script in this process, as `python` would."""
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+@pytest.mark.usefixtures("short_dreams")
+@pytest.mark.parametrize("command", EXPERIMENTS)
+def test_an_experiment_runs_as_the_page_says(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a few made-up images, and with less of everything; what the command says otherwise holds."""
+    script, *given = shlex.split(command)
+    name = Path(script).stem
+    data = tmp_path / "data"
+    (write_mnist if name.startswith("mnist") else write_tree)(data)
+    given += SMALLER[name].split()
+    arguments = [str(data) if argument == "PATH" else argument for argument in given]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
+    assert not exit_code(sys.argv[0])
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) >= 3
+    (results,) = tmp_path.rglob("*.json")
+    stored = json.loads(results.read_text(encoding="utf-8"))
+    rows = (stored["seeds"]["0"] if "seeds" in stored else stored)["rows"]
+    assert rows
+    if name == "zoo":  # it goes on where a model failed
+        assert all(row["seconds"] for row in rows.values())
+
+
+def extras_with(extra: str) -> dict[str, set[str]]:
+    """An extra and all that it asks for -> the packages of each."""
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found: dict[str, set[str]] = {}
+    left = {extra}
+    while left:
+        extra = left.pop()
+        asked = [Requirement(line) for line in project["optional-dependencies"][extra]]
+        found[extra] = {one.name for one in asked} - {project["name"]}
+        left |= {other for one in asked if one.name == project["name"] for other in one.extras} - set(found)
+    return found
+
+
+@pytest.mark.parametrize("command", INSTALLATIONS)
+def test_what_is_to_be_installed_exists(command: str) -> None:
+    """CI runs this command with the extra `lint`, which asks for all the others; so what they name is here."""
+    assert command.startswith("pip install -e ")
+    extras = Requirement(command.split()[-1].strip("'").replace(".", "nac-gpu", 1)).extras
+    known = extras_with("lint")
+    assert extras <= set(known)
+    for extra in extras:
+        assert all(metadata.version(package) for package in known[extra])
+    assert "pip install --quiet --editable '.[$*]'" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def make(target: str, folder: Path, *variables: str) -> str:
+    """What a target prints; its virtual environment is this interpreter's, so that nothing is installed."""
+    programs = folder / "venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (programs / "python").chmod(0o755)
+    for extra in ("experiments", "docs"):
+        (folder / "venv" / f".{extra}").touch()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--no-print-directory", "-C", ROOT, target, f"VENV={folder / 'venv'}", *variables]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pip" not in done.stdout
+    return done.stdout
+
+
+def test_the_demo_trains_compresses_and_fine_tunes(tmp_path: Path) -> None:
+    printed = make("demo", tmp_path, f"OUTPUT={tmp_path / 'runs'}")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    rows = {name: cells for name, *cells in lines[2:]}
+    assert list(rows) == ["baseline", "random", "l1", "kmeans", "ward"]
+    assert float(rows["baseline"][2]) < 10
+    assert float(rows["ward"][3]) < 10
+    assert float(rows["ward"][0].split()[0]) < 0.2 * float(rows["baseline"][0].split()[0])
+    assert (tmp_path / "runs" / "vgg16-x0.25-digits.png").exists()
+
+
+def test_the_reference_has_every_public_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # of what is installed, not of what the current folder holds
+    make("docs", tmp_path, f"REFERENCE={tmp_path / 'reference'}")
+    reference = (tmp_path / "reference" / "nac_gpu.html").read_text(encoding="utf-8")
+    assert [name for name in nac.__all__ if f'id="{name}"' not in reference] == []
+
+
+def test_the_figures_are_drawn_from_the_tutorial(tmp_path: Path) -> None:
+    for name in ("figures.py", "tutorial.md"):
+        shutil.copy(ROOT / "docs" / name, tmp_path)
+    runpy.run_path(str(tmp_path / "figures.py"), run_name="__main__")
+    assert (tmp_path / "figures" / "tree.png").read_bytes()[:4] == b"\x89PNG"

@@ -28,6 +28,7 @@ CI = ("make lint", "make test")
 TESTS = {
     "nac COMMAND --help": "test_cli.py::test_the_installed_command_explains_itself_and_its_exit_codes",
     "nac compress --finetune FOLDER": "test_cli.py::test_an_interrupted_training_goes_on",
+    "nac compress --open": "test_cli.py::test_weights_that_stay_in_their_files",
     "torchrun --nproc-per-node 8": "test_experiments.py::test_two_processes_measure_what_one_does",
     # On a CPU: its steps, by an interpreter that only pretends.
     "experiments/gpu_check.sh": "test_bench_linkage.py::test_the_gpu_script_runs_every_step_and_reports_what_failed",
@@ -40,6 +41,7 @@ SMALLER = {
     "mnist_dbn": "--data PATH --seeds 0 --rbm-epochs 1 --epochs 1 --finetune-epochs 1 1 --device cpu --results .",
     "mnist_cnn": "--seeds 0 --epochs 1 --finetune-epochs 1 --device cpu --results .",
     "compare": "--data PATH --multiplier 0.0625 --epochs 1 --shares 0.25 --images 16 --device cpu",
+    "combined": "--data PATH --multiplier 0.0625 --epochs 1 --images 16 --seconds 0.1",
     "budgets": "--models squeezenet1_1 --size 64 --results budgets.json",
     "latency": "--models squeezenet1_1 --size 64 --batch-sizes 1 2 --seconds 0.2 --device cpu --results latency.json",
     "bench_linkage": "--preset quick --repetitions 1 --providers scipy nac_gpu --device cpu --results linkage.json",

@@ -235,23 +235,27 @@ class Activity:
             total = total + own / own.sum().clamp_min(torch.finfo(own.dtype).tiny)
         return total
 
+    def masses(self) -> Tensor:
+        """What each neuron counts in a cluster, float64 [n]: what it contributes to its readers' variance, above 0."""
+        energies = self.energies()
+        return energies.clamp_min(max(1e-6 * float(energies.max()), torch.finfo(energies.dtype).tiny))
+
     def points(self) -> tuple[Tensor, Tensor]:
         """Neurons as points for clustering, and their masses: float64 [n, n] and [n].
 
-        Activations are compared by their correlation, so that neurons that differ in scale only are the same; the mass
-        is what a neuron contributes to its readers' variance.
+        Activations are compared by their correlation, so that neurons that differ in scale only are the same.
         """
-        masses = self.energies()
+        energies = self.energies()
         similar = torch.zeros_like(self.gains[0])
         tiny = torch.finfo(similar.dtype).tiny
         for covariance, gain in zip(self.covariances, self.gains, strict=True):
             own = covariance.diagonal() * gain.diagonal()
-            scale = (own / own.sum().clamp_min(tiny) / masses.clamp_min(tiny)).clamp_min(0).sqrt()
+            scale = (own / own.sum().clamp_min(tiny) / energies.clamp_min(tiny)).clamp_min(0).sqrt()
             deviation = covariance.diagonal().clamp_min(0).sqrt()
             alive = deviation > 1e-6 * deviation.max()
             scale = torch.where(alive, scale / torch.where(alive, deviation, 1), 0)
             similar += covariance * torch.outer(scale, scale)
-        return _root(similar), masses.clamp_min(max(1e-6 * float(masses.max()), tiny))
+        return _root(similar), self.masses()
 
 
 def _root(gram: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.activations import (
+    Activity,
     Batches,
     Moments,
     Reading,
@@ -81,11 +82,20 @@ class Compensator:
         model: the original; not changed.
         graph: its record.
         batches: inputs of the model.
+        activities: how the neurons of groups are read on these inputs, by the name of the group.
         ranks: the processes that divide the batches among them.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, batches: Batches, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        batches: Batches,
+        activities: Mapping[str, Activity],
+        ranks: Ranks = ALONE,
+    ) -> None:
         self._model, self._graph, self._batches, self._ranks = model, graph, batches, ranks
+        self._activities = activities
         self._state = tensors(model)
         self._work = rebuild(model, self._state)
         self._modules = dict(model.named_modules())
@@ -112,7 +122,8 @@ class Compensator:
             RankError: another rank failed, or was lost.
         """
         assigned = Assigned(group, labels.cpu())
-        self.merger.merge_made(group, labels)
+        activity = self._activities.get(group.name)
+        self.merger.merge_made(group, labels, None if activity is None else activity.masses())
         whole = dict(self.merger.state)  # with what is read as it was
         self.merger.merge_read(group, labels)
         work = self.network()

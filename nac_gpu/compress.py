@@ -127,7 +127,8 @@ def _carried_out(
     if rule == "compensated" and evidence is not None and evidence.batches:
         # Sums over a batch have many columns squared: a GPU makes them in less time than it takes to send them.
         on_cuda = any(parameter.is_cuda for parameter in model.parameters())
-        compensator = Compensator(model, prepared.graph, evidence.batches, ALONE if on_cuda else ranks)
+        shared = ALONE if on_cuda else ranks
+        compensator = Compensator(model, prepared.graph, evidence.batches, evidence.activities, shared)
         merger = compensator.merger
     else:
         merger = Merger(tensors(model), "centroid" if rule == "centroid" else "restored")

@@ -2,7 +2,8 @@
 
 For clusters p of neurons j:
 
-- producers keep the centroid, `W_p = mean_j W_j`, `b_p = mean_j b_j` (the paper's P_l);
+- producers keep the centroid, `W_p = mean_j W_j`, `b_p = mean_j b_j` (the paper's P_l); where it is known what neurons
+  do, the mean is weighted by their masses, as in the clustering;
 - consumers keep the sum, Eq. (9): `W[:, p] = sum_j W[:, j]`;
 - a BatchNorm right behind a producer is part of the neuron. The merged channel is the centroid of what the members
   compute in eval mode, `mean_j (a_j z_j + c_j)`, and its statistics are those that it will have: the mean exactly (it
@@ -52,9 +53,15 @@ class Merger:
         self.merge_made(group, labels)
         self.merge_read(group, labels)
 
-    def merge_made(self, group: Group, labels: Tensor) -> None:
-        """The first half of `merge`: what makes or scales the neurons."""
-        home, share = _homes(labels.cpu())
+    def merge_made(self, group: Group, labels: Tensor, masses: Tensor | None = None) -> None:
+        """The first half of `merge`: what makes or scales the neurons.
+
+        Args:
+            group: the group.
+            labels: as for `merge`.
+            masses: weights of the neurons in their cluster's centroid, [n], positive; by default all count the same.
+        """
+        home, share = _homes(labels.cpu(), masses)
         done: set[str] = set()
         for producer in group.producers:
             if producer.norm is not None:
@@ -188,18 +195,19 @@ class Merger:
         self.state[name] = new
 
 
-def _homes(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """For each neuron, the first neuron of its cluster (-1: removed), int64 [n], and one over the cluster's size."""
+def _homes(labels: Tensor, masses: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For each neuron, the first neuron of its cluster (-1: removed), int64 [n], and its share in it, float64 [n]."""
     n = len(labels)
+    masses = torch.ones(n, dtype=torch.float64) if masses is None else masses.to("cpu", torch.float64)
     kept = labels >= 0
     clusters = int(labels.max()) + 1
     first = torch.full((clusters,), n, dtype=torch.int64)
     first.scatter_reduce_(0, labels[kept], torch.arange(n)[kept], "amin")
-    counts = torch.bincount(labels[kept], minlength=clusters).to(torch.float64)
+    whole = torch.zeros(clusters, dtype=torch.float64).index_add_(0, labels[kept], masses[kept])
     home = torch.full((n,), -1, dtype=torch.int64)
     home[kept] = first[labels[kept]]
     share = torch.zeros(n, dtype=torch.float64)
-    share[kept] = 1 / counts[labels[kept]]
+    share[kept] = masses[kept] / whole[labels[kept]]
     return home, share
 
 

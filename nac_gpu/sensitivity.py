@@ -49,7 +49,7 @@ def losses(
     batches = _some(evidence.batches)
     if not batches:
         return plain
-    compensator = Compensator(model, graph, batches)
+    compensator = Compensator(model, graph, batches, evidence.activities)
     with evaluating(model):
         expected = [_outputs(model, batch) for batch in batches]
 

@@ -43,6 +43,19 @@ def test_copies_merge_exactly_with_compensation(name: str) -> None:
     assert relative_error(outputs(small, inputs), outputs(copied, inputs)) < 1e-8
 
 
+def test_a_neuron_counts_in_its_centroid_as_much_as_its_readers_make_of_it() -> None:
+    """One that next to nobody hears leaves the other of its cluster as it is."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 3)).double()
+    with torch.no_grad():
+        model[2].weight[:, 1] *= 1e-3
+    x = torch.randn(256, 6, dtype=torch.float64)
+    small = nac.compress(model, x[:1], width={"0": 1}, calibration=[x])
+    assert torch.allclose(small[0].weight[0], model[0].weight[0], atol=1e-4)
+    plain = nac.compress(model, x[:1], width={"0": 1}, rule="restored")
+    assert torch.allclose(plain[0].weight[0], model[0].weight.mean(0))
+
+
 @pytest.mark.parametrize("name", ["cnn", "vgg16", "residual", "conv1d", "conv3d", "sequence"])
 def test_the_same_clusters_lose_less_on_inputs_that_were_not_seen(name: str) -> None:
     model, inputs = network(name)

@@ -36,6 +36,20 @@ def test_producers_keep_the_mean_and_consumers_the_sum() -> None:
     assert torch.equal(small[2].bias, model[2].bias)
 
 
+def test_a_centroid_can_be_weighted_and_the_sum_stays_plain() -> None:
+    model, inputs = two_layers()
+    group = record(model, inputs).groups[0]
+    labels, masses = torch.tensor([0, 1, 0, -1, 1, 0]), torch.tensor([1.0, 2.0, 3.0, 9.0, 2.0, 4.0])
+    merger = Merger(tensors(model))
+    merger.merge_made(group, labels, masses)
+    merger.merge_read(group, labels)
+    small = rebuild(model, merger.finish())
+    w, v = model[0].weight, model[2].weight
+    expected = torch.stack([(w[0] + 3 * w[2] + 4 * w[5]) / 8, (w[1] + w[4]) / 2])
+    assert torch.allclose(small[0].weight, expected, rtol=1e-14)
+    assert torch.allclose(small[2].weight, torch.stack([v[:, [0, 2, 5]].sum(1), v[:, [1, 4]].sum(1)], 1), rtol=1e-14)
+
+
 @pytest.mark.parametrize("rule", ["restored", "centroid"])
 def test_clusters_of_one_are_bitwise_unchanged(rule: Rule) -> None:
     model, inputs = network("vgg16")

@@ -39,7 +39,6 @@ def test_slimming_keeps_the_channels_of_the_largest_scales() -> None:
 
 
 def test_torch_pruning_is_given_the_same_budget() -> None:
-    pytest.importorskip("torch_pruning")
     model, example = small_vgg(), torch.zeros(1, 3, 32, 32)
     small = peers.torch_pruned(model, example, 0.5)
     before, after = (nac.cost(network, example).parameters for network in (model, small))

@@ -133,7 +133,7 @@ def set_configs(model: nn.Module, groups: Sequence[Group], widths: Sequence[int]
 
 def guesses(modules: Mapping[str, nn.Module], group: Group) -> Iterator[tuple[tuple[str, str], ...]]:
     """Sets of attributes of modules, by name, that may have to follow a group's size, the likeliest first."""
-    units = tuple(name for name in group.units if name in modules)
+    units = tuple(name if name in modules else "" for name in group.units)  # the model itself goes by its class
     own = tuple((name, kind) for name in units for kind in _own_count(modules[name]))
     if group.units:
         heads = [name for name in units if not _own_count(modules[name])]

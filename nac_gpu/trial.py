@@ -148,6 +148,11 @@ def _moved(old: Tensor, dim: int, moves: Sequence[tuple[Tensor, Tensor, bool]]) 
 Chosen = list[tuple[Group, int]]
 
 
+def _asked(tried: Chosen) -> list[Any]:
+    """What is tried, comparable."""
+    return [(group.name, group.size, group.attributes, width) for group, width in tried]
+
+
 class Trial:
     """Tries groups on the example inputs.
 
@@ -169,6 +174,7 @@ class Trial:
         self.alone: list[LeftAlone] = []
         self.after: Cost | None = None
         self.shapes: dict[str, torch.Size] = {}
+        self._latest: list[Any] = []  # what passed last, all at once
         self._known: dict[tuple[tuple[str, int, int], ...], tuple[Chosen, Cost | None, dict[str, torch.Size]]] = {}
         self._model, self._inputs, self._seed = model, example_inputs, seed
         self._auxiliary = auxiliary
@@ -192,16 +198,20 @@ class Trial:
         """The groups, with their widths, that can be merged; attributes that have to follow them are found out.
 
         All at once first, in halves where that fails. Units that cannot be merged make room for the channels that they
-        were preferred to. Budgets come back to widths that have passed, and those are not tried again.
+        were preferred to. What passed in parts is tried together in the end: that is the network whose cost counts.
+        Budgets come back to widths that have passed, and those are not tried again; nor are attributes that were found.
         """
         asked = tuple((group.name, group.size, width) for group, width in chosen)
         if asked in self._known:
             good, self.after, self.shapes = self._known[asked]
             return good
-        likely = [(replace(group, attributes=next(guesses(self._modules, group))), width) for group, width in chosen]
+        likely = [
+            (group if group.attributes else replace(group, attributes=next(guesses(self._modules, group))), width)
+            for group, width in chosen
+        ]
         place = {group.name: at for at, (parent, _) in enumerate(chosen) for group in (*parent.otherwise, parent)}
         good = sorted(self._good(likely), key=lambda item: place[item[0].name])
-        together = self.failure(good) if len(good) < len(likely) else None
+        together = self.failure(good) if good and self._latest != _asked(good) else None
         if together is None:
             if good:
                 self._known[asked] = good, self.after, self.shapes
@@ -250,6 +260,7 @@ class Trial:
             return f"merging identical neurons changed the outputs (relative error {error:.1e})"
         self.shapes = {name: tensor.shape for name, tensor in merged.items()}
         self.after = Cost(sum(parameter.numel() for parameter in small.parameters()), counter.get_total_flops())
+        self._latest = _asked(tried)
         return None
 
     def _again(self, tried: Chosen) -> str | None:

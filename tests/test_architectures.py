@@ -43,12 +43,31 @@ def test_plans_hold(name: str, tmp_path: Path) -> None:
         assert not found.vacuous
     small = nac.compress(model, inputs, width=0.5, method="random")
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    assert nac.cost(small, inputs) == prepared.plan.after
     nac.save(small, tmp_path / "small.safetensors")
     loaded = nac.load(tmp_path / "small.safetensors", ARCHITECTURES[name].build)
     assert repr(loaded) == repr(small)
     assert difference(outputs(loaded, inputs), outputs(small, inputs)) == 0
     training_step(small, inputs)
     assert difference(outputs(model, inputs), before) == 0
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.5, 0.3])
+def test_budgets_count_what_comes_out_where_sizes_had_to_be_guessed(share: float) -> None:
+    model, inputs = built("attention_width_kept")
+    plan = nac.plan(model, inputs, params=share, calibration="none")
+    assert share - 0.1 < plan.after.parameters / plan.before.parameters <= share  # a head is 9 % of all parameters
+    assert nac.cost(nac.compress(model, inputs, plan, calibration="none"), inputs) == plan.after
+
+
+def test_the_smallest_possible_budget_is_met_and_told() -> None:
+    model, inputs = built("attention_width_kept")
+    with pytest.raises(ValueError, match="the smallest possible is ") as told:
+        nac.plan(model, inputs, params=10, calibration="none")
+    least = int(str(told.value).partition("possible is ")[2].partition(":")[0].replace(",", ""))
+    assert nac.plan(model, inputs, params=least, calibration="none").after.parameters == least
+    with pytest.raises(ValueError, match=f"params={least - 1} cannot be met, the smallest possible is {least:,}"):
+        nac.plan(model, inputs, params=least - 1, calibration="none")
 
 
 @pytest.mark.parametrize("name", ["shufflenet", "siamese", "style_gram", "gru"])

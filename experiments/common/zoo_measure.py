@@ -85,7 +85,10 @@ def compression(case: Case, note: Callable[[Row], None]) -> None:
         found = identity(prepared.model, inputs, prepared.groups, list(prepared.plan.widths.values()))
         reached("compressing", identity=found.error, effect=found.effect, vacuous=found.vacuous)
         small = nac.compress(model, inputs, width=WIDTH, method="random", calibration=[inputs])
-        reached("training", after=sum(p.numel() for p in small.parameters()))
+        after = sum(p.numel() for p in small.parameters())
+        reached("training", after=after)
+        if prepared.plan.after.parameters != after:
+            raise ValueError(f"the plan promised {prepared.plan.after.parameters} parameters, and {after} came out")
         del model, prepared
         training_step(small, inputs)
         if case.afterwards is not None:

@@ -156,6 +156,24 @@ class InnerAttention(nn.Module):
         return self.o((scores @ v).transpose(1, 2).reshape(b, t, -1))
 
 
+@architecture("attention_width_kept", floats(2, 6, 9))
+class WidthKeptAttention(nn.Module):
+    """The code keeps the number of heads and the width of all together, as timm's; a hidden layer beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 3
+        self.attn_dim = self.num_heads * self.head_dim
+        self.qkv, self.proj = nn.Linear(9, 3 * self.attn_dim), nn.Linear(self.attn_dim, 9)
+        self.up, self.head = nn.Linear(9, 40), nn.Linear(40, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, self.attn_dim)
+        return self.head(F.gelu(self.up(x + self.proj(y))))
+
+
 @architecture("attention_single", floats(2, 6, 9))
 class SingleHead(nn.Module):
     """One head, scaled by a constant, batched matrix products; its inputs come from a layer."""

@@ -9,6 +9,7 @@ SHARES: dict[str, float] = {
     "attention_separate": 0.99,
     "attention_inner": 0.46,
     "attention_single": 0.95,
+    "attention_width_kept": 0.95,
     "attention_scaled_by_size": 0.46,
     "attention_fused": 0.00,
     "attention_einsum": 0.00,

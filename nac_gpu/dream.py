@@ -4,10 +4,11 @@ A trained network with BatchNorm knows the mean and deviation that every channel
 changed by gradient descent until its statistics are these (Yin et al., "Dreaming to Distill", CVPR 2020; Cai et al.,
 "ZeroQ", CVPR 2020). The result looks like nothing, but drives the channels together as images do.
 
-A network without any normalisation still knows something of its inputs: gradients are sums of inputs, so the weights of
-its first layer span those directions in which inputs vary, and its biases say around what. Inputs are drawn as random
-sums of these weights, about the small input that best cancels the biases: trained neurons are balanced, more or less,
-where the data lie. That is enough to compensate, not to compare neurons by.
+A network without such statistics (no normalisation, or one that takes them from the input, as LayerNorm) still knows
+something of its inputs: gradients are sums of inputs, so the weights of its first layer span those directions in which
+inputs vary, and its biases say around what. Inputs are drawn as random sums of these weights, about the small input that
+best cancels the biases: trained neurons are balanced, more or less, where the data lie. That is enough to compensate, not
+to compare neurons by.
 """
 
 import math
@@ -43,8 +44,6 @@ def why_not(model: nn.Module, example_inputs: ExampleInputs) -> str | None:
         return "its input is not one floating tensor [batch, ...]"
     if _norms(model):
         return None
-    if any("norm" in type(module).__name__.lower() for module in model.modules()):
-        return "its normalisation keeps no statistics"
     return None if _first_layer(model, example_inputs) is not None else "no layer reads its input as it is"
 
 
@@ -58,8 +57,8 @@ def dream(
     Args:
         model: one for which `why_not` knows no reason; not changed.
         inputs: an example, [batch, ...]: gives shape, type and device.
-        count: how many; by default 256, down to 64 for large images; without BatchNorm so many that the first layer
-            makes 4096 positions of them, 256 to 4096.
+        count: how many; by default 256, down to 64 for large images; without BatchNorm at least so many that the first
+            layer makes 4096 positions of them, up to 4096.
         seed: of the noise; the global random state is not touched.
         ranks: the processes that divide the batches among them.
 
@@ -73,13 +72,16 @@ def dream(
     generator = torch.Generator().manual_seed(seed)
     if not _norms(model):
         return _drawn(model, inputs, count, generator)
-    if count is None:
-        positions = math.prod(inputs.shape[2:])
-        count = max(BATCH, min(COUNT, COUNT * 64 * 64 // max(positions, 1)))
+    count = _usual(inputs) if count is None else count
     sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
     noises = [_noise((size, *inputs.shape[1:]), generator).to(inputs) for size in sizes]
     with evaluating(model), torch.enable_grad():
         return list(ranks.share(noises, lambda noise: _dreamed(model, noise)))
+
+
+def _usual(inputs: Tensor) -> int:
+    """How many inputs: fewer where they are large."""
+    return max(BATCH, min(COUNT, COUNT * 64 * 64 // max(math.prod(inputs.shape[2:]), 1)))
 
 
 def _first_layer(model: nn.Module, inputs: Tensor) -> nn.Module | None:
@@ -128,7 +130,7 @@ def _drawn(model: nn.Module, inputs: Tensor, count: int | None, generator: torch
             nothing, spatial = first(zeros(1)), isinstance(layer, nn.modules.conv._ConvNd)
             if count is None:
                 positions = nothing[0].numel() // max(nothing.shape[1 if spatial else -1], 1)
-                count = min(POSITIONS, max(COUNT, POSITIONS // max(positions, 1)))
+                count = min(POSITIONS, max(_usual(inputs), POSITIONS // max(positions, 1)))
             centre = _centre(first, zeros(1), _STIFFNESS * norm.square())
             size = min(count, _DRAWN)
             batches = []

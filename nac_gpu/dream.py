@@ -5,10 +5,10 @@ changed by gradient descent until its statistics are these (Yin et al., "Dreamin
 "ZeroQ", CVPR 2020). The result looks like nothing, but drives the channels together as images do.
 
 A network without such statistics (no normalisation, or one that takes them from the input, as LayerNorm) still knows
-something of its inputs: gradients are sums of inputs, so the weights of its first layer span those directions in which
-inputs vary, and its biases say around what. Inputs are drawn as random sums of these weights, about the small input that
-best cancels the biases: trained neurons are balanced, more or less, where the data lie. That is enough to compensate, not
-to compare neurons by.
+something of its inputs: gradients are sums of inputs, so the weights of its first layer span those directions in
+which inputs vary, and its biases say around what. Inputs are drawn as random sums of these weights, about the small
+input that best cancels the biases: trained neurons are balanced, more or less, where the data lie. That is enough to
+compensate, not to compare neurons by.
 """
 
 import math

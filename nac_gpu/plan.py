@@ -249,7 +249,8 @@ def prepare(
     return Prepared(made, model, graph, evidence)
 
 
-_ATTEMPTS = 4  # at a budget, until what it really costs is right
+_ATTEMPTS = 4  # at a budget, until what it really costs is right; twice as many until it is met at all
+_NEARLY = 0.9  # of a budget that nothing but the smallest network was found to meet
 _TOLERANCE = 0.01
 
 
@@ -280,7 +281,9 @@ def _chosen(
     asked = wanted.most(before.parameters, before.flops)
     most = asked
     best: tuple[float, Chosen] | None = None
-    for _ in range(_ATTEMPTS):
+    for attempt in range(2 * _ATTEMPTS):
+        if attempt >= _ATTEMPTS and best is not None:
+            break
         own = [limits.get(group.name, Limits(1, group.size)) for group in good]
         sizes = Sizes(good, shapes, graph.operations, before.flops)
         widths = allocate([lost[group.name] for group in good], own, sizes, most)
@@ -300,9 +303,12 @@ def _chosen(
     if best is None:  # at the very edge of what is possible
         found = trial.passed([(group, limits[group.name].least if group.name in limits else 1) for group in good])
         assert trial.after is not None, "they were tried together"
-        if any(used > most for used, most in zip((trial.after.parameters, trial.after.flops), asked, strict=True)):
+        used = max(c / a for c, a in zip((trial.after.parameters, trial.after.flops), asked, strict=True))
+        if used > 1:
             raise ValueError(_impossible(wanted, before, trial.after))
-        best = 1.0, found
+        if used < _NEARLY:
+            raise ValueError("no widths were found that meet the budget, though there are some; give width= instead")
+        best = used, found
     return trial.passed(best[1]), evidence
 
 

@@ -2,8 +2,8 @@
 
 For clusters p of neurons j:
 
-- producers keep the centroid, `W_p = mean_j W_j`, `b_p = mean_j b_j` (the paper's P_l); where it is known what neurons
-  do, the mean is weighted by their masses, as in the clustering;
+- producers keep the centroid, `W_p = mean_j W_j`, `b_p = mean_j b_j` (the paper's P_l); with masses the mean is
+  weighted by them;
 - consumers keep the sum, Eq. (9): `W[:, p] = sum_j W[:, j]`;
 - a BatchNorm right behind a producer is part of the neuron. The merged channel is the centroid of what the members
   compute in eval mode, `mean_j (a_j z_j + c_j)`, and its statistics are those that it will have: the mean exactly (it

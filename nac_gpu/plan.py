@@ -249,8 +249,7 @@ def prepare(
     return Prepared(made, model, graph, evidence)
 
 
-_ATTEMPTS = 4  # at a budget, until what it really costs is right; twice as many until it is met at all
-_NEARLY = 0.9  # of a budget that nothing but the smallest network was found to meet
+_ATTEMPTS = 4  # at a budget, until what it really costs is right
 _TOLERANCE = 0.01
 
 
@@ -281,9 +280,7 @@ def _chosen(
     asked = wanted.most(before.parameters, before.flops)
     most = asked
     best: tuple[float, Chosen] | None = None
-    for attempt in range(2 * _ATTEMPTS):
-        if attempt >= _ATTEMPTS and best is not None:
-            break
+    for _ in range(_ATTEMPTS):
         own = [limits.get(group.name, Limits(1, group.size)) for group in good]
         sizes = Sizes(good, shapes, graph.operations, before.flops)
         widths = allocate([lost[group.name] for group in good], own, sizes, most)
@@ -300,15 +297,8 @@ def _chosen(
             raise ValueError(_impossible(wanted, before, trial.after))
         else:
             most = (most[0] / max(used), most[1] / max(used))
-    if best is None:  # at the very edge of what is possible
-        found = trial.passed([(group, limits[group.name].least if group.name in limits else 1) for group in good])
-        assert trial.after is not None, "they were tried together"
-        used = max(c / a for c, a in zip((trial.after.parameters, trial.after.flops), asked, strict=True))
-        if used > 1:
-            raise ValueError(_impossible(wanted, before, trial.after))
-        if used < _NEARLY:
-            raise ValueError("no widths were found that meet the budget, though there are some; give width= instead")
-        best = used, found
+    if best is None:
+        raise ValueError(f"no widths were found that meet the budget in {_ATTEMPTS} attempts; give width= instead")
     return trial.passed(best[1]), evidence
 
 

@@ -17,6 +17,7 @@ from nac_gpu.neurons import neuron_vectors
 from nac_gpu.origin import remember
 from nac_gpu.plan import Names, Plan, Prepared, prepare
 from nac_gpu.rebuild import rebuild, tensors
+from nac_gpu.refinement import PASSES, learn
 from nac_gpu.sizes import attributes, set_configs
 from nac_gpu.widths import Calibration, LimitsByLayer, Share, Wanted, Width
 
@@ -43,6 +44,7 @@ def compress(
     method: str | AssignmentMethod = "ward",
     rule: Rule = "compensated",
     neurons: Neurons | None = None,
+    refine: int = PASSES,
     seed: int = 0,
     process_group: "ProcessGroup | None" = None,
 ) -> nn.Module:
@@ -77,6 +79,8 @@ def compress(
             rule: it deviates as their mean does.
         neurons: how they are compared: by their `"activations"` (the default where they are compensated), by their
             weights with BatchNorm `"folded"` in (else the default), or by their bare `"weights"`.
+        refine: how often, after compensation, the smaller network looks at each calibration input to learn to answer as
+            the original does (see `nac_gpu.refinement`): about as long as the rest takes. 0 leaves it out.
         seed: of methods and dreams that draw numbers; the global random state is not touched.
         process_group: processes that work together, all of which call this: they divide the work, and all get the same
             model, which is checked. Each holds the same model; calibration data may be each one's own part: the result
@@ -99,12 +103,20 @@ def compress(
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(k for k in known if k)}")
         way = getattr(assign, "__qualname__", type(assign).__qualname__)
-        check_arguments(ranks, {"method": way, "rule": rule, "neurons": neurons, "seed": seed})
+        if refine < 0:
+            raise ValueError(f"refine={refine}, expected a number of passes over the calibration inputs, 0 for none")
+        given = {"method": way, "rule": rule, "neurons": neurons, "refine": refine, "seed": seed}
+        check_arguments(ranks, given)
         prepared = prepare(model, example_inputs, wanted, only, skip, ranks)
         evidence = prepared.evidence
         if evidence is None and (rule == "compensated" or neurons == "activations"):
             evidence = gather(prepared.model, example_inputs, prepared.groups, calibration, seed, ranks)
-        return same_result(_carried_out(prepared, evidence, assign, rule, neurons, seed, ranks), ranks)
+        small, compensated = _carried_out(prepared, evidence, assign, rule, neurons, seed, ranks)
+        if compensated and evidence is not None:
+            merged = [g for g, p in zip(prepared.groups, prepared.plan.groups, strict=True) if p.after < p.before]
+            made_up = isinstance(calibration, str)
+            learn(small, prepared.model, merged, evidence.batches, refine, made_up=made_up, seed=seed, ranks=ranks)
+        return same_result(small, ranks)
 
 
 def _carried_out(
@@ -115,8 +127,8 @@ def _carried_out(
     neurons: Neurons | None,
     seed: int,
     ranks: Ranks,
-) -> nn.Module:
-    """The smaller model of a plan.
+) -> tuple[nn.Module, bool]:
+    """The smaller model of a plan, and whether it is compensated.
 
     Clusters by activations are those of the original network, so ranks divide the groups. Clusters by weights depend on
     the groups that were merged before: every rank works them out.
@@ -165,7 +177,7 @@ def _carried_out(
     small = rebuild(model, merger.finish(), attributes(model, groups, widths))
     set_configs(small, groups, widths)
     remember(small, model, prepared.plan)
-    return small
+    return small, compensator is not None
 
 
 def _wanted(plan: Plan | None, wanted: Wanted, only: Names, skip: Names) -> Plan | Wanted:

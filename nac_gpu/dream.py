@@ -72,15 +72,15 @@ def dream(
     generator = torch.Generator().manual_seed(seed)
     if not _norms(model):
         return _drawn(model, inputs, count, generator)
-    count = _usual(inputs) if count is None else count
+    count = usual_count(inputs) if count is None else count
     sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
     noises = [_noise((size, *inputs.shape[1:]), generator).to(inputs) for size in sizes]
     with evaluating(model), torch.enable_grad():
         return list(ranks.share(noises, lambda noise: _dreamed(model, noise)))
 
 
-def _usual(inputs: Tensor) -> int:
-    """How many inputs: fewer where they are large."""
+def usual_count(inputs: Tensor) -> int:
+    """How many inputs are dreamed up, 64 to 256: fewer where they are large."""
     return max(BATCH, min(COUNT, COUNT * 64 * 64 // max(math.prod(inputs.shape[2:]), 1)))
 
 
@@ -130,7 +130,7 @@ def _drawn(model: nn.Module, inputs: Tensor, count: int | None, generator: torch
             nothing, spatial = first(zeros(1)), isinstance(layer, nn.modules.conv._ConvNd)
             if count is None:
                 positions = nothing[0].numel() // max(nothing.shape[1 if spatial else -1], 1)
-                count = min(POSITIONS, max(_usual(inputs), POSITIONS // max(positions, 1)))
+                count = min(POSITIONS, max(usual_count(inputs), POSITIONS // max(positions, 1)))
             centre = _centre(first, zeros(1), _STIFFNESS * norm.square())
             size = min(count, _DRAWN)
             batches = []

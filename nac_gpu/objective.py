@@ -1,6 +1,6 @@
 """What training minimises: the loss of the targets, the distance from a teacher, or a share of each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nac_gpu.activations import floating
 from nac_gpu.forward import call
 
 
@@ -56,6 +57,29 @@ class Objective:
             return self.loss(outputs, targets)
         own = _own_loss(outputs)
         return F.cross_entropy(_logits(outputs).float(), targets) if own is None else own
+
+
+def change(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor | None:
+    """How much outputs changed: the squared difference as a share of the variance, the mean over the outputs.
+
+    Args:
+        found: the outputs; those that are not floating, have another shape than expected, or should not vary, do not
+            count.
+        expected: what they were.
+
+    Returns:
+        A scalar, or None if nothing counts.
+    """
+    if len(found) != len(expected):
+        return None
+    shares = []
+    for now, then in zip(found, expected, strict=True):
+        if now.shape == then.shape and now.is_floating_point() and now.numel():
+            now, then = floating(now), floating(then)
+            whole = float((then - then.mean(0)).square().mean()) or float(then.square().mean())
+            if whole > 0:
+                shares.append((now - then).square().mean() / whole)
+    return torch.stack(shares).mean() if shares else None
 
 
 def _own_loss(outputs: Any) -> Tensor | None:

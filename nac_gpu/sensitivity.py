@@ -18,6 +18,7 @@ from nac_gpu.distributed import ALONE, Ranks
 from nac_gpu.evidence import Evidence
 from nac_gpu.forward import call, evaluating, tensors_in
 from nac_gpu.groups import Graph, Group
+from nac_gpu.objective import change
 
 _TRIED = (0.03, 0.1, 0.3)  # errors
 _INPUTS = 256  # at most so many, where batches are tensors
@@ -62,10 +63,10 @@ def losses(
             if kept < group.size and curve[kept] > 0 and curve[kept] not in points:
                 compensator.start()
                 compensator.merge(group, evidence.tree(group).cut(kept))
-                change = _change(compensator.network(), batches, expected)
-                if change is None:
+                changed = _changed(compensator.network(), batches, expected)
+                if changed is None:
                     return None
-                points[curve[kept]] = max(change, 1e-9)
+                points[curve[kept]] = max(changed, 1e-9)
         return points
 
     result: dict[str, Curve] = {}
@@ -89,22 +90,15 @@ def _some(batches: Batches) -> Batches:
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    found = tensors_in(call(model, batch))
-    return [value.double() for value in found if value.is_floating_point()]
+    return [value.double() if value.is_floating_point() else value for value in tensors_in(call(model, batch))]
 
 
-def _change(model: nn.Module, batches: Batches, expected: Sequence[Sequence[Tensor]]) -> float | None:
-    """The mean squared change of the outputs as a share of their variance over the batch; None for other shapes."""
-    shares = []
+def _changed(model: nn.Module, batches: Batches, expected: Sequence[Sequence[Tensor]]) -> float | None:
+    """The mean change of the outputs over the batches; None if they cannot be compared."""
     with evaluating(model):
-        for batch, wanted in zip(batches, expected, strict=True):
-            for found, value in zip(_outputs(model, batch), wanted, strict=True):
-                if found.shape != value.shape or not value.numel():
-                    return None
-                whole = float((value - value.mean(0)).square().mean()) or float(value.square().mean())
-                if whole > 0:
-                    shares.append(float((found - value).square().mean()) / whole)
-    changed = sum(shares) / len(shares) if shares else None
+        each = [change(_outputs(model, batch), wanted) for batch, wanted in zip(batches, expected, strict=True)]
+    known = [float(share) for share in each if share is not None]
+    changed = sum(known) / len(known) if known else None
     return changed if changed is not None and math.isfinite(changed) else None
 
 

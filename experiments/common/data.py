@@ -115,9 +115,14 @@ def statistics(images: Images) -> tuple[Tensor, Tensor]:
 
 
 def augment(
-    pixels: Tensor, shift: int, flip: bool, generator: torch.Generator, cutout: int = 0, warp: float = 0.0
+    pixels: Tensor,
+    shift: int,
+    mirrored: Tensor | None,
+    generator: torch.Generator,
+    cutout: int = 0,
+    warp: float = 0.0,
 ) -> Tensor:
-    """Each image shifted by up to `shift` pixels both ways (edges reflected) and, with `flip`, mirrored half the time.
+    """Each image shifted by up to `shift` pixels both ways (edges reflected), and mirrored where `mirrored`, bool [n].
 
     With `cutout`, a square of so many pixels a side, anywhere in the image, is painted grey (DeVries and Taylor 2017).
     With `warp`, each image is turned, stretched and slanted first, as `warped` does.
@@ -134,9 +139,8 @@ def augment(
         columns = (dx[:, None] + torch.arange(width, device=device))[:, None, None, :]
         channels = torch.arange(pixels.shape[1], device=device)[None, :, None, None]
         pixels = padded[torch.arange(n, device=device)[:, None, None, None], channels, rows, columns]
-    if flip:
-        mirrored = (torch.rand(n, generator=generator) < 0.5).to(device)
-        pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(3), pixels)
+    if mirrored is not None:
+        pixels = torch.where(mirrored.to(device).view(-1, 1, 1, 1), pixels.flip(3), pixels)
     if cutout:
         top, left = (torch.randint(size - cutout + 1, (n,), generator=generator) for size in (height, width))
         inside_rows = _between(torch.arange(height), top, cutout)  # [n, height]

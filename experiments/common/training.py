@@ -27,7 +27,7 @@ class Recipe:
         weight_decay: on weights only; biases and normalisation parameters are free.
         label_smoothing: share of the target spread over all classes.
         shift: augmentation, pixels (0: none).
-        flip: augmentation, mirror half of the images.
+        flip: augmentation, mirror half of the images; in the next epoch the other half (alternating flip, Jordan 2024).
         cutout: augmentation, side of a grey square in every image, pixels (0: none).
         warp: augmentation, how far each image is turned, stretched and slanted (0: not at all).
     """
@@ -150,12 +150,15 @@ class Augmented:
         how = self.recipe
         generator = torch.Generator().manual_seed(self.seed * 1000 + self.epoch)
         order = torch.randperm(len(self.images), generator=generator)
+        first_mirrored = torch.rand(len(self.images), generator=torch.Generator().manual_seed(self.seed)) < 0.5
+        mirrored = first_mirrored ^ (self.epoch % 2 == 1) if how.flip else None
         _, size = processes.rank_and_size()
         order = order[torch.arange(-(-len(order) // size) * size) % len(order)]
         for index in order.split(how.batch_size):
+            mirror = None if mirrored is None else mirrored[index]
             index = index.to(self.precision.device)
             # each process augments all, so that its own part is what it would be in one process
-            pixels = augment(self.images.pixels[index], how.shift, how.flip, generator, how.cutout, how.warp)
+            pixels = augment(self.images.pixels[index], how.shift, mirror, generator, how.cutout, how.warp)
             own = slice(*processes.part(len(index)))
             yield _inputs(pixels[own], self.scale, self.precision), self.images.labels[index[own]]
 

@@ -14,6 +14,7 @@ from nac_gpu.atomic import atomically, write_text
 from nac_gpu.cli.inputs import Images, example_inputs, read_tensors, to_device
 from nac_gpu.cli.options import Compressed, Training, Widths, calibrated
 from nac_gpu.compress import Neurons, Rule
+from nac_gpu.refinement import PASSES
 
 
 @dataclass(kw_only=True)
@@ -50,6 +51,8 @@ class Compress(Training, Widths):
     """How merged neurons and what reads them are chosen; "centroid" is the paper's rule."""
     neurons: Neurons | None = None
     """How neurons are compared. Default: by activations, where they are compensated."""
+    refine: int = PASSES
+    """How often the smaller model looks at each calibration input to learn to answer as the original does; 0: never."""
 
     def run(self) -> None:
         """Compress, fine-tune, save, print."""
@@ -73,6 +76,7 @@ class Compress(Training, Widths):
             method=self.method,
             rule=self.rule,
             neurons=self.neurons,
+            refine=self.refine,
             seed=self.seed,
         )
         epochs: list[nac.Epoch] = []

@@ -1,0 +1,180 @@
+"""Refinement: the smaller network learns to answer as the original does, and nothing else changes."""
+
+from collections.abc import Callable
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nac_gpu as nac
+from nac_gpu import refinement
+from nac_gpu.refinement import BATCH, joined, looked_at
+from nac_gpu.rebuild import tensors
+
+
+def inputs(count: int, seed: int, size: int = 20) -> Tensor:
+    """Inputs that vary in few directions, as data do."""
+    mixing = torch.randn(6, size, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 6, generator=generator) @ mixing + 0.1 * torch.randn(count, size, generator=generator)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 5))
+
+
+def distance(model: nn.Module, small: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((small(x) - model(x)).square().mean())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_refined_network_is_nearer_to_the_original_on_inputs_that_it_has_not_seen(seed: int) -> None:
+    model, fresh = network(seed), inputs(500, 7)
+    made = [nac.compress(model, fresh[:1], width=0.3, calibration=[inputs(512, 1)], refine=n) for n in (0, 80)]
+    plain, refined = (distance(model, small, fresh) for small in made)
+    assert refined < 0.8 * plain
+    assert [p.shape for p in made[0].parameters()] == [p.shape for p in made[1].parameters()]
+
+
+def test_the_original_the_random_state_and_the_flags_are_left_alone() -> None:
+    model = network().train()
+    model[2].weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in tensors(model).items()}
+    state = torch.random.get_rng_state()
+    small = nac.compress(model, inputs(1, 0), width=0.5, calibration=[inputs(128, 1)])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in tensors(model).items())
+    assert all(p.grad is None for net in (model, small) for p in net.parameters())
+    assert all(module.training for net in (model, small) for module in net.modules())
+    assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in model.parameters()]
+    again = nac.compress(model, inputs(1, 0), width=0.5, calibration=[inputs(128, 1)])
+    assert all(torch.equal(a, b) for a, b in zip(tensors(small).values(), tensors(again).values(), strict=True))
+
+
+def test_only_what_merging_touched_is_trained() -> None:
+    model = network()
+    plain, refined = (
+        nac.compress(model, inputs(1, 0), width=0.5, only=["0"], calibration=[inputs(128, 1)], refine=n) for n in (0, 9)
+    )
+    same = {
+        name
+        for (name, a), b in zip(tensors(plain).items(), tensors(refined).values(), strict=True)
+        if torch.equal(a, b)
+    }
+    assert same == {"2.bias", "4.weight", "4.bias"}
+
+
+def test_what_makes_it_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(), inputs(128, 1)
+    plain = nac.compress(model, x[:1], width=0.5, calibration=[x], refine=0)
+    for rate in (30.0, float("inf")):
+        monkeypatch.setattr(refinement, "_RATE", rate)
+        refined = nac.compress(model, x[:1], width=0.5, calibration=[x])
+        assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(refined).values(), strict=True))
+
+
+class Ungraded(nn.Sequential):
+    """A network that cannot be trained."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("no gradient for this")
+        return super().forward(input)
+
+
+def test_a_network_that_cannot_be_trained_is_left_unrefined_and_that_is_said() -> None:
+    model, x = Ungraded(*network()), inputs(128, 1)
+    plain = nac.compress(model, x[:1], width=0.5, calibration=[x], refine=0)
+    with pytest.warns(UserWarning, match="not refined, for its training failed: no gradient for this; refine=0"):
+        small = nac.compress(model, x[:1], width=0.5, calibration=[x])
+    assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(small).values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_types_stay_what_they_are(dtype: torch.dtype) -> None:
+    model, x = network().to(dtype), inputs(256, 1).to(dtype)
+    plain, refined = (nac.compress(model, x[:1], width=0.3, calibration=[x], refine=n) for n in (0, 40))
+    assert {p.dtype for p in refined.parameters()} == {dtype}
+    fresh = inputs(300, 5).to(dtype)
+    assert distance(model, refined, fresh) < distance(model, plain, fresh)
+
+
+class Tokens(nn.Module):
+    """Reads tokens, by keyword, and gives several things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.lstm = nn.LSTM(16, 24, batch_first=True)
+        self.hidden = nn.Linear(24, 64)
+        self.out = nn.Linear(64, 3)
+
+    def forward(self, *, tokens: Tensor) -> dict[str, Tensor]:
+        read, _ = self.lstm(self.embedding(tokens))
+        return {"tokens": tokens, "scores": self.out(self.hidden(read).relu())}
+
+
+def test_batches_of_tokens_are_looked_at_as_they_are_and_recurrent_layers_learn_too() -> None:
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    batches = [{"tokens": torch.randint(50, (8, 12))} for _ in range(6)]
+    plain, refined = (nac.compress(model, batches[0], width=0.4, calibration=batches, refine=n) for n in (0, 40))
+    fresh = torch.randint(50, (100, 12))
+    with torch.no_grad():
+        wanted, a, b = (net(tokens=fresh)["scores"] for net in (model, plain, refined))
+    assert float((b - wanted).square().mean()) < 0.9 * float((a - wanted).square().mean())
+    looked = islice(looked_at(batches, torch.Generator()), 12)
+    assert sorted(map(id, looked)) == sorted(2 * [id(batch) for batch in batches])
+
+
+def test_a_negative_number_of_passes_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"refine=-1, expected a number of passes"):
+        nac.compress(network(), inputs(1, 0), width=0.5, refine=-1)
+
+
+def test_batches_are_joined_and_divided_anew_where_they_are_alike() -> None:
+    x = torch.randn(150, 4)
+    parts = joined(list(x.split(7)))
+    assert [len(part) for part in parts] == [BATCH, BATCH, 150 - 2 * BATCH]
+    assert torch.equal(torch.cat([part for part in parts if isinstance(part, Tensor)]), x)
+    pairs = joined([{"a": x[:70], "b": x[:70, :2]}, {"a": x[70:], "b": x[70:, :2]}])
+    assert isinstance(pairs[0], dict)
+    assert len(pairs) == 3
+    assert torch.equal(pairs[1]["b"], x[64:128, :2])
+    for other in ([x, x[:, :2]], [x, {"a": x}], [x.long()], [(x, x[:3])]):
+        assert joined(other) == other
+
+
+def test_images_are_shifted_mirrored_and_mixed() -> None:
+    images = torch.rand(40, 3, 16, 16)
+    images[:, 1] = images[:, 0]  # channels move together
+    found = next(looked_at([images], torch.Generator().manual_seed(0)))
+    assert isinstance(found, Tensor)
+    assert found.shape == images.shape
+    assert torch.equal(found[:, 1], found[:, 0])
+    padded = nn.functional.pad(images, (2, 2, 2, 2), mode="reflect")
+    windows = padded.unfold(2, 16, 1).unfold(3, 16, 1)  # [n, c, 5, 5, 16, 16]
+    windows = torch.cat([windows, windows.flip(5)], dim=2).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+
+    def alone(at: int) -> bool:
+        return any(torch.equal(found[at], window) for window in windows[at])
+
+    unmixed = sum(alone(at) for at in range(40))
+    assert 10 <= unmixed <= 30
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"), [(lambda: torch.zeros(640, 20), 30), (lambda: torch.zeros(64, 3, 512, 512), 3)]
+)
+def test_inputs_that_are_few_or_large_are_looked_at_less_often(
+    build: Callable[[], Tensor], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refinement, "STEPS", 12 if build().ndim > 2 else 1280)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(build()[0].numel(), 3))
+    learning = refinement._Learning(flat, flat, dict(flat.named_parameters()), [build()])
+    assert learning._steps(3) == expected

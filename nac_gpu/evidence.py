@@ -17,6 +17,7 @@ from nac_gpu.linkage import ward_linkage
 from nac_gpu.neurons import neuron_vectors
 from nac_gpu.opening import is_open
 from nac_gpu.rebuild import tensors
+from nac_gpu.tokens import Speaker
 from nac_gpu.widths import Calibration
 
 
@@ -98,15 +99,22 @@ def gather(
     if isinstance(calibration, str):
         if calibration not in ("dream", "none"):
             raise ValueError(f"calibration={calibration!r}, expected batches of inputs, 'dream' or 'none'")
+        speaker = None
         reason = "calibration='none'" if calibration == "none" else why_not(model, example_inputs)
         if calibration == "dream" and is_open(model):
             reason = "its weights are in files"
-        if reason is not None:
+        elif calibration == "dream" and reason is not None:
+            speaker = Speaker(model, example_inputs)
+        if reason is not None and (speaker is None or not speaker.places):
             return Evidence(state, source=f"neurons are compared by their weights, without compensation: {reason}")
-        assert isinstance(example_inputs, Tensor), "else there are no dreams"
-        batches: list[ExampleInputs] = list(dream(model, example_inputs, seed=seed, ranks=ranks))
-        known = has_statistics(model)
-        source = f"dreamed up from {'the statistics of BatchNorm' if known else 'the weights of the first layer'}"
+        batches: list[ExampleInputs]
+        if speaker is not None:
+            batches, known = speaker.batches(seed, ranks), speaker.speaks()
+            source = "of tokens that the model itself says" if known else "of random tokens"
+        else:
+            assert isinstance(example_inputs, Tensor), "else there are no dreams"
+            batches, known = list(dream(model, example_inputs, seed=seed, ranks=ranks)), has_statistics(model)
+            source = f"dreamed up from {'the statistics of BatchNorm' if known else 'the weights of the first layer'}"
     elif is_open(model):
         raise ValueError(
             "expected calibration='none' for a model of nac_gpu.open_model: its weights are in files, its neurons are "

@@ -33,6 +33,7 @@ STEPS = 1280  # at most, for small inputs; fewer where they are large
 _RATE = 6e-4  # of Adam
 _RATE_MADE_UP = 3e-4  # inputs that were made up are like the true ones only in some respects
 _WARMUP = 20  # steps
+_NEAR = 1e-6  # of the outputs' variance: nothing is left to learn
 _SHIFT = 8  # images are shifted by up to this part of their side
 
 
@@ -112,7 +113,7 @@ class _Learning:
         steps = self._steps(passes)
         with evaluating(self._small), evaluating(self._model), self._recurrent():
             before = self._distance()
-            if before is None:
+            if before is None or before < _NEAR:
                 return {}
             with torch.enable_grad():
                 self._descend(steps, rate, torch.Generator().manual_seed(seed))
@@ -128,7 +129,7 @@ class _Learning:
     def _steps(self, passes: int) -> int:
         leaf = next((leaf for leaf in pytree.tree_leaves(self._inputs[0]) if isinstance(leaf, Tensor)), None)
         most = STEPS if leaf is None else STEPS * usual_count(leaf) // COUNT
-        return min(most, passes * len(self._inputs))
+        return max(1, min(most, passes * len(self._inputs)))
 
     def _descend(self, steps: int, rate: float, generator: torch.Generator) -> None:
         optimizer = torch.optim.Adam(self._weights.values(), lr=rate)
@@ -136,7 +137,8 @@ class _Learning:
             optimizer, lambda step: min(1, (step + 1) / _WARMUP) * (1 - step / steps)
         )
         for _, batch in zip(range(steps), looked_at(self._inputs, generator), strict=False):
-            distance = self._apart(batch)
+            with self._autocast:
+                distance = self._apart(batch)
             if distance is None or not distance.requires_grad:
                 continue
             slopes = torch.autograd.grad(distance, list(self._weights.values()), allow_unused=True)
@@ -147,12 +149,10 @@ class _Learning:
 
     def _apart(self, batch: ExampleInputs) -> Tensor | None:
         """The squared difference of the outputs as a share of their variance; None if there is nothing to compare."""
-        with self._autocast:
-            with torch.no_grad():
-                expected = list(tensors_in(_called(self._model, {}, batch)))
-            typed = {name: value.to(self._types[name]) for name, value in self._weights.items()}
-            found = list(tensors_in(_called(self._small, typed, batch)))
-        return change(found, expected)
+        with torch.no_grad():
+            expected = list(tensors_in(_called(self._model, {}, batch)))
+        typed = {name: value.to(self._types[name]) for name, value in self._weights.items()}
+        return change(list(tensors_in(_called(self._small, typed, batch))), expected)
 
     def _distance(self) -> float | None:
         """The mean over the inputs as they are."""

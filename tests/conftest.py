@@ -53,6 +53,15 @@ def short_dreams(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dream, name, value)
 
 
+@pytest.fixture(autouse=True)
+def short_refinement(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps of refinement, for tests that do not ask how good it is."""
+    from nac_gpu import refinement
+
+    if request.module.__name__ != "test_refinement":
+        monkeypatch.setattr(refinement, "STEPS", 8)
+
+
 @pytest.fixture(scope="module")
 def made() -> Any:
     """A model, what it became, example inputs, the plan and the report."""

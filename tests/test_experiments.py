@@ -18,7 +18,7 @@ import budgets
 import latency
 import vgg_cifar
 from common import processes
-from common.data import augment, load, normalise, statistics, warped
+from common.data import Images, augment, load, normalise, statistics, warped
 from common.fast_conv import fast_weight_gradients
 from common.results import Results
 from common.training import Augmented, Precision, Recipe, error_rate, fit
@@ -117,16 +117,31 @@ def test_fast_weight_gradients_take_only_what_they_are_for() -> None:
 
 def test_augmented_images_are_shifted_and_mirrored_originals() -> None:
     images = blobs(20, 0).pixels
-    found = augment(images, 2, True, torch.Generator().manual_seed(0))
+    mirrored = torch.arange(len(images)) % 2 == 1
+    found = augment(images, 2, mirrored, torch.Generator().manual_seed(0))
     assert found.shape == images.shape
     assert found.dtype == torch.uint8
     padded = nn.functional.pad(images.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
     windows = padded.unfold(2, 8, 1).unfold(3, 8, 1)  # [n, c, 5, 5, 8, 8]
     for i, image in enumerate(found):
         candidates = windows[i].permute(1, 2, 0, 3, 4).reshape(25, 3, 8, 8)
-        assert any(torch.equal(image, c) or torch.equal(image, c.flip(2)) for c in candidates)
+        assert any(torch.equal(image.flip(2) if mirrored[i] else image, c) for c in candidates)
     assert not torch.equal(found, images)
-    assert augment(images, 0, False, torch.Generator()) is images
+    assert augment(images, 0, None, torch.Generator()) is images
+
+
+def test_an_image_that_is_mirrored_in_an_epoch_is_not_in_the_next() -> None:
+    images = Images(torch.arange(24, dtype=torch.uint8).view(6, 1, 1, 4), torch.arange(6), 6)
+    scale = torch.zeros(1), torch.ones(1)
+    batches = Augmented(images, scale, Recipe(1, 0.1, batch_size=6, flip=True), Precision.best("cpu", False), seed=0)
+    seen = []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        pixels, labels = next(iter(batches))
+        seen.append((255 * pixels[labels.argsort()]).round().to(torch.uint8))
+    assert torch.equal(seen[0], seen[1].flip(3))
+    assert torch.equal(seen[0], seen[2])
+    assert 0 < int((seen[0] == images.pixels).all(3).sum()) < 6
 
 
 def test_warped_images_are_near_their_originals_and_black_outside() -> None:
@@ -140,7 +155,7 @@ def test_warped_images_are_near_their_originals_and_black_outside() -> None:
     assert len({image.numpy().tobytes() for image in found}) == 40
     area = found.double().sum((1, 2, 3)) / 200
     assert ((area > 32 / 1.4) & (area < 32 / 0.68)).all()
-    assert torch.equal(augment(pixels, 0, False, torch.Generator().manual_seed(0), warp=0.15), found)
+    assert torch.equal(augment(pixels, 0, None, torch.Generator().manual_seed(0), warp=0.15), found)
     bright = warped(torch.full_like(pixels, 200), 0.3, torch.Generator().manual_seed(0))
     assert (bright[:, :, 0, 0] < 200).any()
     assert torch.equal(warped(pixels, 0.0, torch.Generator()), pixels)

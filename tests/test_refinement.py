@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import nac_gpu as nac
 from nac_gpu import refinement
-from nac_gpu.refinement import BATCH, joined, looked_at
 from nac_gpu.rebuild import tensors
+from nac_gpu.refinement import BATCH, joined, looked_at
 
 
 def inputs(count: int, seed: int, size: int = 20) -> Tensor:

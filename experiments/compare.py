@@ -106,7 +106,9 @@ RULES: dict[str, dict[str, Any]] = {
     },
     "k-means, dreams, chosen widths": {"widths": "chosen", "method": "kmeans"},
     "Ward by weights, dreams, chosen widths": {"widths": "chosen", "neurons": "folded"},
+    "Ward, dreams, not refined": {"widths": "own", "refine": 0},
     "Ward, dreams (default)": {"widths": "own"},
+    "Ward, images, not refined": {"widths": "own", "images": True, "refine": 0},
     "Ward, images": {"widths": "own", "images": True},
 }
 TORCH_PRUNING = "Torch-Pruning"

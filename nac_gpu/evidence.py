@@ -113,7 +113,8 @@ def gather(
             source = "of tokens that the model itself says" if known else "of random tokens"
         else:
             assert isinstance(example_inputs, Tensor), "else there are no dreams"
-            batches, known = list(dream(model, example_inputs, seed=seed, ranks=ranks)), has_statistics(model)
+            batches = [*dream(model, example_inputs, seed=seed, ranks=ranks)]
+            known = has_statistics(model)
             source = f"dreamed up from {'the statistics of BatchNorm' if known else 'the weights of the first layer'}"
     elif is_open(model):
         raise ValueError(

@@ -11,6 +11,7 @@ of it.
 
 import contextlib
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -73,6 +74,7 @@ def learn(
 
     def learnt(_: None) -> dict[str, Tensor]:
         try:
+            _check_memory(weights)
             rate = _RATE_MADE_UP if made_up else _RATE
             return _Learning(small, model, weights, batches).found(passes, rate, seed)
         except RankError:
@@ -88,6 +90,25 @@ def learn(
         with torch.no_grad():
             for name, value in found.items():
                 weights[name].copy_(value)
+
+
+def _check_memory(weights: Mapping[str, nn.Parameter]) -> None:
+    """Training takes four numbers a weight, and the system may end a process that takes too much.
+
+    Raises:
+        RuntimeError: it would take more than half of the memory that there is.
+    """
+    device = next(iter(weights.values())).device
+    needed = 16 * sum(value.numel() for value in weights.values())
+    there = needed * 2
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there / 2:
+        raise RuntimeError(
+            f"it takes {needed / 1e9:.1f} GB, expected at most half of the {there / 1e9:.1f} GB of {device}"
+        )
 
 
 class _Learning:

@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 from nac_gpu.distributed import ALONE, Ranks
 from nac_gpu.forward import ExampleInputs, call, evaluating, tensors_in
 
-POSITIONS = 16384  # of all tokens
+POSITIONS = 8192  # of all tokens
 _MOST, _FEWEST = 256, 8  # sequences
 _BATCH = 4096  # tokens
-_PASSES = 32
+_PASSES = 16
 
 
 @dataclass(frozen=True)

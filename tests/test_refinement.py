@@ -93,6 +93,13 @@ def test_a_network_that_cannot_be_trained_is_left_unrefined_and_that_is_said() -
     assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(small).values(), strict=True))
 
 
+def test_a_network_too_large_for_the_memory_is_left_unrefined_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(refinement.os, "sysconf", lambda name: pages[name])
+    with pytest.warns(UserWarning, match=r"it takes 0\.0 GB, expected at most half of the 0\.0 GB of cpu"):
+        nac.compress(network(), inputs(1, 0), width=0.5, calibration=[inputs(128, 1)])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_types_stay_what_they_are(dtype: torch.dtype) -> None:
     model, x = network().to(dtype), inputs(256, 1).to(dtype)

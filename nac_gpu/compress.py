@@ -66,8 +66,8 @@ def compress(
         flops: as for `nac_gpu.plan`.
         calibration: on what activations are compared and compensated: batches of unlabelled inputs, such as a list of
             tensors or a DataLoader (a few hundred inputs; labels beside them are not looked at); `"dream"` for inputs
-            made up (see `nac_gpu.dream` and `nac_gpu.tokens`); with `"none"`, or where none can be made up, neurons are compared by their
-            weights and the rule is `"restored"`.
+            made up (see `nac_gpu.dream` and `nac_gpu.tokens`); with `"none"`, or where none can be made up, neurons
+            are compared by their weights and the rule is `"restored"`.
         limits: as for `nac_gpu.plan`.
         multiple_of: as for `nac_gpu.plan`.
         only: as for `nac_gpu.plan`.

@@ -84,7 +84,7 @@ def compression(case: Case, note: Callable[[Row], None]) -> None:
         )
         found = identity(prepared.model, inputs, prepared.groups, list(prepared.plan.widths.values()))
         reached("compressing", identity=found.error, effect=found.effect, vacuous=found.vacuous)
-        small = nac.compress(model, inputs, width=WIDTH, method="random", calibration=[inputs])
+        small = nac.compress(model, inputs, width=WIDTH, method="random", calibration=[inputs], refine=2)
         after = sum(p.numel() for p in small.parameters())
         reached("training", after=after)
         if prepared.plan.after.parameters != after:

@@ -83,8 +83,8 @@ def gather(
         model: not changed.
         example_inputs: what it is called with.
         groups: the groups.
-        calibration: batches of inputs; `"dream"` makes some up where that can be done (see `nac_gpu.dream`), `"none"`
-            leaves it at the weights.
+        calibration: batches of inputs; `"dream"` makes some up where that can be done (see `nac_gpu.dream` and
+            `nac_gpu.tokens`), `"none"` leaves it at the weights.
         seed: of dreams.
         ranks: the processes that work together; calibration data may be each one's own part.
 

@@ -13,13 +13,19 @@ from torch.utils.flop_counter import FlopCounterMode
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
-def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
-    """One forward pass: a tensor is the only argument, a sequence the arguments, a mapping the keyword arguments."""
+def arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor is the only argument, a sequence the arguments, a mapping the keyword arguments."""
     if isinstance(example_inputs, Tensor):
-        return model(example_inputs)
+        return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(*example_inputs)
+        return (), dict(example_inputs)
+    return tuple(example_inputs), {}
+
+
+def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """One forward pass; see `arguments`."""
+    positional, named = arguments(example_inputs)
+    return model(*positional, **named)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """What training minimises: the loss of the targets, the distance from a teacher, or a share of each."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,13 @@ def change(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor | None
             if whole > 0:
                 shares.append((now - then).square().mean() / whole)
     return torch.stack(shares).mean() if shares else None
+
+
+def mean_change(changes: Iterable[Tensor | None]) -> float | None:
+    """The mean of those that are known; None if there are none, or it is not finite."""
+    known = [float(share) for share in changes if share is not None]
+    mean = sum(known) / len(known) if known else None
+    return mean if mean is not None and math.isfinite(mean) else None
 
 
 def _own_loss(outputs: Any) -> Tensor | None:

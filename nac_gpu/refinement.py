@@ -10,11 +10,9 @@ of it.
 """
 
 import contextlib
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +22,17 @@ from torch.utils import _pytree as pytree
 from nac_gpu.activations import Batches
 from nac_gpu.distributed import ALONE, RankError, Ranks
 from nac_gpu.dream import COUNT, usual_count
-from nac_gpu.forward import ExampleInputs, evaluating, in_small_operations, multiplies_bfloat16, tensors_in
+from nac_gpu.forward import (
+    ExampleInputs,
+    arguments,
+    call,
+    evaluating,
+    in_small_operations,
+    multiplies_bfloat16,
+    tensors_in,
+)
 from nac_gpu.groups import Group
-from nac_gpu.objective import change
+from nac_gpu.objective import change, mean_change
 
 BATCH = 64  # inputs
 PASSES = 80  # over the inputs
@@ -171,24 +177,14 @@ class _Learning:
     def _apart(self, batch: ExampleInputs) -> Tensor | None:
         """The squared difference of the outputs as a share of their variance; None if there is nothing to compare."""
         with torch.no_grad():
-            expected = list(tensors_in(_called(self._model, {}, batch)))
+            expected = list(tensors_in(call(self._model, batch)))
         typed = {name: value.to(self._types[name]) for name, value in self._weights.items()}
-        return change(list(tensors_in(_called(self._small, typed, batch))), expected)
+        return change(list(tensors_in(functional_call(self._small, typed, *arguments(batch)))), expected)
 
     def _distance(self) -> float | None:
         """The mean over the inputs as they are."""
         with torch.no_grad():
-            every = [self._apart(batch) for batch in self._inputs]
-        known = [float(distance) for distance in every if distance is not None]
-        mean = sum(known) / len(known) if known else None
-        return mean if mean is not None and math.isfinite(mean) else None
-
-
-def _called(model: nn.Module, weights: Mapping[str, Tensor], batch: ExampleInputs) -> Any:
-    """One forward pass with other weights."""
-    if isinstance(batch, Mapping):
-        return functional_call(model, dict(weights), (), dict(batch))
-    return functional_call(model, dict(weights), (batch,) if isinstance(batch, Tensor) else tuple(batch))
+            return mean_change(self._apart(batch) for batch in self._inputs)
 
 
 def joined(batches: Batches) -> list[ExampleInputs]:

@@ -18,7 +18,7 @@ from nac_gpu.distributed import ALONE, Ranks
 from nac_gpu.evidence import Evidence
 from nac_gpu.forward import call, evaluating, tensors_in
 from nac_gpu.groups import Graph, Group
-from nac_gpu.objective import change
+from nac_gpu.objective import change, mean_change
 
 _TRIED = (0.03, 0.1, 0.3)  # errors
 _INPUTS = 256  # at most so many, where batches are tensors
@@ -96,10 +96,8 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
 def _changed(model: nn.Module, batches: Batches, expected: Sequence[Sequence[Tensor]]) -> float | None:
     """The mean change of the outputs over the batches; None if they cannot be compared."""
     with evaluating(model):
-        each = [change(_outputs(model, batch), wanted) for batch, wanted in zip(batches, expected, strict=True)]
-    known = [float(share) for share in each if share is not None]
-    changed = sum(known) / len(known) if known else None
-    return changed if changed is not None and math.isfinite(changed) else None
+        pairs = zip(batches, expected, strict=True)
+        return mean_change(change(_outputs(model, batch), wanted) for batch, wanted in pairs)
 
 
 def _through(points: dict[float, float], curve: Curve) -> Curve:

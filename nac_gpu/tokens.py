@@ -52,10 +52,11 @@ class Speaker:
         self._model = model
         self._leaves, self._structure = pytree.tree_flatten(example_inputs)
         self.places = self._found()
+        self._speaking = [self._next(place) for place in self.places]
 
     def speaks(self) -> bool:
         """Whether it says which tokens come next."""
-        return any(self._next(place) for place in self.places)
+        return any(self._speaking)
 
     def batches(self, seed: int = 0, ranks: Ranks = ALONE) -> list[ExampleInputs]:
         """Made-up inputs; everything but the tokens is as in the example, repeated.
@@ -70,9 +71,8 @@ class Speaker:
         with evaluating(self._model):
             size = self._fitting()
             count = max(_FEWEST, min(_MOST, POSITIONS // self._length()))
-            spoken = [self._next(place) for place in self.places]
             numbers = range(-(-count // size))
-            return list(ranks.share(numbers, lambda number: self._made(size, spoken, seed * len(numbers) + number)))
+            return list(ranks.share(numbers, lambda number: self._made(size, seed * len(numbers) + number)))
 
     def _found(self) -> list[_Place]:
         """Integer tensors of the example that embeddings read as they are."""
@@ -154,10 +154,10 @@ class Speaker:
         apart = (before - after).abs().amax(dim=(0, 2)) / before.abs().max().clamp_min(1e-12)
         return float(apart[:-1].max()) < 1e-4 < float(apart[-1])
 
-    def _made(self, size: int, spoken: list[bool], seed: int) -> ExampleInputs:
+    def _made(self, size: int, seed: int) -> ExampleInputs:
         generator = torch.Generator().manual_seed(seed)
         tokens = self._random(size, generator)
-        for place, speaks in zip(self.places, spoken, strict=True):
+        for place, speaks in zip(self.places, self._speaking, strict=True):
             if not speaks:
                 continue
             length = tokens[place.leaf].shape[1]

@@ -76,6 +76,14 @@ def test_what_makes_it_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(refined).values(), strict=True))
 
 
+def test_made_up_inputs_have_a_rate_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(), inputs(1, 0)
+    plain = nac.compress(model, x, width=0.5, refine=0)
+    monkeypatch.setattr(refinement, "_RATE_MADE_UP", float("inf"))
+    refined = nac.compress(model, x, width=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(refined).values(), strict=True))
+
+
 class Ungraded(nn.Sequential):
     """A network that cannot be trained."""
 

@@ -41,6 +41,14 @@ def test_fit_learns() -> None:
     assert not model.training
 
 
+def test_errors_are_measured_as_often_as_wanted_and_in_the_end() -> None:
+    every, some = (
+        fit(small_network(), blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=0, label="test", error_every=n)
+        for n in (1, 2)
+    )
+    assert some == every[1:]
+
+
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, stopped = small_network(), small_network()
     expected = fit(whole, blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=3, label="whole")

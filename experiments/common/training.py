@@ -176,13 +176,14 @@ def fit(
     scale: tuple[Tensor, Tensor] | None = None,
     teacher: Teacher | None = None,
     sparsity: float = 0.0,
+    error_every: int = 1,
 ) -> list[float]:
     """Train a model in place; several processes train it together, and all have the same one in the end.
 
     Args:
         model: changed in place, left in eval mode.
         train: images to learn from.
-        test: images whose error is measured after every epoch (and never used to choose anything).
+        test: images whose error is measured after epochs (and never used to choose anything).
         recipe: how; a batch is that of all processes together.
         precision: where.
         seed: of the order of the images and the augmentation.
@@ -193,15 +194,18 @@ def fit(
             by default those of the training images.
         teacher: for distillation.
         sparsity: weight in the loss of the sum of BatchNorm's absolute scales (network slimming, Liu et al. 2017).
+        error_every: after how many epochs the test error is measured each time; it is after the last one in any case.
 
     Returns:
-        The test error in percent after each epoch.
+        The test error in percent after each epoch where it was measured.
     """
     precision.place(model)
     train, test = train.to(precision.device), test.to(precision.device)
     mean, std = (value.to(precision.device) for value in scale or statistics(train))
 
     def measure(_: nn.Module, epoch: nac.Epoch) -> dict[str, float]:
+        if epoch.number % error_every and epoch.number < recipe.epochs:
+            return {}
         processes.share_buffers(model)
         error = error_rate(model, test, (mean, std), precision)
         tqdm.write(f"{label}: epoch {epoch.number}/{recipe.epochs}, test error {error:.2f} %")
@@ -233,4 +237,4 @@ def fit(
             seed=seed,
         )
     model.eval()
-    return [epoch.measured["error"] for epoch in epochs]
+    return [epoch.measured["error"] for epoch in epochs if "error" in epoch.measured]

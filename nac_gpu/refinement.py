@@ -12,7 +12,7 @@ of it.
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from nac_gpu.forward import (
     multiplies_bfloat16,
     tensors_in,
 )
-from nac_gpu.groups import Group
 from nac_gpu.objective import change, mean_change
 
 BATCH = 64  # inputs
@@ -47,7 +46,7 @@ _SHIFT = 8  # images are shifted by up to this part of their side
 def learn(
     small: nn.Module,
     model: nn.Module,
-    groups: Sequence[Group],
+    touched: Collection[str],
     batches: Batches,
     passes: int = PASSES,
     *,
@@ -57,13 +56,13 @@ def learn(
 ) -> None:
     """Let a merged network learn to answer as the original does; in place.
 
-    Only the parameters that belong to the merged groups change, whether or not they require gradients. What was
-    learnt is kept if it brings the outputs on the batches nearer to the original's.
+    Only the parameters that merging touched change, whether or not they require gradients. What was learnt is kept if
+    it brings the outputs on the batches nearer to the original's.
 
     Args:
         small: the merged network.
         model: the original; not changed.
-        groups: what was merged.
+        touched: names of the tensors that merging touched.
         batches: inputs of both; tensors are joined and divided into batches of 64.
         passes: how often each input is looked at, at most: the steps are 1280 at most, and fewer for large images.
         made_up: the inputs are no data.
@@ -73,7 +72,6 @@ def learn(
     Raises:
         RankError: another rank failed, or was lost.
     """
-    touched = {member.tensor for group in groups for member in group.members}
     weights = {name: value for name, value in small.named_parameters() if name in touched}
     if not weights or not passes:
         return
@@ -131,8 +129,6 @@ class _Learning:
             name: value.detach().to(self._exact, copy=True).requires_grad_() for name, value in weights.items()
         }
         self._device = next(iter(weights.values())).device
-        fast = all(dtype == torch.float32 for dtype in self._types.values()) and multiplies_bfloat16(self._device)
-        self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=fast)
         self._inputs = joined(batches)
 
     def found(self, passes: int, rate: float, seed: int) -> dict[str, Tensor]:
@@ -142,11 +138,23 @@ class _Learning:
             before = self._distance()
             if before is None or before < _NEAR:
                 return {}
+            self._autocast = self._fitting_autocast()
             with torch.enable_grad():
                 self._descend(steps, rate, torch.Generator().manual_seed(seed))
             after = self._distance()
         better = after is not None and after < before  # not so if it is not finite
         return {name: value.detach().to(self._types[name]) for name, value in self._weights.items()} if better else {}
+
+    def _fitting_autocast(self) -> contextlib.AbstractContextManager[object]:
+        """In bfloat16, where that is fast, and where the networks' code takes results in another type."""
+        fast = all(dtype == torch.float32 for dtype in self._types.values()) and multiplies_bfloat16(self._device)
+        autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=fast)
+        try:
+            with torch.no_grad(), autocast:
+                self._apart(self._inputs[0])
+        except RuntimeError:  # such as adding to a tensor of float32
+            return contextlib.nullcontext()
+        return autocast
 
     def _recurrent(self) -> contextlib.AbstractContextManager[None]:
         """Fused recurrent layers have gradients in training mode only."""

@@ -101,6 +101,28 @@ def test_a_network_that_cannot_be_trained_is_left_unrefined_and_that_is_said() -
     assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(small).values(), strict=True))
 
 
+class Adding(nn.Module):
+    """Its code adds what a layer gives to a tensor of the inputs' type, and takes no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 24), nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(len(x))
+        return x.new_zeros(len(x), 3).index_add(0, rows, self.last(self.first(x).relu()))
+
+
+def test_a_network_that_does_not_take_bfloat16_learns_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refinement, "multiplies_bfloat16", lambda _: True)
+    torch.manual_seed(0)
+    model, x, fresh = Adding().eval(), torch.randn(256, 12), torch.randn(256, 12)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="same scalar type"):
+        model(x)
+    plain, refined = (nac.compress(model, x[:1], width=0.3, calibration=[x], refine=n) for n in (0, 40))
+    assert distance(model, refined, fresh) < distance(model, plain, fresh)
+
+
 def test_a_network_too_large_for_the_memory_is_left_unrefined_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(refinement.os, "sysconf", lambda name: pages[name])

@@ -9,6 +9,7 @@ from nac_gpu.compress import compress
 from nac_gpu.cost import Cost, cost
 from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.estimator import WardClustering
+from nac_gpu.experts import merge_experts
 from nac_gpu.export import export
 from nac_gpu.files import load, save
 from nac_gpu.finetune import Epoch, finetune
@@ -42,6 +43,7 @@ __all__ = [
     "finetune",
     "kmeans",
     "load",
+    "merge_experts",
     "open_model",
     "plan",
     "random",

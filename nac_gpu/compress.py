@@ -115,7 +115,8 @@ def compress(
         if compensated and evidence is not None:
             merged = [g for g, p in zip(prepared.groups, prepared.plan.groups, strict=True) if p.after < p.before]
             made_up = isinstance(calibration, str)
-            learn(small, prepared.model, merged, evidence.batches, refine, made_up=made_up, seed=seed, ranks=ranks)
+            touched = {member.tensor for group in merged for member in group.members}
+            learn(small, prepared.model, touched, evidence.batches, refine, made_up=made_up, seed=seed, ranks=ranks)
         return same_result(small, ranks)
 
 

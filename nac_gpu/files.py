@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nac_gpu.atomic import atomically, atomically_folder
 from nac_gpu.opening import built_without_parameters, is_open
-from nac_gpu.origin import Origin, origin_of, restore, shapes_of
+from nac_gpu.origin import Origin, origin_of, restore, shapes_of, shorten
 from nac_gpu.plan import Plan
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.shards import content, file_entries, relabel, write
@@ -89,6 +89,8 @@ def load(path: str | Path, factory: Callable[[], nn.Module], *, device: torch.de
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: its manifest lacks or spoils {error}; expected what nac_gpu.save wrote") from error
     _check_factory(path, shapes, shapes_of(model))
+    shortened = manifest.get("shortened", {})  # files of earlier versions have none
+    shorten(model, shortened)
     own = tensors(model)
     unknown = [name for name in stored if name not in own]
     absent = [name for name in _names(model) if name not in stored]
@@ -96,7 +98,7 @@ def load(path: str | Path, factory: Callable[[], nn.Module], *, device: torch.de
         raise ValueError(f"{path}: expected the tensors of the original, but {(unknown + absent)[0]} is in one only")
     state = {name: stored.get(name, tensor).to(device or "cpu") for name, tensor in own.items()}
     small = rebuild(model, state)
-    restore(small, Origin(shapes, attributes, configs, plan))
+    restore(small, Origin(shapes, attributes, configs, plan, shortened))
     return small.eval()
 
 
@@ -136,7 +138,11 @@ def _save_file(model: nn.Module, origin: Origin, path: Path) -> None:
 
     names = _names(model)
     own = tensors(model)
-    changed = [name for name, shape in origin.shapes.items() if tuple(own[name].shape) != shape and name not in names]
+    changed = [
+        name
+        for name, shape in origin.shapes.items()
+        if name in own and tuple(own[name].shape) != shape and name not in names
+    ]
     values = {name: own[name] for name in (*names, *changed)}
     manifest = json.dumps(
         {
@@ -148,6 +154,7 @@ def _save_file(model: nn.Module, origin: Origin, path: Path) -> None:
             "widths": origin.plan.widths,
             "attributes": origin.attributes,
             "configs": origin.configs,
+            "shortened": origin.shortened,
             "plan": asdict(origin.plan),
         }
     )

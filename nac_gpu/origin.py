@@ -1,7 +1,7 @@
 """What a compressed model remembers of its original: enough to build it anew from the code that built the original."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -24,19 +24,21 @@ class Origin:
         attributes: of its modules, where they differ from the original's: whole numbers, tuples of them, names.
         configs: the same of configurations that modules keep as `config`, as models of transformers do.
         plan: what was done last.
+        shortened: by the name of a list of modules that has fewer now, how many.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     attributes: Changes
     configs: Changes
     plan: Plan
+    shortened: Mapping[str, int] = field(default_factory=dict)
 
 
 def remember(small: nn.Module, model: nn.Module, plan: Plan) -> None:
     """Keep with a compressed model what it was made from.
 
     Args:
-        small: compressed; of the same modules as `model`.
+        small: compressed; of the same modules as `model`, but that lists may be shorter.
         model: the original, without wrappers and parametrisations; if it was made by compression itself, its own
             origin is kept.
         plan: what was done.
@@ -45,8 +47,13 @@ def remember(small: nn.Module, model: nn.Module, plan: Plan) -> None:
     shapes = shapes_of(model) if first is None else first.shapes
     attributes = {name: dict(values) for name, values in (first.attributes if first else {}).items()}
     configs = {name: dict(values) for name, values in (first.configs if first else {}).items()}
+    shortened = dict(first.shortened) if first else {}
     seen: set[int] = set()
-    for (name, old), new in zip(model.named_modules(), small.modules(), strict=True):
+    originals, there = dict(model.named_modules()), dict(small.named_modules())
+    for name, new in there.items():
+        old = originals[name]
+        if isinstance(new, nn.ModuleList) and isinstance(old, nn.ModuleList) and len(new) < len(old):
+            shortened[name] = len(new)
         for attribute, value in _changed(vars(old), vars(new)):
             attributes.setdefault(name, {})[attribute] = value
         config = getattr(new, "config", None)
@@ -54,7 +61,8 @@ def remember(small: nn.Module, model: nn.Module, plan: Plan) -> None:
             seen.add(id(config))
             for attribute, value in _changed(vars(old.config), vars(config)):
                 configs.setdefault(name, {})[attribute] = value
-    setattr(small, _KEPT_AS, Origin(shapes, attributes, configs, plan))
+    attributes, configs = ({n: c for n, c in changes.items() if n in there} for changes in (attributes, configs))
+    setattr(small, _KEPT_AS, Origin(shapes, attributes, configs, plan, shortened))
 
 
 def origin_of(model: nn.Module) -> Origin | None:
@@ -70,6 +78,14 @@ def attach(model: nn.Module, origin: Origin) -> None:
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of parameters and buffers by name, tied ones once."""
     return {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
+
+
+def shorten(model: nn.Module, lengths: Mapping[str, int]) -> None:
+    """Leave only the first modules of lists, by name; in place."""
+    for name, length in lengths.items():
+        modules = model.get_submodule(name)
+        assert isinstance(modules, nn.ModuleList), "only lists are shortened"
+        del modules[length:]
 
 
 def restore(small: nn.Module, origin: Origin) -> None:

@@ -101,7 +101,7 @@ class Plan:
         count = max(len(f"{group.parameters_before:,}") for group in self.groups) if self.groups else 0
         count = max(count, len("parameters"))
         title = f"{'group':{name}}  {'neurons':>7}  {'kept':>6}  {'parameters':>{count}}  {'after':>{count}}  layers"
-        lines = [title]
+        lines = [title] if self.groups else []
         for group in self.groups:
             layers = ("heads or groups of " if group.units else "") + ", ".join(group.layers)
             cells = f"{group.parameters_before:{count},}  {group.parameters_after:{count},}"

@@ -77,9 +77,9 @@ def in_dtype(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def in_float64(model: nn.Module, example_inputs: ExampleInputs) -> tuple[nn.Module, ExampleInputs]:
-    """A copy of the model and its inputs in float64."""
-    return copy.deepcopy(model).double(), pytree.tree_map(lambda value: in_dtype(value, torch.float64), example_inputs)
+def converted(model: nn.Module, example_inputs: ExampleInputs, dtype: torch.dtype) -> tuple[nn.Module, ExampleInputs]:
+    """A copy of the model, and its inputs, in another floating type."""
+    return copy.deepcopy(model).to(dtype), pytree.tree_map(lambda value: in_dtype(value, dtype), example_inputs)
 
 
 def lively(tensor: Any, generator: torch.Generator) -> Any:

@@ -160,22 +160,23 @@ def _unknown(graph: Graph, pattern: str) -> str:
     return f"unknown layer {pattern!r} in the widths, expected one of: {known}"
 
 
-def neurons(name: str, size: int, value: int | float) -> int:
+def neurons(name: str, size: int, value: int | float, what: str = "neurons") -> int:
     """A width as a number of neurons.
 
     Args:
         name: of the layer, for errors.
         size: how many neurons it has.
         value: a number (int) or a share (float).
+        what: it is a number of, for errors.
 
     Raises:
         ValueError: out of range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}: width is {value!r}, expected a number of neurons (int) or a share (float)")
+        raise ValueError(f"{name}: width is {value!r}, expected a number of {what} (int) or a share (float)")
     if isinstance(value, int):
         if not 1 <= value <= size:
-            raise ValueError(f"{name}: cannot keep {value} of {size} neurons, expected 1 to {size}")
+            raise ValueError(f"{name}: cannot keep {value} of {size} {what}, expected 1 to {size}")
         return value
     if not 0 < value <= 1:
         raise ValueError(f"{name}: cannot keep the share {value}, expected more than 0 and at most 1")

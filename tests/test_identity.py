@@ -10,12 +10,12 @@ from nac_gpu import compress
 from nac_gpu.graph import record
 from nac_gpu.merge import Merger, Rule
 from nac_gpu.rebuild import rebuild, tensors
-from nac_gpu.trial import copy_neurons, in_float64, outputs, random_labels, relative_error
+from nac_gpu.trial import converted, copy_neurons, outputs, random_labels, relative_error
 
 
 def check(name: str, seed: int, share: float, rule: Rule = "restored") -> None:
     """Copies of random neurons, in every group at once, merge with no change; making the copies changed much."""
-    model, inputs = in_float64(*network(name))
+    model, inputs = converted(*network(name), torch.float64)
     groups = record(model, inputs).groups
     assert groups
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +53,7 @@ def test_random_choices_of_copies(name: str, seed: int, share: float, rule: Rule
 @pytest.mark.parametrize("method", ["ward", "kmeans"])
 def test_clustering_finds_the_copies(name: str, method: str, device: torch.device) -> None:
     """The whole way: copies are put in, `compress` to the number of different neurons finds them."""
-    model, inputs = in_float64(*network(name))
+    model, inputs = converted(*network(name), torch.float64)
     groups = record(model, inputs).groups
     generator = torch.Generator().manual_seed(3)
     widths = {g.name: max(1, g.size // 2) for g in groups}

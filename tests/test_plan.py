@@ -206,11 +206,11 @@ def test_the_trial_is_not_vacuous_behind_a_head_of_zeros() -> None:
     """A wrong rule would be caught by the trial alone."""
     from nac_gpu.graph import record
     from nac_gpu.groups import Group, Member
-    from nac_gpu.trial import Trial, in_float64
+    from nac_gpu.trial import Trial, converted
 
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     nn.init.zeros_(model[2].weight)
-    double, inputs = in_float64(model, torch.zeros(2, 6))
+    double, inputs = converted(model, torch.zeros(2, 6), torch.float64)
     (group,) = record(double, inputs).groups
     trial = Trial(double, inputs)
     assert trial.failure([(group, 4)]) is None

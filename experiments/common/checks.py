@@ -17,7 +17,7 @@ from nac_gpu.groups import Group
 from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.sizes import attributes
-from nac_gpu.trial import copy_neurons, in_float64, random_labels
+from nac_gpu.trial import converted, copy_neurons, random_labels
 
 VACUOUS = 1e-6  # copies of neurons that change the outputs by less than this test nothing
 
@@ -139,7 +139,7 @@ def identity(
         widths: how many neurons of each stay different.
         seed: of the choice of copies.
     """
-    double, inputs = in_float64(model, other_values(inputs, seed))
+    double, inputs = converted(model, other_values(inputs, seed), torch.float64)
     generator = torch.Generator().manual_seed(seed)
     labels = [random_labels(group.size, width, generator) for group, width in zip(groups, widths, strict=True)]
     copies = tensors(double)

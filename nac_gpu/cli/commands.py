@@ -8,12 +8,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
+from torch import nn
 
 import nac_gpu as nac
 from nac_gpu.atomic import atomically, write_text
 from nac_gpu.cli.inputs import Images, example_inputs, read_tensors, to_device
 from nac_gpu.cli.options import Compressed, Training, Widths, calibrated
 from nac_gpu.compress import Neurons, Rule
+from nac_gpu.forward import ExampleInputs
+from nac_gpu.origin import origin_of
 from nac_gpu.refinement import PASSES
 
 
@@ -53,6 +56,9 @@ class Compress(Training, Widths):
     """How neurons are compared. Default: by activations, where they are compensated."""
     refine: int = PASSES
     """How often the smaller model looks at each calibration input to learn to answer as the original does; 0: never."""
+    experts: int | float | None = None
+    """Experts to keep in each mixture, a number or a share: similar ones become one, before anything else, so --params
+    and --flops are of what is left then."""
 
     def run(self) -> None:
         """Compress, fine-tune, save, print."""
@@ -65,6 +71,33 @@ class Compress(Training, Widths):
         if self.finetune is not None:
             images = Images(self.finetune, inputs, self.scale(source), self.batch_size, training=True)
         calibration = calibrated(self, self.calibration, self.images, source, inputs)
+        small, plan = self.smaller(model, inputs, calibration)
+        epochs: list[nac.Epoch] = []
+        checkpoint = self.output.with_name(f"{self.output.name}.checkpoint")
+        if images is not None:
+            epochs = self.tune(small, model, images, checkpoint, self.seed)
+        nac.save(small, self.output)
+        checkpoint.unlink(missing_ok=True)
+        found = {"output": str(self.output), "bytes": size_of(self.output), "plan": asdict(plan)}
+        if self.json:
+            print(json.dumps(found | {"epochs": [asdict(epoch) for epoch in epochs]}))
+        else:
+            print(f"written: {self.output} ({found['bytes']:,} bytes)")
+
+    def smaller(
+        self, model: nn.Module, inputs: ExampleInputs, calibration: nac.Calibration
+    ) -> tuple[nn.Module, nac.Plan]:
+        """The smaller model, and what was done to it."""
+        if self.experts is not None:
+            model = nac.merge_experts(
+                model, inputs, self.experts, calibration=calibration, refine=self.refine, seed=self.seed
+            )
+            origin = origin_of(model)
+            assert origin is not None, "it was just made"
+            if not self.json:
+                print(origin.plan)
+            if self.plan is None and self.params is None and self.flops is None and not self.width:
+                return model, origin.plan
         plan = self.read_plan() if self.plan is not None else self.planned(model, inputs, calibration)
         if not self.json:
             print(plan)
@@ -79,17 +112,7 @@ class Compress(Training, Widths):
             refine=self.refine,
             seed=self.seed,
         )
-        epochs: list[nac.Epoch] = []
-        checkpoint = self.output.with_name(f"{self.output.name}.checkpoint")
-        if images is not None:
-            epochs = self.tune(small, model, images, checkpoint, self.seed)
-        nac.save(small, self.output)
-        checkpoint.unlink(missing_ok=True)
-        found = {"output": str(self.output), "bytes": size_of(self.output), "plan": asdict(plan)}
-        if self.json:
-            print(json.dumps(found | {"epochs": [asdict(epoch) for epoch in epochs]}))
-        else:
-            print(f"written: {self.output} ({found['bytes']:,} bytes)")
+        return small, plan
 
     def read_plan(self) -> nac.Plan:
         """The plan of --plan."""

@@ -1,0 +1,343 @@
+"""Mixtures of experts are found by form; similar experts become one, and what that must not change stays."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nac_gpu as nac
+from nac_gpu import refinement
+from nac_gpu.experts import _one
+from nac_gpu.mixtures import find_mixtures
+from nac_gpu.trial import relative_error
+
+WIDTH, HIDDEN = 10, 14
+
+
+class Listed(nn.Module):
+    """Experts are modules; each sees its tokens only."""
+
+    def __init__(self, count: int = 6, picks: int = 1, bias: bool = True) -> None:
+        super().__init__()
+        self.embed, self.router = nn.Linear(6, WIDTH), nn.Linear(WIDTH, count, bias=bias)
+        self.experts = nn.ModuleList(self.expert() for _ in range(count))
+        self.head = nn.Linear(8, 4)
+        self.num_experts, self.picks = count, picks
+
+    def expert(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 8))
+
+    def answer(self, x: Tensor, number: int) -> Tensor:
+        return self.experts[number](x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).tanh().flatten(0, 1)
+        scores, chosen = self.router(x).topk(self.picks)
+        y = x.new_zeros(len(x), self.head.in_features)
+        for number in range(self.num_experts):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            if len(rows):
+                y = y.index_add(0, rows, self.answer(x[rows], number) * scores.softmax(-1)[rows, places, None])
+        return self.head(y)
+
+
+class Stacked(Listed):
+    """Experts are rows of common tensors, in the layout of gated language models with biases."""
+
+    def __init__(self, count: int = 6, picks: int = 1) -> None:
+        super().__init__(count, picks)
+        del self.experts
+        self.gate_up = nn.Parameter(torch.randn(count, WIDTH, 2 * HIDDEN) * 0.4)
+        self.gate_up_bias = nn.Parameter(torch.randn(count, 2 * HIDDEN))
+        self.down = nn.Parameter(torch.randn(count, HIDDEN, 8) * 0.4)
+        self.down_bias = nn.Parameter(torch.randn(count, 8))
+
+    def answer(self, x: Tensor, number: int) -> Tensor:
+        gate, up = (x @ self.gate_up[number] + self.gate_up_bias[number]).chunk(2, -1)
+        return (torch.sigmoid(gate) * up) @ self.down[number] + self.down_bias[number]
+
+
+class Deep(Listed):
+    """Experts of two hidden layers."""
+
+    def expert(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 8))
+
+
+CLASSES = {"listed": Listed, "stacked": Stacked}
+X = torch.randn(4, 16, 6, generator=torch.Generator().manual_seed(1))
+
+
+def made(kind: str, **how: int) -> nn.Module:
+    torch.manual_seed(0)
+    return CLASSES[kind](**how).eval()
+
+
+def listed() -> nn.Module:
+    """For the command line: `test_experts:listed`."""
+    return made("listed")
+
+
+def with_copies(kind: str, noise: float = 0.0) -> nn.Module:
+    """Experts 3, 4, 5 are experts 1, 2, 0 with their neurons in another order, and the router knows no difference."""
+    model = made(kind)
+    order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(3)
+
+    def like(tensor: Tensor) -> Tensor:
+        return tensor * (1 + noise * torch.randn(tensor.shape, generator=generator))
+
+    with torch.no_grad():
+        for copied, number in ((3, 1), (4, 2), (5, 0)):
+            for tensor in (model.router.weight, model.router.bias):
+                tensor[copied] = like(tensor[number])
+            if kind == "listed":
+                first, _, last = model.experts[number]
+                model.experts[copied][0].weight.copy_(like(first.weight[order]))
+                model.experts[copied][0].bias.copy_(like(first.bias[order]))
+                model.experts[copied][2].weight.copy_(like(last.weight[:, order]))
+                model.experts[copied][2].bias.copy_(like(last.bias))
+            else:
+                both = torch.cat([order, order + HIDDEN])
+                model.gate_up[copied] = like(model.gate_up[number][:, both])
+                model.gate_up_bias[copied] = like(model.gate_up_bias[number][both])
+                model.down[copied] = like(model.down[number][order])
+                model.down_bias[copied] = like(model.down_bias[number])
+    return model
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_mixtures_are_found_by_their_form(kind: str) -> None:
+    (mixture,), others = find_mixtures(made(kind), X)
+    assert (mixture.count, mixture.listed, others) == (6, kind == "listed", {})
+    assert dict(mixture.router) == {"router.weight": 0, "router.bias": 0}
+    assert mixture.name == ("experts" if kind == "listed" else "")
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_experts_that_differ_in_the_order_of_their_neurons_become_one_unchanged(kind: str) -> None:
+    model = with_copies(kind).double()
+    inputs = X.double()
+    small = nac.merge_experts(model, inputs, 3, refine=0)
+    with torch.no_grad():
+        assert relative_error([small(inputs)], [model(inputs)]) < 1e-10
+    assert small.num_experts == small.router.out_features == len(small.router.weight) == 3
+    assert nac.cost(small, inputs).parameters < 0.65 * nac.cost(model, inputs).parameters
+    assert model.num_experts == 6
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_similar_experts_are_found_and_merged_by_their_neurons(kind: str) -> None:
+    """Means of their weights, as they lie, would be experts of another function."""
+    model = with_copies(kind, noise=0.03)
+    small = nac.merge_experts(model, X, 3, refine=0)
+    with torch.no_grad():
+        expected = model(X)
+        error = float((small(X) - expected).square().mean() / expected.var())
+    assert error < 0.005
+    bare = copy.deepcopy(small)
+    (mixture,), _ = find_mixtures(model, X)
+    state = dict(model.named_parameters())
+    own = [mixture.expert(state, number) for number in range(6)]
+    means = [_one([own[a], own[b]], ()) for a, b in ((0, 5), (1, 3), (2, 4))]
+    named = dict(bare.named_parameters())
+    with torch.no_grad():
+        for name, tensor in mixture.written(means).items():
+            named[name].copy_(tensor)
+        worse = float((bare(X) - expected).square().mean() / expected.var())
+    assert worse > 20 * error
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_expert_that_stays_alone_is_untouched(kind: str) -> None:
+    model = made(kind)
+    small = nac.merge_experts(model, X, 5, refine=0)
+    (mixture,), _ = find_mixtures(model, X)
+    before, after = dict(model.named_parameters()), dict(small.named_parameters())
+    old = [mixture.expert(before, number) for number in range(6)]
+    new = [mixture.expert(after, number) for number in range(5)]
+    same = [[all(torch.equal(a[part], b[part]) for part in a) for b in new] for a in old]
+    assert sum(map(any, same)) == 4
+
+
+def test_experts_of_several_hidden_layers_become_the_mean_of_their_weights() -> None:
+    torch.manual_seed(0)
+    model = Deep(count=2).eval()
+    small = nac.merge_experts(model, X, 1, refine=0)
+    for at in (0, 2, 4):
+        both = [expert[at].weight for expert in model.experts]
+        assert torch.allclose(small.experts[0][at].weight, (both[0] + both[1]) / 2)
+
+
+def test_experts_that_the_inputs_do_not_reach_are_merged_too() -> None:
+    model = with_copies("listed")
+    with torch.no_grad():
+        model.router.bias[:] = torch.tensor([0.0, 0.0, -1e3, 0.0, -1e3, 0.0])
+    small = nac.merge_experts(model, X, 3, refine=0)
+    with torch.no_grad():
+        assert relative_error([small(X)], [model(X)]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_refinement_makes_up_for_what_it_can(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refinement, "STEPS", 400)
+    model = made(kind, picks=2)
+    data = torch.randn(256, 16, 6, generator=torch.Generator().manual_seed(5))
+    state = torch.get_rng_state()
+    bare, refined = (nac.merge_experts(model, X, 4, calibration=data.split(32), refine=r) for r in (0, 100))
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        expected = model(X)
+        errors = [float((small(X) - expected).square().mean()) for small in (bare, refined)]
+    assert errors[1] < 0.75 * errors[0]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_original_stays_and_the_copy_is_like_it(kind: str) -> None:
+    model = made(kind).to(torch.bfloat16).train()
+    model.head.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    small = nac.merge_experts(model, X.bfloat16(), 0.5, refine=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert small.training
+    assert not small.head.weight.requires_grad
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    assert repr(small) != repr(model)
+    assert copy.deepcopy(small)(X.bfloat16()).shape == (64, 4)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_fewer_experts_go_to_files_and_come_back(kind: str, tmp_path: Path) -> None:
+    model = made(kind)
+    small = nac.compress(nac.merge_experts(model, X, 3), X, width=0.5, calibration="none")
+    again = nac.merge_experts(small, X, 2)
+    for number, kept in enumerate((small, again)):
+        nac.save(kept, tmp_path / f"{number}.safetensors")
+        loaded = nac.load(tmp_path / f"{number}.safetensors", lambda: made(kind))
+        with torch.no_grad():
+            assert torch.equal(loaded(X), kept(X))
+        assert repr(loaded) == repr(kept)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_what_remains_can_be_trained(kind: str) -> None:
+    small = nac.merge_experts(made(kind), X, 2)
+    small.train()(X).square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in small.parameters())
+
+
+class Layers(nn.Module):
+    """As many equal layers as the head has outputs: it looks like a mixture, and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).relu() + x
+        return self.head(x)
+
+
+def test_what_only_looks_like_a_mixture_is_told_from_one() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"blocks: in another order its 3 parts and head\.weight"):
+        nac.merge_experts(Layers(), X, 2)
+    with pytest.raises(ValueError, match="no mixture of experts was found, expected modules of equal form"):
+        nac.merge_experts(nn.Linear(6, 2), X, 2)
+
+
+def test_experts_that_change_nothing_are_not_merged() -> None:
+    model = made("listed")
+    nn.init.zeros_(model.head.weight)
+    with pytest.raises(ValueError, match="experts: its parts change nothing in the outputs of these example inputs"):
+        nac.merge_experts(model, X, 2)
+
+
+def test_bad_requests_are_errors() -> None:
+    model = made("listed", picks=2)
+    with pytest.raises(ValueError, match=r"with fewer experts \(experts: 1 of 6\).*as many as the router picks"):
+        nac.merge_experts(model, X, 1)
+    with pytest.raises(ValueError, match="experts: cannot keep 7 of 6 experts, expected 1 to 6"):
+        nac.merge_experts(model, X, 7)
+    with pytest.raises(ValueError, match="unknown experts 'layer'; expected some of: experts"):
+        nac.merge_experts(model, X, {"layer": 2})
+    with pytest.raises(ValueError, match="refine=-1"):
+        nac.merge_experts(model, X, 2, refine=-1)
+    with torch.no_grad():
+        model.router.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"router\.weight has 1 values"):
+        nac.merge_experts(model, X, 2)
+
+
+class Shared(Listed):
+    """Beside a router, other tensors with as many entries as there are experts."""
+
+    def __init__(self) -> None:
+        super().__init__(count=WIDTH)
+        self.beside = nn.Linear(WIDTH, WIDTH)
+
+    def answer(self, x: Tensor, number: int) -> Tensor:
+        return super().answer(self.beside(x).tanh(), number)
+
+
+def test_the_router_is_found_among_tensors_of_the_same_size() -> None:
+    torch.manual_seed(0)
+    (mixture,), _ = find_mixtures(Shared().eval(), torch.zeros_like(X))
+    assert dict(mixture.router) == {"router.weight": 0, "router.bias": 0}
+
+
+def mixtral(layers: int = 2) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
+TOKENS = {"input_ids": torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))}
+
+
+def test_a_model_of_transformers_keeps_its_classes_and_goes_to_a_folder(tmp_path: Path) -> None:
+    from transformers import MixtralForCausalLM
+
+    model = mixtral()
+    small = nac.merge_experts(model, TOKENS, 0.5)
+    assert small.config.num_local_experts == small.num_experts == 2
+    assert model.config.num_local_experts == 4
+    assert small.model.layers[1].mlp.experts.down_proj.shape == (2, 16, 24)
+    nac.save(small, tmp_path / "small")
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path / "small").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**TOKENS).logits, small(**TOKENS).logits)
+    assert small.generate(**TOKENS, max_new_tokens=3, do_sample=False).shape == (2, 15)
+    assert small(**TOKENS, output_router_logits=True, labels=TOKENS["input_ids"]).loss.isfinite()
+
+
+def test_layers_may_keep_other_numbers_of_experts(tmp_path: Path) -> None:
+    model = mixtral()
+    small = nac.merge_experts(model, TOKENS, {"*.1.mlp.experts": 3}, refine=0)
+    assert small.config.num_local_experts == 4
+    first, second = (layer.mlp for layer in small.model.layers)
+    assert (first.gate.num_experts, first.experts.num_experts) == (4, 4)
+    assert (second.gate.num_experts, second.experts.num_experts) == (3, 3)
+    assert torch.equal(first.experts.down_proj, model.model.layers[0].mlp.experts.down_proj)
+    with pytest.raises(ValueError, match="cannot express"):
+        nac.save(small, tmp_path / "small")
+    nac.save(small, tmp_path / "small.safetensors")
+    loaded = nac.load(tmp_path / "small.safetensors", mixtral)
+    with torch.no_grad():
+        assert torch.equal(loaded(**TOKENS).logits, small(**TOKENS).logits)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from nac_gpu.activations import Activity
+from nac_gpu.compensation import RIDGE_NEURONS
 from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.groups import Group
 
-_RIDGE = 1e-2  # as in compensation
 _MOST = 1 - 1e-6  # a group whose error is complete costs this much, not infinitely much
 
 Curve = Mapping[int, float]
@@ -63,7 +63,8 @@ def _left(covariance: Tensor, gain: Tensor, summing: Tensor, means: Tensor) -> f
     merged = crossed @ means  # [k, k]
     missing = crossed - merged @ summing.T
     level = float(merged.diagonal().mean())
-    damped = merged + max(_RIDGE * level, 1e-30) * torch.eye(len(merged), dtype=merged.dtype, device=merged.device)
+    unit = torch.eye(len(merged), dtype=merged.dtype, device=merged.device)
+    damped = merged + max(RIDGE_NEURONS * level, 1e-30) * unit
     back = summing + torch.cholesky_solve(missing, torch.linalg.cholesky(damped)).T  # [n, k]
     mixed = back @ crossed
     left = covariance - mixed - mixed.T + back @ merged @ back.T

@@ -39,7 +39,7 @@ from nac_gpu.groups import Graph, Group
 from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors
 
-_RIDGE_NEURONS = 1e-2  # of the mean square of the merged activations
+RIDGE_NEURONS = 1e-2  # of the mean square of the merged activations
 _RIDGE_VALUES = 5e-2
 _MOST_ROWS = 32768  # positions looked at in the second regression, all batches together
 
@@ -253,7 +253,7 @@ class _Sums:
         if not total.neurons.count:
             return torch.zeros_like(whole[self.assigned.first]), whole.new_zeros(whole.shape[2])
         flat = whole.flatten(3).sum(-1).sum(1) if whole.ndim > 3 else whole.sum(1)  # [n, out]
-        extra = _ridge(total.neurons, total.missing, _RIDGE_NEURONS, intercept)  # [k, n]
+        extra = _ridge(total.neurons, total.missing, RIDGE_NEURONS, intercept)  # [k, n]
         columns = torch.einsum("kn,n...->k...", extra, whole)
         constant = torch.zeros_like(flat[0])
         if intercept:

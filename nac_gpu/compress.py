@@ -15,9 +15,10 @@ from nac_gpu.groups import Group
 from nac_gpu.merge import Merger
 from nac_gpu.neurons import neuron_vectors
 from nac_gpu.origin import remember
-from nac_gpu.plan import Names, Plan, Prepared, prepare
+from nac_gpu.plan import Plan, Prepared, prepare
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.refinement import PASSES, learn
+from nac_gpu.selection import Names
 from nac_gpu.sizes import attributes, set_configs
 from nac_gpu.widths import Calibration, LimitsByLayer, Share, Wanted, Width
 

@@ -1,9 +1,8 @@
 """The plan of a compression: how wide every group will be, and what is left alone and why. Nothing changes yet."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from nac_gpu.evidence import Evidence, gather
 from nac_gpu.forward import ExampleInputs
 from nac_gpu.graph import record
 from nac_gpu.groups import Graph, Group, LeftAlone
+from nac_gpu.selection import Names, filtered, with_groups
 from nac_gpu.sensitivity import losses
 from nac_gpu.sharded import unsharded
 from nac_gpu.trial import Chosen, Trial
@@ -25,8 +25,6 @@ from nac_gpu.widths import Calibration, LimitsByLayer, Share, Wanted, Width, lim
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Names = Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -219,14 +217,16 @@ def prepare(
     before = Cost(sum(parameter.numel() for parameter in model.parameters()), graph.flops)
     evidence = None
     if isinstance(wanted, Plan):
-        graph, widths = _again(graph, wanted)
+        graph = with_groups(graph, [(planned.name, planned.before) for planned in wanted.groups])
+        graph = replace(graph, left_alone=wanted.left_alone)
+        widths = [neurons(planned.name, planned.before, planned.after) for planned in wanted.groups]
         chosen = trial.passed(list(zip(graph.groups, widths, strict=True)))
         if trial.alone:
             alone = trial.alone[0]
             why = f"{alone.layer} ({alone.size}): {alone.reason}; make it again"
             raise ValueError(f"the plan cannot be carried out: {why}")
     else:
-        graph = _filtered(graph, only, skip)
+        graph = filtered(graph, only, skip)
         if not graph.groups:
             raise ValueError(f"nothing to compress: {_reasons(graph)}")
         if wanted.budget:
@@ -291,6 +291,8 @@ def _chosen(
             best = max(used), found
         if len(found) < len(good):  # some fail at these widths only
             good = [group for group, _ in found]
+            if not good:
+                raise ValueError(f"nothing to compress: {_reasons(replace(graph, left_alone=tuple(trial.alone)))}")
         elif 1 - _TOLERANCE <= max(used) <= 1:
             break
         elif max(used) > 1 and widths == [limit.least for limit in own]:
@@ -333,52 +335,6 @@ def _parameters_of(
                 others[member.tensor] = others.get(member.tensor, 1.0) * (1 - own)
         counts.append(round(sum(sizes[name].numel() * (1 - left) for name, left in others.items())))
     return counts[0], counts[1]
-
-
-def _again(graph: Graph, plan: Plan) -> tuple[Graph, list[int]]:
-    """The groups of a plan among those of a model."""
-    known = {(g.name, g.size): g for group in graph.groups for g in (*group.otherwise, group)}
-    missing = [planned for planned in plan.groups if (planned.name, planned.before) not in known]
-    if missing:
-        raise ValueError(
-            f"the plan was made for another model: it has a group {missing[0].name} of {missing[0].before}, which this "
-            "model lacks; make it again"
-        )
-    groups = tuple(known[planned.name, planned.before] for planned in plan.groups)
-    widths = [neurons(planned.name, planned.before, planned.after) for planned in plan.groups]
-    return replace(graph, groups=groups, left_alone=plan.left_alone), widths
-
-
-def _filtered(graph: Graph, only: Names, skip: Names) -> Graph:
-    """The graph with the groups that `only` and `skip` leave."""
-    for option, patterns in (("only", only or ()), ("skip", skip or ())):
-        if isinstance(patterns, str):
-            raise TypeError(f"{option}={patterns!r}: expected a sequence of names, such as [{patterns!r}]")
-        for pattern in patterns:
-            if not any(_holds(group, pattern) for group in graph.groups) and not any(
-                _named(alone.layer, pattern) for alone in graph.left_alone
-            ):
-                known = ", ".join(group.name for group in graph.groups)
-                raise ValueError(f"unknown layer {pattern!r} in {option}=, expected some of: {known}")
-    kept, alone = [], list(graph.left_alone)
-    for group in graph.groups:
-        if only is not None and not any(_holds(group, pattern) for pattern in only):
-            alone.append(LeftAlone(group.name, group.size, "it is not named in only="))
-        elif any(_holds(group, pattern) for pattern in skip or ()):
-            alone.append(LeftAlone(group.name, group.size, "it is named in skip="))
-        else:
-            kept.append(group)
-    return replace(graph, groups=tuple(kept), left_alone=tuple(alone))
-
-
-def _holds(group: Group, pattern: str) -> bool:
-    return any(_named(name, pattern) for name in (group.name, *group.layers))
-
-
-def _named(name: str, pattern: str) -> bool:
-    """The name, a module that holds it, or a pattern for either."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:length]), pattern) for length in range(1, len(parts) + 1))
 
 
 def check_weights(model: nn.Module) -> None:

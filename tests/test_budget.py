@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, network
+from torch import Tensor, nn
 
 import nac_gpu as nac
 from nac_gpu.budget import Limits, Sizes, allocate, error_curve, inertia_curve, widths_to_try
@@ -179,3 +180,22 @@ def test_losses_go_through_what_was_measured_and_never_fall() -> None:
     assert ordered == sorted(ordered, reverse=True)
     assert losses[16] == 0
     assert _through({0.1: 0.02}, curve)[4] == pytest.approx(0.02)
+
+
+class Picky(nn.Module):
+    """Runs at two widths only, neither of which a budget of 0.3 asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        if hidden.shape[1] not in (8, 16):
+            raise RuntimeError("8 or 16, please")
+        return self.last(hidden)
+
+
+def test_a_network_that_runs_at_no_width_that_a_budget_needs_is_an_error_that_says_why() -> None:
+    with pytest.raises(ValueError, match=r"nothing to compress: first \(16\): .*8 or 16, please"):
+        nac.plan(Picky().eval(), torch.randn(2, 6), params=0.3)

@@ -7,13 +7,15 @@ had, so experts that differ in the order of their neurons only stay what they ar
 what they answer: Chen et al., "Retraining-Free Merging of Sparse MoE via Hierarchical Clustering", ICML 2025; by the
 mean of weights, with neurons in a common order: Li et al., "Merge, Then Compress", ICLR 2024.)
 
-The router's rows become their mean. A router that chose two of a cluster chooses one of them and another expert now:
-that is why the function changes even where experts are equal. Refinement makes up for what it can.
+The router's rows become their mean, and what merged experts answer as is tried: their mean, their sum, or less than
+their mean (see `_nearest`). A router that chose two of a cluster chooses one of them and another expert now: that is
+why the function changes even where experts are equal. Refinement makes up for what it can.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -25,8 +27,9 @@ from nac_gpu.forward import ExampleInputs
 from nac_gpu.graph import record
 from nac_gpu.groups import Group, Member
 from nac_gpu.linkage import ward_linkage
-from nac_gpu.mixtures import Mixture, find_mixtures, within
+from nac_gpu.mixtures import Lookalike, Mixture, find_mixtures
 from nac_gpu.neurons import rows, working_dtype
+from nac_gpu.objective import change, mean_change
 from nac_gpu.opening import is_open
 from nac_gpu.origin import origin_of, remember, shorten
 from nac_gpu.plan import Plan, check_weights
@@ -53,7 +56,7 @@ def merge_experts(
 ) -> nn.Module:
     """A copy of a model with fewer experts in its mixtures: similar ones become one.
 
-    Neurons inside experts are `nac_gpu.compress`'s to merge, before or after. The original is not changed.
+    Neurons inside experts are `nac_gpu.compress`'s to merge, afterwards. The original is not changed.
 
     Args:
         model: any module with experts of equal form, in a list or as rows of common tensors, among which a router
@@ -89,42 +92,39 @@ def merge_experts(
     groups = record(model, example_inputs).groups
     found, others = find_mixtures(model, example_inputs)
     kept = _kept(found, others, experts)
+    evidence = gather(model, example_inputs, (), calibration, seed) if refine and calibration != "none" else None
+    batches = list(evidence.batches) if evidence is not None else []
     state = tensors(model)
-    merged = dict(state)
-    attributes: dict[tuple[str, str], object] = {}
-    said = []
-    for mixture, count in zip(found, kept, strict=True):
-        if count == mixture.count:
-            continue
-        hidden = _hidden(mixture, groups)
-        own = [_working(mixture.expert(state, number)) for number in range(mixture.count)]
-        clusters = _clusters(torch.stack([_sketch(expert, hidden) for expert in own]), count)
-        new = [_one([own[number] for number in numbers], hidden) for numbers in clusters]
-        merged |= {name: tensor.to(state[name].dtype) for name, tensor in mixture.written(new).items()}
-        merged |= {name: _means(state[name], dim, clusters) for name, dim in mixture.router}
-        attributes |= dict.fromkeys(_counting(model, mixture), count)
-        said.append(f"{mixture.name or type(model).__name__}: {mixture.count} experts became {count}")
-    smaller = [(mixture, count) for mixture, count in zip(found, kept, strict=True) if count < mixture.count]
-    small = rebuild(model, merged, attributes)
-    shorten(small, {mixture.name: count for mixture, count in smaller if mixture.listed})
-    _set_counts(small, found, kept)
-    _try(small, example_inputs, smaller)
+    changed = [
+        _Changed.made(mixture, count, state, _hidden(mixture, groups))
+        for mixture, count in zip(found, kept, strict=True)
+        if count < mixture.count
+    ]
+    entries = _entries(found, others, kept)
+    looked_at = batches[0] if batches else example_inputs
+    small = _nearest(model, state, changed, _attributes(model, entries), looked_at)
+    _set_configs(small, model, entries)
+    said = [
+        *(c.told(type(model).__name__) for c in changed),
+        *(f"{other.name} is left alone: {other.why}" for other in others),
+        *([evidence.source] if evidence is not None else []),
+    ]
     before, after = cost(model, example_inputs), cost(small, example_inputs)
     remember(small, model, _plan(model, (*wrappers, *changes, *said), before, after))
-    touched = {name for mixture, _ in smaller for name in mixture.names()}
-    if touched and refine and calibration != "none":
-        evidence = gather(model, example_inputs, (), calibration, seed)
-        learn(small, model, touched, evidence.batches, refine, made_up=isinstance(calibration, str), seed=seed)
+    if changed and batches:
+        touched = {name for c in changed for name in c.mixture.names()}
+        learn(small, model, touched, batches, refine, made_up=isinstance(calibration, str), seed=seed)
     return small
 
 
-def _kept(found: Sequence[Mixture], others: Mapping[str, str], experts: Experts) -> list[int]:
+def _kept(found: Sequence[Mixture], others: Sequence[Lookalike], experts: Experts) -> list[int]:
     """How many experts each mixture keeps."""
     if not found:
-        looked = "; ".join(f"{name}: {why}" for name, why in others.items())
+        looked = "; ".join(f"{other.name or 'the model'}: {other.why}" for other in others)
         raise ValueError(
-            "no mixture of experts was found, expected modules of equal form, in a ModuleList or as rows of common "
-            f"tensors, beside a router with an entry for each{': ' + looked if looked else ''}"
+            "no mixture of experts was found, expected modules of equal form, in a ModuleList or ModuleDict, or "
+            "several tensors with a row for each expert, and near them a router's matrix with as many entries"
+            f"{': ' + looked if looked else ''}"
         )
     if not isinstance(experts, Mapping):
         return [neurons(mixture.name, mixture.count, experts, "experts") for mixture in found]
@@ -132,7 +132,7 @@ def _kept(found: Sequence[Mixture], others: Mapping[str, str], experts: Experts)
     for pattern, value in experts.items():
         matching = [number for number, mixture in enumerate(found) if fnmatchcase(mixture.name, pattern)]
         if not matching:
-            why = others.get(pattern)
+            why = next((other.why for other in others if other.name == pattern), "")
             known = ", ".join(mixture.name for mixture in found)
             raise ValueError(f"unknown experts {pattern!r}{': ' + why if why else ''}; expected some of: {known}")
         for number in matching:
@@ -140,23 +140,122 @@ def _kept(found: Sequence[Mixture], others: Mapping[str, str], experts: Experts)
     return kept
 
 
+@dataclass(frozen=True)
+class _Changed:
+    """A mixture and what becomes of it.
+
+    Attributes:
+        mixture: the mixture.
+        hidden: where the hidden neurons of an expert are, by its parts; nothing if they are not one group.
+        clusters: which experts become one.
+        experts: what they become.
+    """
+
+    mixture: Mixture
+    hidden: tuple[Member, ...]
+    clusters: list[list[int]]
+    experts: list[dict[str, Tensor]]
+
+    @staticmethod
+    def made(mixture: Mixture, count: int, state: Mapping[str, Tensor], hidden: tuple[Member, ...]) -> "_Changed":
+        own = [_working(mixture.expert(state, number)) for number in range(mixture.count)]
+        clusters = _clusters(torch.stack([_sketch(expert, hidden) for expert in own]), count)
+        return _Changed(mixture, hidden, clusters, [_one([own[n] for n in numbers], hidden) for numbers in clusters])
+
+    def told(self, model: str) -> str:
+        """What happened, for people."""
+        how = "" if self.hidden else ", by the means of their weights: their hidden neurons are not one group"
+        return f"{self.mixture.name or model}: {self.mixture.count} experts became {len(self.clusters)}{how}"
+
+    def tensors(self, state: Mapping[str, Tensor], power: int, logarithm: bool) -> dict[str, Tensor]:
+        """The new tensors by name.
+
+        Args:
+            state: the original's.
+            power: an expert answers as the mean of the m that it stands for, times m to this power.
+            logarithm: the router's bias gets log(m) more.
+        """
+        sizes = [len(cluster) for cluster in self.clusters]
+        experts = [self._times(expert, size**power) for expert, size in zip(self.experts, sizes, strict=True)]
+        new = self.mixture.written(experts)
+        for name, dim in self.mixture.router:
+            exact = state[name].to(working_dtype(state[name]))
+            groups = [torch.tensor(cluster, device=exact.device) for cluster in self.clusters]
+            new[name] = torch.stack([exact.index_select(dim, group).mean(dim) for group in groups], dim)
+            if logarithm and self._is_bias(name):
+                new[name] = new[name] + torch.tensor(sizes, device=exact.device).log().to(exact.dtype)
+        return {name: tensor.to(state[name].dtype) for name, tensor in new.items()}
+
+    def has_bias(self) -> bool:
+        """Whether the router adds a number of its own to each expert's score."""
+        return any(self._is_bias(name) for name, _ in self.mixture.router)
+
+    def _is_bias(self, name: str) -> bool:
+        matrix = f"{name.removesuffix('bias')}weight"
+        return name.endswith("bias") and any(other == matrix for other, _ in self.mixture.router)
+
+    def _times(self, expert: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """The expert that answers so many times as much: what its neurons send out, and the bias that is added."""
+        sent = [member.tensor for member in self.hidden if member.role == "sum"]
+        stems = tuple(part.removesuffix("weight") for part in sent)
+        inside = {member.tensor for member in self.hidden}
+        own = {part for part in expert if part in sent or (stems and part.startswith(stems) and part not in inside)}
+        return {part: tensor * factor if part in own else tensor for part, tensor in expert.items()}
+
+
+def _nearest(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    changed: Sequence[_Changed],
+    attributes: Mapping[tuple[str, str], object],
+    inputs: ExampleInputs,
+) -> nn.Module:
+    """The network with fewer experts whose outputs are the nearest to the model's.
+
+    Where a router's scores add up to one over those that it picks, merged experts answer as their mean; where they do
+    so over all, as less, because each score is larger now; where they do not add up, as their sum.
+    """
+    ways = [(0, False), *([(0, True)] if any(c.has_bias() for c in changed) else []), (1, False), (-1, False)]
+    expected = outputs(model, inputs)
+    best: tuple[float, nn.Module] | None = None
+    for power, logarithm in ways:
+        new = {n: t for c in changed for n, t in c.tensors(state, power, logarithm).items()}
+        small = rebuild(model, {**state, **new}, attributes)
+        shorten(small, {c.mixture.name: len(c.clusters) for c in changed if c.mixture.keys})
+        try:
+            distance = mean_change([change(outputs(small, inputs), expected)])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the user's code raises
+            counts = ", ".join(f"{c.mixture.name}: {len(c.clusters)} of {c.mixture.count}" for c in changed)
+            raise ValueError(
+                f"with fewer experts ({counts}) the network does not run: {type(error).__name__}: {error}; a router "
+                "that picks several needs as many experts, and the code must take their number from a tensor's shape "
+                "or an attribute that ends in experts"
+            ) from error
+        if best is None or (distance is not None and distance < 0.99 * best[0]):
+            best = math.inf if distance is None else distance, small
+    assert best is not None, "there are ways"
+    return best[1]
+
+
 def _hidden(mixture: Mixture, groups: Sequence[Group]) -> tuple[Member, ...]:
     """Where the hidden neurons of an expert are, by its parts; nothing if they are not one group."""
     names = {mixture.tensor(part): part for part in mixture.parts}
-    if mixture.listed:  # the first that the example inputs reached stands for all
+    if mixture.keys:  # the first that the example inputs reached stands for all
         for number in range(mixture.count):
             names = {mixture.tensor(part, number): part for part in mixture.parts}
             if any(member.tensor in names for group in groups for member in group.members):
                 break
-    inside = [g for g in groups if all(m.tensor in names and (mixture.listed or m.dim) for m in g.members)]
+    inside = [g for g in groups if all(m.tensor in names and (mixture.keys or m.dim) for m in g.members)]
     if len(inside) != 1:
         return ()
-    less = 0 if mixture.listed else 1  # a row has one dimension less
+    less = 0 if mixture.keys else 1  # a row has one dimension less
     return tuple(replace(m, tensor=names[m.tensor], dim=m.dim - less) for m in inside[0].members)
 
 
 def _working(expert: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {part: tensor.to(working_dtype(tensor)) for part, tensor in expert.items()}
+    return {part: t.to(working_dtype(t)) if t.is_floating_point() else t for part, t in expert.items()}
 
 
 def _neurons(expert: Mapping[str, Tensor], hidden: Sequence[Member], role: str) -> list[Tensor]:
@@ -169,7 +268,8 @@ def _sketch(expert: Mapping[str, Tensor], hidden: Sequence[Member]) -> Tensor:
 
     Distances in random directions are those of the whole products, nearly (Johnson and Lindenstrauss 1984).
     """
-    others = [tensor.flatten() for part, tensor in expert.items() if part not in {m.tensor for m in hidden}]
+    inside = {member.tensor for member in hidden}
+    others = [t.flatten() for part, t in expert.items() if part not in inside and t.is_floating_point()]
     if not hidden:
         return torch.cat(others)
     taken, sent = (torch.cat(_neurons(expert, hidden, role), dim=1) for role in ("mean", "sum"))
@@ -188,11 +288,15 @@ def _clusters(points: Tensor, count: int) -> list[list[int]]:
 def _one(experts: Sequence[Mapping[str, Tensor]], hidden: Sequence[Member]) -> dict[str, Tensor]:
     """The expert that several become: it answers as their mean, with as many neurons as one of them.
 
-    What belongs to no neuron, and everything where an expert's neurons are not one group, is their mean.
+    What belongs to no neuron, and everything where an expert's neurons are not one group, is their mean; whole numbers
+    (how many batches a normalisation has seen) are the first's.
     """
     if len(experts) == 1:
         return dict(experts[0])
-    merged = {part: torch.stack([expert[part] for expert in experts]).mean(0) for part in experts[0]}
+    merged = {
+        part: torch.stack([expert[part] for expert in experts]).mean(0) if first.is_floating_point() else first
+        for part, first in experts[0].items()
+    }
     if not hidden:
         return merged
     taken = _together([_neurons(expert, hidden, "mean") for expert in experts])
@@ -217,49 +321,50 @@ def _together(of_experts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(parts) for parts in zip(*of_experts, strict=True)]
 
 
-def _means(tensor: Tensor, dim: int, clusters: Sequence[Sequence[int]]) -> Tensor:
-    """The router's entries: their mean."""
-    exact = tensor.to(working_dtype(tensor))
-    means = [exact.index_select(dim, torch.tensor(c, device=tensor.device)).mean(dim) for c in clusters]
-    return torch.stack(means, dim).to(tensor.dtype)
+_Entry = tuple[list[str], int, int]  # the modules around experts, how many there were, how many there are
 
 
-def _counting(model: nn.Module, mixture: Mixture) -> list[tuple[str, str]]:
-    """Attributes of a block's modules that say how many experts there are: (module, attribute)."""
-    block = model.get_submodule(mixture.block)
-    return [
-        (within(mixture.block, name) if name else mixture.block, attribute)
-        for name, module in block.named_modules()
-        for attribute, value in vars(module).items()
-        if _COUNT.search(attribute) and type(value) is int and value == mixture.count
-    ]
+def _entries(found: Sequence[Mixture], others: Sequence[Lookalike], kept: Sequence[int]) -> list[_Entry]:
+    """What is known of numbers of experts; a lookalike may be a mixture that the inputs do not reach, and keeps its."""
+    entries = [(mixture.around(), mixture.count, count) for mixture, count in zip(found, kept, strict=True)]
+    return entries + [(other.around(), other.count, other.count) for other in others]
 
 
-def _set_counts(small: nn.Module, found: Sequence[Mixture], kept: Sequence[int]) -> None:
-    """Configurations, and modules around the blocks, that have one number of experts for all."""
-    changes = {(mixture.count, count) for mixture, count in zip(found, kept, strict=True)}
-    if len(changes) != 1:
-        return
-    ((before, after),) = changes
-    holders: list[object] = list(small.modules())
-    configs = {id(config): config for config in (getattr(module, "config", None) for module in small.modules())}
-    holders += [config for config in configs.values() if hasattr(config, "to_dict")]
-    for holder in holders:
-        for name, value in list(vars(holder).items()):
-            if _COUNT.search(name) and type(value) is int and value == before:
-                setattr(holder, name, after)
+def _agreed(entries: Sequence[_Entry], place: Mapping[str, int]) -> dict[tuple[int, int], int]:
+    """By a place that holds experts, and their number before, the number after, where it is one for all inside."""
+    counts: dict[tuple[int, int], set[int]] = {}
+    for names, before, after in entries:
+        for name in names:
+            counts.setdefault((place[name], before), set()).add(after)
+    return {key: after.pop() for key, after in counts.items() if len(after) == 1}
 
 
-def _try(small: nn.Module, example_inputs: ExampleInputs, smaller: Sequence[tuple[Mixture, int]]) -> None:
-    """Whether the smaller network runs."""
-    try:
-        outputs(small, example_inputs)
-    except Exception as error:  # whatever the user's code raises
-        counts = ", ".join(f"{mixture.name}: {count} of {mixture.count}" for mixture, count in smaller)
-        raise ValueError(
-            f"with fewer experts ({counts}) the network does not run: {type(error).__name__}: {error}; keep at least "
-            "as many as the router picks for an input, or make the code take their number from a tensor's shape"
-        ) from error
+def _attributes(model: nn.Module, entries: Sequence[_Entry]) -> dict[tuple[str, str], object]:
+    """New values of attributes that say how many experts there are, by (module, attribute)."""
+    modules = dict(model.named_modules())
+    names = list(modules)
+    return {
+        (names[number], attribute): after
+        for (number, before), after in _agreed(entries, {name: i for i, name in enumerate(names)}).items()
+        for attribute, value in vars(modules[names[number]]).items()
+        if _says_count(attribute, value, before)
+    }
+
+
+def _set_configs(small: nn.Module, model: nn.Module, entries: Sequence[_Entry]) -> None:
+    """The same of the configurations of models of transformers; in place."""
+    place = {name: id(getattr(module, "config", None)) for name, module in model.named_modules()}
+    configs = {place[name]: getattr(module, "config", None) for name, module in small.named_modules()}
+    for (number, before), after in _agreed(entries, place).items():
+        config = configs.get(number)
+        if hasattr(config, "to_dict"):
+            for attribute, value in list(vars(config).items()):
+                if _says_count(attribute, value, before):
+                    setattr(config, attribute, after)
+
+
+def _says_count(attribute: str, value: object, count: int) -> bool:
+    return _COUNT.search(attribute) is not None and type(value) is int and value == count
 
 
 def _plan(model: nn.Module, changes: tuple[str, ...], before: Cost, after: Cost) -> Plan:

@@ -11,6 +11,8 @@ from nac_gpu.rebuild import tensors
 
 _KEPT_AS = "_nac_gpu_origin"
 
+_Lists = nn.ModuleList | nn.ModuleDict
+
 #: By the name of a module, its attributes.
 Changes = Mapping[str, Mapping[str, Any]]
 
@@ -24,7 +26,7 @@ class Origin:
         attributes: of its modules, where they differ from the original's: whole numbers, tuples of them, names.
         configs: the same of configurations that modules keep as `config`, as models of transformers do.
         plan: what was done last.
-        shortened: by the name of a list of modules that has fewer now, how many.
+        shortened: by the name of a list or dictionary of modules that has fewer now, how many.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -52,7 +54,7 @@ def remember(small: nn.Module, model: nn.Module, plan: Plan) -> None:
     originals, there = dict(model.named_modules()), dict(small.named_modules())
     for name, new in there.items():
         old = originals[name]
-        if isinstance(new, nn.ModuleList) and isinstance(old, nn.ModuleList) and len(new) < len(old):
+        if isinstance(new, _Lists) and isinstance(old, _Lists) and len(new) < len(old):
             shortened[name] = len(new)
         for attribute, value in _changed(vars(old), vars(new)):
             attributes.setdefault(name, {})[attribute] = value
@@ -81,11 +83,12 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def shorten(model: nn.Module, lengths: Mapping[str, int]) -> None:
-    """Leave only the first modules of lists, by name; in place."""
+    """Leave only the first modules of lists and dictionaries, by name; in place."""
     for name, length in lengths.items():
         modules = model.get_submodule(name)
-        assert isinstance(modules, nn.ModuleList), "only lists are shortened"
-        del modules[length:]
+        assert isinstance(modules, _Lists), "only these are shortened"
+        for key in list(modules._modules)[length:]:
+            del modules._modules[key]
 
 
 def restore(small: nn.Module, origin: Origin) -> None:

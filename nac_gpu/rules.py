@@ -4,8 +4,9 @@ Movement of data is applied to the planes as it is, so reshapes, concatenations 
 their own. An operation without a rule freezes what enters it: never a wrong network.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,8 +178,8 @@ def _on_cpu(value: object) -> object:
 def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
     """Parts of channels are cut out, or channels change places: what holds for fewer channels, too, and what does not.
 
-    A part stays a part if no channel inside is merged with one outside. A fixed number of places, every other channel
-    or a list of channels means others once there are fewer.
+    A part stays a part if no channel inside is merged with one outside. One of every few channels stays one of as many
+    if those few are merged in step. A fixed number of places or a list of channels means others once there are fewer.
     """
     given, tensor = call.given, call.args[0]
     dims = given.get("dim", given.get("dims") or (range(tensor.ndim) if call.name == "roll" else 0))
@@ -198,8 +199,12 @@ def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
     own = [dim for dim in dims if dim in varying(plane)]
     if not own:
         return
-    if call.name == "roll" or (call.name == "slice" and given.get("step", 1) != 1):
-        level = CHANNELS if len(varying(plane)) > 1 and own == [inner_axis(plane)] else BOTH
+    level = CHANNELS if len(varying(plane)) > 1 and own == [inner_axis(plane)] else BOTH
+    step = given.get("step", 1) if call.name == "slice" else 1
+    if step != 1 and _every(given, tensor.shape[own[0]]):
+        blocks = plane.movedim(own[0], -1).unflatten(-1, (-1, step))
+        notes.atoms.unite(blocks, blocks[..., :1], level)
+    elif call.name == "roll" or step != 1:
         notes.freeze_planes([plane], "channels are moved by a fixed number of places", level)
     elif call.name in PARTS or call.name in ("slice", "narrow", "select"):
         parts = pytree.tree_leaves(call.func(plane.expand(tensor.shape), *call.args[1:], **call.kwargs))
@@ -209,6 +214,12 @@ def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
                 small = compact(part)
                 if small is not None:  # channels of equal parts are kept in step, which is more
                     notes.separate(small, [], "channels are cut into parts", UNITS if equal else BOTH)
+
+
+def _every(given: Mapping[str, Any], size: int) -> bool:
+    """A slice takes one of each block of `step`, of all blocks."""
+    start, end, step = given.get("start") or 0, given.get("end"), given["step"]
+    return size % step == 0 and 0 <= start < step and (end is None or end >= size)
 
 
 def _in_order(index: Tensor, size: int) -> bool:

@@ -37,7 +37,7 @@ SHARES: dict[str, float] = {
     "channels_roll": 0.00,
     "channels_index_select": 0.99,
     "channels_permuted": 0.00,
-    "channels_strided": 0.00,
+    "channels_strided": 0.99,
     "depthwise_multiplier": 0.85,
     "multi_scale": 0.99,
     "channel_attention": 0.00,

@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from nac_gpu.cost import Cost, cost
 from nac_gpu.evidence import gather
@@ -35,7 +36,7 @@ from nac_gpu.origin import origin_of, remember, shorten
 from nac_gpu.plan import Plan, check_weights
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.refinement import PASSES, learn
-from nac_gpu.trial import outputs
+from nac_gpu.trial import lively, outputs
 from nac_gpu.unwrap import computed, unwrapped
 from nac_gpu.widths import Calibration, neurons
 
@@ -101,7 +102,9 @@ def merge_experts(
         if count < mixture.count
     ]
     entries = _entries(found, others, kept)
-    looked_at = batches[0] if batches else example_inputs
+    generator = torch.Generator().manual_seed(seed)
+    # zeros would not show what scores add up to
+    looked_at = batches[0] if batches else pytree.tree_map(lambda value: lively(value, generator), example_inputs)
     small = _nearest(model, state, changed, _attributes(model, entries), looked_at)
     _set_configs(small, model, entries)
     said = [

@@ -6,14 +6,17 @@
 
 Every rule gets the same trained network, the same number of parameters and, if any, the same fine-tuning. Rules that
 choose no widths of their own get the same share of every layer, or those that the data-free budget chose ("chosen
-widths"). Network slimming gets a network that was trained as it asks for. A run that was stopped goes on where it was.
+widths"). Network slimming gets a network that was trained as it asks for. Global sparse momentum (GSM) removes single
+weights, no neurons: its rows count parameters that are not zero, in a network that is as large as before; its
+fine-tuning is the training that makes them zero. A run that was stopped goes on where it was.
 """
 
+import copy
 import importlib.util
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +29,7 @@ import nac_gpu as nac
 import vgg_cifar
 from common.data import DatasetName, load
 from common.models import Network
-from common.peers import slimmed, torch_pruned
+from common.peers import global_sparse_momentum, magnitude_pruned, nonzero, slimmed, torch_pruned
 from common.results import Measured, Results, mean_sd
 from common.training import Precision
 from nac_gpu.report.text import table
@@ -116,7 +119,9 @@ SLIMMING: dict[str, dict[str, Any]] = {
     "network slimming": {"rule": "restored", "calibration": "none"},
     "network slimming, dreams": {},
 }
-NAMES = (*RULES, TORCH_PRUNING, *SLIMMING)
+GSM = "GSM, zeros counted"
+_GSM_MOMENTUM = 0.98  # as its authors'; the rate falls as much as the momentum's sum rises
+NAMES = (*RULES, TORCH_PRUNING, *SLIMMING, GSM)
 _SPARSE = "none, sparse training"
 
 
@@ -184,6 +189,8 @@ class Comparison:
         """The network with a share of the parameters that a rule makes."""
         if rule == TORCH_PRUNING:
             return torch_pruned(self.model, self.example, share)
+        if rule == GSM:
+            return magnitude_pruned(self.model, share)
         if rule in SLIMMING:
             return slimmed(self.sparse(), self.example, share, **SLIMMING[rule])
         options = dict(RULES[rule])
@@ -195,16 +202,28 @@ class Comparison:
         return nac.compress(self.model, self.example, self.plan(widths, share), **options)
 
     def measured(self, network: nn.Module, error: float | None = None) -> Measured:
-        """Cost and error."""
+        """Cost and error; zeros are no parameters."""
         error = self.run.error(network) if error is None else error
-        return asdict(nac.cost(network, self.example)) | {"error": error}
+        return asdict(nac.cost(network, self.example)) | {"parameters": nonzero(network), "error": error}
 
     def finetuned(self, rule: str, share: float) -> Measured:
         """The same after fine-tuning."""
-        small = self.network(rule, share)
         file = re.sub(r"\W+", "-", row(rule, share).lower())
+        if rule == GSM:
+            return self.measured(self.sparsely_trained(share, file))
+        small = self.network(rule, share)
         original = self.sparse() if rule in SLIMMING else self.model
         return self.measured(small, self.run.finetune(small, original, file))
+
+    def sparsely_trained(self, share: float, name: str) -> nn.Module:
+        """The network after GSM's training, as long as others are fine-tuned, without its smallest weights."""
+        model = copy.deepcopy(self.model)
+        tuning = vgg_cifar.finetune_recipe(self.run.options)
+        rate = tuning.learning_rate * (1 - _GSM_MOMENTUM) / (1 - tuning.momentum)
+        recipe = replace(tuning, momentum=_GSM_MOMENTUM, learning_rate=rate)
+        with global_sparse_momentum(model, share):
+            self.run.fit(model, recipe, name)
+        return magnitude_pruned(model.float(), share)
 
 
 def row(rule: str, share: float) -> str:

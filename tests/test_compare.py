@@ -1,5 +1,7 @@
 """Rules and peers side by side, and together with other methods."""
 
+import contextlib
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,44 @@ def test_torch_pruning_is_given_the_same_budget() -> None:
     assert nac.cost(model, example).parameters == before
 
 
+def test_global_sparse_momentum_tells_the_weights_that_matter_and_lets_the_others_decay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 3))
+    original = copy.deepcopy(model)
+    x = torch.randn(64, 10)
+    y = original(x).argmax(1)
+    kept = peers._kept_weights(model, 0.3)
+    assert kept == int(0.3 * 283) - 23
+    other = nn.Linear(4, 4)
+    with peers.global_sparse_momentum(model, 0.3):
+        for trained, inputs in ((model, x), (other, torch.randn(8, 4))):  # another model's weights are all told
+            optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
+            trained(inputs).square().sum().backward()
+            optimizer.step()
+    assert sum(int(layer.weight.grad.count_nonzero()) for layer in model[::2]) == kept
+    assert int(other.weight.grad.count_nonzero()) == 16
+    products = torch.cat([(layer.weight * layer.weight.grad).abs().flatten() for layer in model[::2]])
+    full = copy.deepcopy(original)
+    full(x).square().sum().backward()
+    every = torch.cat([(layer.weight * layer.weight.grad).abs().flatten() for layer in full[::2]])
+    assert torch.equal(products.topk(kept).values, every.topk(kept).values)
+
+    def trained(sparse: bool) -> nn.Module:
+        model = copy.deepcopy(original)
+        with peers.global_sparse_momentum(model, 0.3) if sparse else contextlib.nullcontext():
+            nac.finetune(model, [(x, y)], epochs=400, learning_rate=0.05, momentum=0.9, weight_decay=2e-2)
+        return model
+
+    lost = []
+    for sparse in (False, True):
+        dense = trained(sparse)
+        pruned = peers.magnitude_pruned(dense, 0.3)
+        assert peers.nonzero(pruned) <= 0.3 * 283
+        with torch.no_grad():
+            lost.append(float((pruned(x) - dense(x)).square().mean()))
+    assert lost[1] < 0.1 * lost[0]
+
+
 @pytest.mark.parametrize(("build", "parameters"), [(resnet18, 11_173_962), (resnet20, 272_474), (resnet56, 855_770)])
 def test_resnets_have_the_sizes_that_they_are_known_for(build: Callable[..., nn.Module], parameters: int) -> None:
     assert sum(parameter.numel() for parameter in build(10).parameters()) == parameters
@@ -59,7 +99,7 @@ def test_unknown_rules_are_refused() -> None:
 
 @pytest.mark.usefixtures("short_dreams")
 def test_compare_measures_rules_at_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = ("Ward, Eq. 9", "L1 filters, dreams, chosen widths", "Ward, images", "network slimming")
+    rules = ("Ward, Eq. 9", "L1 filters, dreams, chosen widths", "Ward, images", "network slimming", compare.GSM)
     options = compare.Options(
         dataset="digits",
         network="vgg19",

@@ -1,11 +1,14 @@
-"""Methods of others that do not merge neurons: network slimming, and Torch-Pruning's default."""
+"""Methods of others that do not merge neurons: network slimming, Torch-Pruning's default, global sparse momentum."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 import nac_gpu as nac
 from common.zoo_measure import pruned
@@ -92,3 +95,61 @@ def channel_scales(model: nn.Module) -> dict[str, Tensor]:
             raise ValueError(f"{name} is {type(conv).__name__}, expected convolutions each with a BatchNorm behind it")
         found[name] = norm.weight.detach().abs().cpu()
     return found
+
+
+def _weights(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """What single connections are pruned from: the weights of linear layers and convolutions."""
+    return [(module, "weight") for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
+def _kept_weights(model: nn.Module, share: float) -> int:
+    """How many weights may stay, so that with all other parameters a share of the model's stays; at least one."""
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    weights = sum(getattr(module, name).numel() for module, name in _weights(model))
+    return max(1, int(share * whole) - (whole - weights))
+
+
+def magnitude_pruned(model: nn.Module, share: float) -> nn.Module:
+    """A copy in which the smallest weights of all layers together are zeros: a share of the parameters is left."""
+    model = copy.deepcopy(model)
+    chosen = _weights(model)
+    weights = sum(getattr(module, name).numel() for module, name in chosen)
+    prune.global_unstructured(chosen, prune.L1Unstructured, amount=weights - _kept_weights(model, share))
+    for module, name in chosen:
+        prune.remove(module, name)
+    return model
+
+
+def nonzero(model: nn.Module) -> int:
+    """Parameters that are not zeros."""
+    return sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def global_sparse_momentum(model: nn.Module, share: float) -> Iterator[None]:
+    """A context in which SGD trains a model as GSM does (Ding et al. 2019): all but a share of it decays to zero.
+
+    Of all weights, only those with the largest products of weight and gradient are told their gradients, in every step
+    as many as are to stay; the others follow their momentum and weight decay. The momentum is to be large (0.98 there).
+
+    Args:
+        model: the model.
+        share: of all parameters, to be kept.
+    """
+    weights = [getattr(module, name) for module, name in _weights(model)]
+    own, kept = {id(weight) for weight in weights}, _kept_weights(model, share)
+
+    def told(optimizer: Optimizer, *_: object) -> None:
+        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            return
+        with torch.no_grad():
+            scores = torch.cat([(weight * weight.grad).abs().flatten() for weight in weights])
+            least = scores.kthvalue(len(scores) - kept + 1).values
+            for weight in weights:
+                weight.grad *= (weight * weight.grad).abs() >= least
+
+    handle = register_optimizer_step_pre_hook(told)
+    try:
+        yield
+    finally:
+        handle.remove()

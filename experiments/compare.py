@@ -6,9 +6,10 @@
 
 Every rule gets the same trained network, the same number of parameters and, if any, the same fine-tuning. Rules that
 choose no widths of their own get the same share of every layer, or those that the data-free budget chose ("chosen
-widths"). Network slimming gets a network that was trained as it asks for. Global sparse momentum (GSM) removes single
-weights, no neurons: its rows count parameters that are not zero, in a network that is as large as before; its
-fine-tuning is the training that makes them zero. A run that was stopped goes on where it was.
+widths"). In two stages, half of the fine-tuning comes between two compressions. Network slimming gets a network that
+was trained as it asks for. Global sparse momentum (GSM) removes single weights, no neurons: its rows count parameters
+that are not zero, in a network that is as large as before; its fine-tuning is the training that makes them zero. A run
+that was stopped goes on where it was.
 """
 
 import copy
@@ -119,9 +120,10 @@ SLIMMING: dict[str, dict[str, Any]] = {
     "network slimming": {"rule": "restored", "calibration": "none"},
     "network slimming, dreams": {},
 }
+STAGED = "Ward, images, in two stages"
 GSM = "GSM, zeros counted"
 _GSM_MOMENTUM = 0.98  # as its authors'; the rate falls as much as the momentum's sum rises
-NAMES = (*RULES, TORCH_PRUNING, *SLIMMING, GSM)
+NAMES = (*RULES, STAGED, TORCH_PRUNING, *SLIMMING, GSM)
 _SPARSE = "none, sparse training"
 
 
@@ -191,6 +193,8 @@ class Comparison:
             return torch_pruned(self.model, self.example, share)
         if rule == GSM:
             return magnitude_pruned(self.model, share)
+        if rule == STAGED:
+            return self.staged(share, lambda small, _: small)
         if rule in SLIMMING:
             return slimmed(self.sparse(), self.example, share, **SLIMMING[rule])
         options = dict(RULES[rule])
@@ -211,9 +215,28 @@ class Comparison:
         file = re.sub(r"\W+", "-", row(rule, share).lower())
         if rule == GSM:
             return self.measured(self.sparsely_trained(share, file))
+        if rule == STAGED:
+            whole = self.run.options.finetune_epochs
+            parts = iter((whole // 2, whole - whole // 2))
+
+            def tuned(small: nn.Module, stage: int) -> nn.Module:
+                if epochs := next(parts):
+                    self.run.finetune(small, self.model, f"{file}-{stage}", epochs)
+                return small
+
+            return self.measured(self.staged(share, tuned))
         small = self.network(rule, share)
         original = self.sparse() if rule in SLIMMING else self.model
         return self.measured(small, self.run.finetune(small, original, file))
+
+    def staged(self, share: float, tuned: Callable[[nn.Module, int], nn.Module]) -> nn.Module:
+        """Compressed a little, tuned, compressed to the rest of the way, and tuned."""
+        whole = nac.cost(self.model, self.example).parameters
+        model = self.model
+        for stage, kept in enumerate((share**0.5, share), 1):
+            model = nac.compress(model, self.example, params=int(kept * whole), calibration=self.images)
+            model = tuned(model, stage)
+        return model
 
     def sparsely_trained(self, share: float, name: str) -> nn.Module:
         """The network after GSM's training, as long as others are fine-tuned, without its smallest weights."""

@@ -212,13 +212,15 @@ class Run:
         )
         return errors[-1]
 
-    def finetune(self, model: nn.Module, original: nn.Module, name: str) -> float:
-        """Train what was compressed, and give the last test error in percent."""
+    def finetune(self, model: nn.Module, original: nn.Module, name: str, epochs: int | None = None) -> float:
+        """Train what was compressed, for --finetune-epochs or so many, and give the last test error in percent."""
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = self.options.finetune_dropout
+        recipe = finetune_recipe(self.options)
+        recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
         share = self.options.distillation
-        return self.fit(model, finetune_recipe(self.options), name, Teacher(original, share) if share else None)
+        return self.fit(model, recipe, name, Teacher(original, share) if share else None)
 
     def calibration(self) -> nac.Calibration:
         """Unlabelled training images, or dreams."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 import nac_gpu as nac
@@ -97,32 +96,42 @@ def channel_scales(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _weights(model: nn.Module) -> list[tuple[nn.Module, str]]:
+def _weights(model: nn.Module) -> list[Tensor]:
     """What single connections are pruned from: the weights of linear layers and convolutions."""
-    return [(module, "weight") for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return [module.weight for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
 def _kept_weights(model: nn.Module, share: float) -> int:
     """How many weights may stay, so that with all other parameters a share of the model's stays; at least one."""
     whole = sum(parameter.numel() for parameter in model.parameters())
-    weights = sum(getattr(module, name).numel() for module, name in _weights(model))
-    return max(1, int(share * whole) - (whole - weights))
+    return max(1, int(share * whole) - (whole - sum(weight.numel() for weight in _weights(model))))
 
 
+def _least_of_largest(scores: list[Tensor], count: int) -> Tensor:
+    """The least of so many largest values, of all tensors together."""
+    every = torch.cat([score.flatten() for score in scores])
+    return every.kthvalue(len(every) - count + 1).values
+
+
+@torch.no_grad()
 def magnitude_pruned(model: nn.Module, share: float) -> nn.Module:
     """A copy in which the smallest weights of all layers together are zeros: a share of the parameters is left."""
     model = copy.deepcopy(model)
-    chosen = _weights(model)
-    weights = sum(getattr(module, name).numel() for module, name in chosen)
-    prune.global_unstructured(chosen, prune.L1Unstructured, amount=weights - _kept_weights(model, share))
-    for module, name in chosen:
-        prune.remove(module, name)
+    weights = _weights(model)
+    least = _least_of_largest([weight.abs() for weight in weights], _kept_weights(model, share))
+    for weight in weights:
+        weight *= weight.abs() >= least
     return model
 
 
 def nonzero(model: nn.Module) -> int:
     """Parameters that are not zeros."""
     return sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+
+
+def _told_by(weight: Tensor) -> Tensor:
+    assert weight.grad is not None, "after a backward pass"
+    return (weight * weight.grad).abs()
 
 
 @contextlib.contextmanager
@@ -136,17 +145,16 @@ def global_sparse_momentum(model: nn.Module, share: float) -> Iterator[None]:
         model: the model.
         share: of all parameters, to be kept.
     """
-    weights = [getattr(module, name) for module, name in _weights(model)]
+    weights = _weights(model)
     own, kept = {id(weight) for weight in weights}, _kept_weights(model, share)
 
     def told(optimizer: Optimizer, *_: object) -> None:
         if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             return
         with torch.no_grad():
-            scores = torch.cat([(weight * weight.grad).abs().flatten() for weight in weights])
-            least = scores.kthvalue(len(scores) - kept + 1).values
+            least = _least_of_largest([_told_by(weight) for weight in weights], kept)
             for weight in weights:
-                weight.grad *= (weight * weight.grad).abs() >= least
+                weight.grad = torch.where(_told_by(weight) >= least, weight.grad, 0)
 
     handle = register_optimizer_step_pre_hook(told)
     try:

@@ -154,7 +154,9 @@ def global_sparse_momentum(model: nn.Module, share: float) -> Iterator[None]:
         with torch.no_grad():
             least = _least_of_largest([_told_by(weight) for weight in weights], kept)
             for weight in weights:
-                weight.grad = torch.where(_told_by(weight) >= least, weight.grad, 0)
+                gradient = weight.grad
+                assert gradient is not None, "after a backward pass"
+                gradient *= _told_by(weight) >= least
 
     handle = register_optimizer_step_pre_hook(told)
     try:

@@ -66,12 +66,14 @@ class Options:
     """Also fine-tune the uncompressed network, to tell compression from longer training."""
     epochs: int = 32
     """Training epochs."""
+    further_epochs: int = 0
+    """Epochs of a second cycle of training, at --finetune-rate at most, before anything is compressed."""
     finetune_epochs: int = 12
     """Fine-tuning epochs."""
     learning_rate: float = 0.1
     """Largest learning rate of the training."""
     finetune_rate: float = 0.04
-    """Largest learning rate of the fine-tuning."""
+    """Largest learning rate of the fine-tuning, and of --further-epochs."""
     finetune_dropout: float = 0.0
     """Share of the hidden linear units left out in fine-tuning; what is merged has few to spare."""
     distillation: float = 0.0
@@ -242,6 +244,9 @@ class Run:
         torch.manual_seed(self.seed)
         model = NETWORKS[self.options.network](self.train.classes, self.options.multiplier)
         self.fit(model, recipe(self.options), name, sparsity=sparsity)
+        if epochs := self.options.further_epochs:
+            how = replace(finetune_recipe(self.options), epochs=epochs)
+            self.fit(model, how, f"{name}-further", sparsity=sparsity)
         return model
 
     def __call__(self) -> None:
@@ -350,6 +355,7 @@ def measure(options: Options, precision: Precision) -> None:
         "rule": options.rule,
         **({"images": options.images} if options.rule == "compensated" else {}),
         "training": asdict(recipe(options)),
+        **({"further epochs": options.further_epochs} if options.further_epochs else {}),
         "fine-tuning": told_finetuning(options),
         "arithmetic": "bfloat16 autocast" if precision.bfloat16 else "float32",
     }

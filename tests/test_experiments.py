@@ -216,6 +216,7 @@ def test_the_vgg_experiment_from_end_to_end(network: str, tmp_path: Path, capsys
         finetune=("ward",),
         control=True,
         epochs=2,
+        further_epochs=1,
         finetune_epochs=1,
         batch_size=8,
         device="cpu",
@@ -227,6 +228,7 @@ def test_the_vgg_experiment_from_end_to_end(network: str, tmp_path: Path, capsys
     assert "left alone: classifier" in printed
     for method in ("baseline", "random", "l1", "kmeans", "ward"):
         assert f"| {method} " in printed
+    assert len(list((tmp_path / "runs").glob("*-baseline-further.pt"))) == 1
     rows = json.loads((tmp_path / "results.json").read_text())["seeds"]["0"]["rows"]
     assert rows["ward"]["parameters"] == rows["l1"]["parameters"] < rows["baseline"]["parameters"]
     assert rows["ward, fine-tuned"]["flops"] == rows["ward"]["flops"] < rows["baseline"]["flops"]

@@ -1,120 +1,18 @@
-"""Mixtures of experts are found by form; similar experts become one, and what that must not change stays."""
+"""Similar experts become one, and what that must not change stays."""
 
 import copy
 from pathlib import Path
 
 import pytest
 import torch
+from mixtures import CLASSES, HIDDEN, Deep, X, made, with_copies
 from torch import Tensor, nn
 
 import nac_gpu as nac
 from nac_gpu import refinement
 from nac_gpu.experts import _one
 from nac_gpu.mixtures import find_mixtures
-from nac_gpu.origin import origin_of
 from nac_gpu.trial import relative_error
-
-WIDTH, HIDDEN = 10, 14
-
-
-class Listed(nn.Module):
-    """Experts are modules; each sees its tokens only."""
-
-    def __init__(self, count: int = 6, picks: int = 1, bias: bool = True) -> None:
-        super().__init__()
-        self.embed, self.router = nn.Linear(6, WIDTH), nn.Linear(WIDTH, count, bias=bias)
-        self.experts = nn.ModuleList(self.expert() for _ in range(count))
-        self.head = nn.Linear(8, 4)
-        self.num_experts, self.picks = count, picks
-
-    def expert(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 8))
-
-    def answer(self, x: Tensor, number: int) -> Tensor:
-        return self.experts[number](x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x).tanh().flatten(0, 1)
-        scores, chosen = self.router(x).topk(self.picks)
-        y = x.new_zeros(len(x), self.head.in_features)
-        for number in range(self.num_experts):
-            rows, places = (chosen == number).nonzero(as_tuple=True)
-            if len(rows):
-                y = y.index_add(0, rows, self.answer(x[rows], number) * scores.softmax(-1)[rows, places, None])
-        return self.head(y)
-
-
-class Stacked(Listed):
-    """Experts are rows of common tensors, in the layout of gated language models with biases."""
-
-    def __init__(self, count: int = 6, picks: int = 1) -> None:
-        super().__init__(count, picks)
-        del self.experts
-        self.gate_up = nn.Parameter(torch.randn(count, WIDTH, 2 * HIDDEN) * 0.4)
-        self.gate_up_bias = nn.Parameter(torch.randn(count, 2 * HIDDEN))
-        self.down = nn.Parameter(torch.randn(count, HIDDEN, 8) * 0.4)
-        self.down_bias = nn.Parameter(torch.randn(count, 8))
-
-    def answer(self, x: Tensor, number: int) -> Tensor:
-        gate, up = (x @ self.gate_up[number] + self.gate_up_bias[number]).chunk(2, -1)
-        return (torch.sigmoid(gate) * up) @ self.down[number] + self.down_bias[number]
-
-
-class Deep(Listed):
-    """Experts of two hidden layers."""
-
-    def expert(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(WIDTH, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 8))
-
-
-CLASSES = {"listed": Listed, "stacked": Stacked}
-X = torch.randn(4, 16, 6, generator=torch.Generator().manual_seed(1))
-
-
-def made(kind: str, **how: int) -> nn.Module:
-    torch.manual_seed(0)
-    return CLASSES[kind](**how).eval()
-
-
-def listed() -> nn.Module:
-    """For the command line: `test_experts:listed`."""
-    return made("listed")
-
-
-def with_copies(kind: str, noise: float = 0.0) -> nn.Module:
-    """Experts 3, 4, 5 are experts 1, 2, 0 with their neurons in another order, and the router knows no difference."""
-    model = made(kind)
-    order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(2))
-    generator = torch.Generator().manual_seed(3)
-
-    def like(tensor: Tensor) -> Tensor:
-        return tensor * (1 + noise * torch.randn(tensor.shape, generator=generator))
-
-    with torch.no_grad():
-        for copied, number in ((3, 1), (4, 2), (5, 0)):
-            for tensor in (model.router.weight, model.router.bias):
-                tensor[copied] = like(tensor[number])
-            if kind == "listed":
-                first, _, last = model.experts[number]
-                model.experts[copied][0].weight.copy_(like(first.weight[order]))
-                model.experts[copied][0].bias.copy_(like(first.bias[order]))
-                model.experts[copied][2].weight.copy_(like(last.weight[:, order]))
-                model.experts[copied][2].bias.copy_(like(last.bias))
-            else:
-                both = torch.cat([order, order + HIDDEN])
-                model.gate_up[copied] = like(model.gate_up[number][:, both])
-                model.gate_up_bias[copied] = like(model.gate_up_bias[number][both])
-                model.down[copied] = like(model.down[number][order])
-                model.down_bias[copied] = like(model.down_bias[number])
-    return model
-
-
-@pytest.mark.parametrize("kind", CLASSES)
-def test_mixtures_are_found_by_their_form(kind: str) -> None:
-    (mixture,), others = find_mixtures(made(kind), X)
-    assert (mixture.count, bool(mixture.keys), others) == (6, kind == "listed", [])
-    assert dict(mixture.router) == {"router.weight": 0, "router.bias": 0}
-    assert mixture.name == ("experts" if kind == "listed" else "")
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -276,137 +174,6 @@ def test_what_merged_experts_answer_as_depends_on_the_router(kind: str) -> None:
     assert small.experts["expert_1"][1].num_batches_tracked.dtype == torch.int64
 
 
-class Pair(nn.Module):
-    """Two mixtures; the second is for other inputs than the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = Listed(), Listed()
-        self.num_experts = 6
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is None:
-            return self.b(x)
-        return self.a(x * mask)
-
-
-def test_what_the_inputs_do_not_reach_stays_and_that_is_said() -> None:
-    """And several floating inputs are no inputs to dream up: that the outputs get no nearer is said, too."""
-    torch.manual_seed(0)
-    model = Pair().eval()
-    small = nac.merge_experts(model, (X, torch.ones(6)), 3)
-    assert (small.a.num_experts, small.b.num_experts, small.num_experts) == (3, 6, 6)
-    with torch.no_grad():
-        assert torch.equal(small(X), model(X))
-    origin = origin_of(small)
-    assert origin is not None
-    assert "a.experts: 6 experts became 3" in origin.plan.changes
-    (alone,) = (said for said in origin.plan.changes if "b.experts" in said)
-    assert alone.startswith("b.experts is left alone: its parts change nothing")
-    assert any("without compensation" in said for said in origin.plan.changes)
-
-
-class Together(nn.Module):
-    """The routers are beside, not inside, what holds the experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 4), nn.Linear(6, 4)
-        self.a, self.b = nn.Module(), nn.Module()
-        for part in (self.a, self.b):
-            part.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6)) for _ in range(4))
-            part.num_experts = 4
-
-    def forward(self, x: Tensor) -> Tensor:
-        for router, part in ((self.first, self.a), (self.second, self.b)):
-            scores = router(x).softmax(-1)
-            x = x + sum(part.experts[i](x) * scores[..., i, None] for i in range(part.num_experts))
-        return x
-
-
-def test_one_mixture_of_several_with_routers_in_one_place() -> None:
-    torch.manual_seed(0)
-    model = Together().eval()
-    (first, second), others = find_mixtures(model, X)
-    assert [name for name, _ in first.router + second.router] == [
-        *("first.weight", "first.bias"),
-        *("second.weight", "second.bias"),
-    ]
-    assert others == []
-    small = nac.merge_experts(model, X, {"a.experts": 3}, refine=0)
-    assert (small.a.num_experts, small.b.num_experts) == (3, 4)
-    assert (small.first.out_features, small.second.out_features) == (3, 4)
-    assert torch.equal(small.b.experts[3][0].weight, model.b.experts[3][0].weight)
-
-
-class Chosen(Listed):
-    """Its choice has a bias, zero so far, that is not where the router is."""
-
-    def __init__(self) -> None:
-        super().__init__(bias=False)
-        self.register_buffer("bias_of_choice", torch.zeros(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x).tanh().flatten(0, 1)
-        scores = self.router(x)
-        chosen = (scores + self.bias_of_choice).argmax(-1)
-        y = torch.stack([self.answer(x, i) for i in range(self.num_experts)])
-        return self.head(y[chosen, torch.arange(len(x))])
-
-
-def test_a_bias_of_the_choice_belongs_to_the_router_wherever_it_is() -> None:
-    torch.manual_seed(0)
-    model = Chosen().eval()
-    (mixture,), _ = find_mixtures(model, X)
-    assert [name for name, _ in mixture.router] == ["router.weight", "bias_of_choice"]
-    small = nac.merge_experts(model, X, 3, refine=0)
-    assert small.bias_of_choice.shape == (3,)
-    assert torch.equal(model.bias_of_choice, torch.zeros(6))
-
-
-def test_experts_that_differ_in_form_are_said_to() -> None:
-    model = made("listed")
-    model.experts[2] = nn.Sequential(nn.Linear(WIDTH, 3), nn.ReLU(), nn.Linear(3, 8))
-    with pytest.raises(ValueError, match=r"experts: its parts differ: 0\.0\.weight \(14, 10\), 2\.0\.weight \(3, 10\)"):
-        nac.merge_experts(model, X, 3)
-
-
-class Layers(nn.Module):
-    """As many equal layers as the head has outputs: it looks like a mixture, and is none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x).relu() + x
-        return self.head(x)
-
-
-def test_what_only_looks_like_a_mixture_is_told_from_one() -> None:
-    torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"blocks: in another order its 3 parts and head\.weight"):
-        nac.merge_experts(Layers(), X, 2)
-    with pytest.raises(ValueError, match="no mixture of experts was found, expected modules of equal form"):
-        nac.merge_experts(nn.Linear(6, 2), X, 2)
-
-
-class Idle(Listed):
-    """Its experts answer, and nothing comes of it."""
-
-    def answer(self, x: Tensor, number: int) -> Tensor:
-        return 0 * super().answer(x, number)
-
-
-def test_experts_that_change_nothing_are_not_merged() -> None:
-    torch.manual_seed(0)
-    model = Idle().eval()
-    with pytest.raises(ValueError, match="experts: its parts change nothing in the outputs of these example inputs"):
-        nac.merge_experts(model, X, 2)
-
-
 def test_bad_requests_are_errors() -> None:
     model = made("listed", picks=2)
     with pytest.raises(ValueError, match=r"with fewer experts \(experts: 1 of 6\).*out of range; a router that picks"):
@@ -421,23 +188,6 @@ def test_bad_requests_are_errors() -> None:
         model.router.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"router\.weight has 1 values"):
         nac.merge_experts(model, X, 2)
-
-
-class Shared(Listed):
-    """Beside a router, other tensors with as many entries as there are experts."""
-
-    def __init__(self) -> None:
-        super().__init__(count=WIDTH)
-        self.beside = nn.Linear(WIDTH, WIDTH)
-
-    def answer(self, x: Tensor, number: int) -> Tensor:
-        return super().answer(self.beside(x).tanh(), number)
-
-
-def test_the_router_is_found_among_tensors_of_the_same_size() -> None:
-    torch.manual_seed(0)
-    (mixture,), _ = find_mixtures(Shared().eval(), torch.zeros_like(X))
-    assert dict(mixture.router) == {"router.weight": 0, "router.bias": 0}
 
 
 def mixtral(layers: int = 2) -> nn.Module:

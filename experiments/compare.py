@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,6 +67,8 @@ class Options:
     """Largest learning rate of the fine-tuning."""
     distillation: float = 0.0
     """The original network's share of the loss of the fine-tuning."""
+    error_every: int = 1
+    """Epochs from one measurement of the test error to the next while training."""
     sparsity: float = 1e-3
     """Weight of the penalty on BatchNorm's scales with which network slimming trains (1e-4 in the paper, whose training
     has 160 epochs)."""
@@ -210,8 +213,8 @@ class Comparison:
         error = self.run.error(network) if error is None else error
         return asdict(nac.cost(network, self.example)) | {"parameters": nonzero(network), "error": error}
 
-    def finetuned(self, rule: str, share: float) -> Measured:
-        """The same after fine-tuning."""
+    def finetuned(self, rule: str, share: float, make: Callable[[], nn.Module]) -> Measured:
+        """The same after fine-tuning of the network that `make` gives, or of one that the rule tunes on its way."""
         file = re.sub(r"\W+", "-", row(rule, share).lower())
         if rule == GSM:
             return self.measured(self.sparsely_trained(share, file))
@@ -225,7 +228,7 @@ class Comparison:
                 return small
 
             return self.measured(self.staged(share, tuned))
-        small = self.network(rule, share)
+        small = make()
         original = self.sparse() if rule in SLIMMING else self.model
         return self.measured(small, self.run.finetune(small, original, file))
 
@@ -269,9 +272,12 @@ def measure(options: Options, seed: int, results: Results, make: Callable[[int],
     todo = [(rule, share) for share in options.shares for rule in rules]
     for rule, share in tqdm(todo, desc=f"seed {seed}", unit="network"):
         name = row(rule, share)
-        results.measure(name, seed, lambda rule=rule, share=share: compare.measured(compare.network(rule, share)))
+        # once for both rows, and not at all where the results are known
+        make = cache(partial(compare.network, rule, share))
+        results.measure(name, seed, lambda make=make: compare.measured(make()))
         if options.finetune_epochs:
-            results.measure(name + TUNED, seed, lambda rule=rule, share=share: compare.finetuned(rule, share))
+            tuned = partial(compare.finetuned, rule, share, make)
+            results.measure(name + TUNED, seed, tuned)
 
 
 def show(results: Results, shares: tuple[float, ...], suffix: str = "") -> str:
@@ -329,6 +335,7 @@ def main(options: Options) -> None:
         finetune_epochs=options.finetune_epochs,
         finetune_rate=options.finetune_rate,
         distillation=options.distillation,
+        error_every=options.error_every,
         output=options.output,
     )
     path = options.results or options.output / f"compare-{options.network}-x{options.multiplier:g}.json"

@@ -19,13 +19,15 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
 
 import nac_gpu as nac
 from common import processes
 from common.data import DatasetName, Images, load, normalise, statistics
 from common.models import NETWORKS, Network
 from common.results import Measured, Results, mean_sd
-from common.training import Precision, Recipe, Teacher, error_rate, fit
+from common.training import Precision, Recipe, Teacher, error_rate, fit, remeasure
 from nac_gpu.report.text import table
 
 Method = Literal["random", "l1", "kmeans", "ward"]
@@ -66,8 +68,9 @@ class Options:
     """Also fine-tune the uncompressed network, to tell compression from longer training."""
     epochs: int = 32
     """Training epochs."""
-    further_epochs: int = 0
-    """Epochs of a second cycle of training, at --finetune-rate at most, before anything is compressed."""
+    further_epochs: tuple[int, int] = (0, 0)
+    """Epochs of a second cycle at --finetune-rate, of training and of fine-tuning; what counts then is the mean of the
+    weights at the ends of both cycles (stochastic weight averaging, Izmailov et al. 2018)."""
     finetune_epochs: int = 12
     """Fine-tuning epochs."""
     learning_rate: float = 0.1
@@ -196,9 +199,31 @@ class Run:
         return o.output / f"{o.network}-x{o.multiplier:g}-{o.dataset}-seed{self.seed}-{name}.pt"
 
     def fit(
-        self, model: nn.Module, how: Recipe, name: str, teacher: Teacher | None = None, sparsity: float = 0.0
+        self,
+        model: nn.Module,
+        how: Recipe,
+        name: str,
+        teacher: Teacher | None = None,
+        sparsity: float = 0.0,
+        further: int = 0,
     ) -> float:
-        """Train, and give the last test error in percent."""
+        """Train, in two cycles where there are further epochs, and give the last test error in percent."""
+        error = self._cycle(model, how, name, teacher, sparsity)
+        if not further:
+            return error
+        mean = AveragedModel(model)
+        mean.update_parameters(model)
+        again = replace(finetune_recipe(self.options), epochs=further)
+        self._cycle(model, again, f"{name}-further", teacher, sparsity)
+        mean.update_parameters(model)
+        remeasure(mean, self.train, how, self.precision, seed=self.seed)
+        model.load_state_dict(mean.module.state_dict())
+        error = self.error(model)
+        tqdm.write(f"{name} (seed {self.seed}): mean of both cycles' ends, test error {error:.2f} %")
+        return error
+
+    def _cycle(self, model: nn.Module, how: Recipe, name: str, teacher: Teacher | None, sparsity: float) -> float:
+        """One cycle of training."""
         errors = fit(
             model,
             self.train,
@@ -222,7 +247,8 @@ class Run:
         recipe = finetune_recipe(self.options)
         recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
         share = self.options.distillation
-        return self.fit(model, recipe, name, Teacher(original, share) if share else None)
+        teacher = Teacher(original, share) if share else None
+        return self.fit(model, recipe, name, teacher, further=self.options.further_epochs[1])
 
     def calibration(self) -> nac.Calibration:
         """Unlabelled training images, or dreams."""
@@ -243,10 +269,7 @@ class Run:
         """The trained network; with `sparsity` as network slimming trains it."""
         torch.manual_seed(self.seed)
         model = NETWORKS[self.options.network](self.train.classes, self.options.multiplier)
-        self.fit(model, recipe(self.options), name, sparsity=sparsity)
-        if epochs := self.options.further_epochs:
-            how = replace(finetune_recipe(self.options), epochs=epochs)
-            self.fit(model, how, f"{name}-further", sparsity=sparsity)
+        self.fit(model, recipe(self.options), name, sparsity=sparsity, further=self.options.further_epochs[0])
         return model
 
     def __call__(self) -> None:
@@ -355,7 +378,7 @@ def measure(options: Options, precision: Precision) -> None:
         "rule": options.rule,
         **({"images": options.images} if options.rule == "compensated" else {}),
         "training": asdict(recipe(options)),
-        **({"further epochs": options.further_epochs} if options.further_epochs else {}),
+        **({"further epochs": options.further_epochs} if any(options.further_epochs) else {}),
         "fine-tuning": told_finetuning(options),
         "arithmetic": "bfloat16 autocast" if precision.bfloat16 else "float32",
     }

@@ -216,7 +216,7 @@ def test_the_vgg_experiment_from_end_to_end(network: str, tmp_path: Path, capsys
         finetune=("ward",),
         control=True,
         epochs=2,
-        further_epochs=1,
+        further_epochs=(1, 1),
         finetune_epochs=1,
         batch_size=8,
         device="cpu",
@@ -228,7 +228,9 @@ def test_the_vgg_experiment_from_end_to_end(network: str, tmp_path: Path, capsys
     assert "left alone: classifier" in printed
     for method in ("baseline", "random", "l1", "kmeans", "ward"):
         assert f"| {method} " in printed
-    assert len(list((tmp_path / "runs").glob("*-baseline-further.pt"))) == 1
+    assert {name.name.split("-seed0-")[1] for name in (tmp_path / "runs").glob("*-further.pt")} == {
+        *("baseline-further.pt", "ward-further.pt", "control-further.pt")
+    }
     rows = json.loads((tmp_path / "results.json").read_text())["seeds"]["0"]["rows"]
     assert rows["ward"]["parameters"] == rows["l1"]["parameters"] < rows["baseline"]["parameters"]
     assert rows["ward, fine-tuned"]["flops"] == rows["ward"]["flops"] < rows["baseline"]["flops"]
@@ -237,6 +239,25 @@ def test_the_vgg_experiment_from_end_to_end(network: str, tmp_path: Path, capsys
     before = (tmp_path / "results.json").read_bytes()
     vgg_cifar.main(options)  # everything is there: nothing is trained or measured again
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_two_cycles_end_with_the_mean_of_their_weights(tmp_path: Path) -> None:
+    options = vgg_cifar.Options(epochs=2, further_epochs=(1, 0), batch_size=16, cutout=0, output=tmp_path)
+    train, results = blobs(64, 0), Results(tmp_path / "results.json", {}, CPU.device)
+    run = vgg_cifar.Run(options, 0, train, blobs(32, 1), CPU, results)
+    model = small_network()
+    error = run.fit(model, vgg_cifar.recipe(options), "run", further=1)
+    ends = [torch.load(run.checkpoint(name), weights_only=True)["model"] for name in ("run", "run-further")]
+    assert not torch.equal(ends[0]["0.weight"], ends[1]["0.weight"])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, (ends[0][name] + ends[1][name]) / 2)
+    norm, images = model[1], normalise(train.pixels, *statistics(train))
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    made = model[0](images).mean((0, 2, 3))
+    assert (norm.running_mean - made).abs().max() < 0.1 * made.abs().max()  # images are shifted and mirrored
+    assert error == run.error(model)
+    assert not model.training
 
 
 def as_process(rank: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:

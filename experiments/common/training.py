@@ -3,10 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import nac_gpu as nac
@@ -161,6 +163,27 @@ class Augmented:
             pixels = augment(self.images.pixels[index], how.shift, mirror, generator, how.cutout, how.warp)
             own = slice(*processes.part(len(index)))
             yield _inputs(pixels[own], self.scale, self.precision), self.images.labels[index[own]]
+
+
+_BATCHES = 32  # on which BatchNorm's statistics are measured
+
+
+def remeasure(model: nn.Module, train: Images, recipe: Recipe, precision: Precision, *, seed: int) -> None:
+    """Measure the statistics of BatchNorm on training images, as for a mean of several models' weights.
+
+    Args:
+        model: changed in place, on the device.
+        train: images, of which some batches are taken.
+        recipe: how they are augmented.
+        precision: where.
+        seed: of the choice of images and the augmentation.
+    """
+    train = train.to(precision.device)
+    mean, std = (value.to(precision.device) for value in statistics(train))
+    batches = islice(Augmented(train, (mean, std), recipe, precision, seed), _BATCHES)
+    with precision():
+        update_bn(batches, model)
+    processes.share_buffers(model)
 
 
 def fit(

@@ -273,10 +273,10 @@ def measure(options: Options, seed: int, results: Results, make: Callable[[int],
     for rule, share in tqdm(todo, desc=f"seed {seed}", unit="network"):
         name = row(rule, share)
         # once for both rows, and not at all where the results are known
-        make = cache(partial(compare.network, rule, share))
-        results.measure(name, seed, lambda make=make: compare.measured(make()))
+        small = cache(partial(compare.network, rule, share))
+        results.measure(name, seed, lambda small=small: compare.measured(small()))
         if options.finetune_epochs:
-            tuned = partial(compare.finetuned, rule, share, make)
+            tuned = partial(compare.finetuned, rule, share, small)
             results.measure(name + TUNED, seed, tuned)
 
 

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from nac_gpu.report.text import table
 
 PACKAGES = ("torchvision", "timm", "transformers", "torch-pruning")
 IDENTITY = 1e-8
+OURS = {"plain": compression, "compensated": partial(compression, compensate=True)}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Options:
         timeout: seconds for a model.
         results: the measurements (JSON).
         again: measure models again that are in the file.
+        compensate: the network of half the width is compensated and refined, too, on the example inputs; on a CPU that takes
+            minutes for a large model.
         peer: also run Torch-Pruning.
         time: measure how long plans take, beside Torch-Pruning, and nothing else; on one image of 224 x 224, for models
             of torchvision.
@@ -62,6 +66,7 @@ class Options:
     timeout: float = 300
     results: Path = Path("runs/zoo.json")
     again: bool = False
+    compensate: bool = False
     peer: bool = False
     time: bool = False
     threads: int = 2
@@ -98,7 +103,7 @@ def in_process(options: Options, name: str, by: str) -> Row:
             failed = f"hangs (> {options.timeout:g} s)"
         row: Row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"stage": "starting"}
         if failed:
-            row["error" if by == "nac_gpu" else "outcome"] = failed
+            row["error" if by in OURS else "outcome"] = failed
         return row
 
 
@@ -112,7 +117,7 @@ def measure_one(name: str, by: str, row: str, threads: str) -> None:
     chosen = case(name)
     if by == "time" and name.startswith("torchvision/"):  # what both libraries show in their examples
         chosen = replace(chosen, inputs=lambda: images(224, 1))
-    measure = {"nac_gpu": compression, "peer": peer, "time": plan_time}[by]
+    measure = {**OURS, "peer": peer, "time": plan_time}[by]
     measure(chosen, lambda known: write_json(known, Path(row)))
 
 
@@ -168,7 +173,8 @@ def measured(options: Options, name: str, row: Row) -> Row:
     """The row of a model with what was missing in it."""
     if options.again or "stage" not in row:
         kept = {key: row[key] for key in ("peer",) if key in row}
-        row = in_process(options, name, "time" if options.time else "nac_gpu") | kept
+        by = "time" if options.time else "compensated" if options.compensate else "plain"
+        row = in_process(options, name, by) | kept
         tqdm.write(f"{name}: {row.get('outcome', row['stage']) if options.time else verdict(row)}")
     if options.peer and (options.again or "peer" not in row):
         row["peer"] = in_process(options, name, "peer")

@@ -50,12 +50,13 @@ def started(note: Callable[[Row], None]) -> tuple[Row, Callable[..., None]]:
     return row, reached
 
 
-def compression(case: Case, note: Callable[[Row], None]) -> None:
+def compression(case: Case, note: Callable[[Row], None], *, compensate: bool = False) -> None:
     """Plan, identity and a network of half the width.
 
     Args:
         case: the model.
         note: takes what is known so far, after every stage.
+        compensate: refit and refine that network on the example inputs, too.
     """
     row, reached = started(note)
     try:
@@ -84,7 +85,8 @@ def compression(case: Case, note: Callable[[Row], None]) -> None:
         )
         found = identity(prepared.model, inputs, prepared.groups, list(prepared.plan.widths.values()))
         reached("compressing", identity=found.error, effect=found.effect, vacuous=found.vacuous)
-        small = nac.compress(model, inputs, width=WIDTH, method="random", calibration=[inputs], refine=2)
+        calibration = [inputs] if compensate else "none"
+        small = nac.compress(model, inputs, width=WIDTH, method="random", calibration=calibration, refine=2)
         after = sum(p.numel() for p in small.parameters())
         reached("training", after=after)
         if prepared.plan.after.parameters != after:

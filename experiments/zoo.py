@@ -52,8 +52,8 @@ class Options:
         timeout: seconds for a model.
         results: the measurements (JSON).
         again: measure models again that are in the file.
-        compensate: the network of half the width is compensated and refined, too, on the example inputs; for large models
-            that takes minutes on a CPU.
+        compensate: the network of half the width is compensated and refined, too, on the example inputs; which for
+            large models takes minutes on a CPU.
         peer: also run Torch-Pruning.
         time: measure how long plans take, beside Torch-Pruning, and nothing else; on one image of 224 x 224, for models
             of torchvision.

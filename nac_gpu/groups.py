@@ -113,6 +113,7 @@ _REMEDIES = {
     "both makes and reads": "one weight is used in two ways: give each use a parameter of its own",
     "written in place": "write into a new tensor (torch.cat, torch.where) instead of into a part of another one",
     "on these example inputs": "give example inputs with which these layers run",
+    "are flattened into one": "multiply with a matrix, and give its result more dimensions; " + _COMPUTED,
     "kernel is not a parameter": _COMPUTED,
     "bias is not a parameter": _COMPUTED,
     "parameters are computed": _COMPUTED,
@@ -148,17 +149,20 @@ class _Level:
         found: groups with the production that first makes them and their first atom.
         grouped: bool [atoms], in a group.
         reasons: int64 [atoms], number of the reason why an atom's class is in no group.
+        made: bool [atoms], a production makes an atom of its class.
     """
 
     found: list[tuple[tuple[int, int], Group]]
     grouped: Tensor
     reasons: Tensor
+    made: Tensor
 
 
 _ONE = "there is only one of them"
 _UNREAD = "nothing reads these channels"
 _TIED = "its weight both makes and reads these channels"
 _OF_UNITS = "each belongs to another head or group"
+_FREE = (_ONE, _UNREAD, _TIED, _OF_UNITS)  # reasons that say nothing was frozen
 
 
 def find_groups(notes: Notes) -> Graph:
@@ -200,8 +204,25 @@ def find_groups(notes: Notes) -> Graph:
         for number, count in zip(*(t.tolist() for t in channels.reasons[left].unique(return_counts=True)), strict=True):
             key = (_layer(atoms.slot_at(int(left[0]))), reasons[number])
             alone[key] = alone.get(key, 0) + count
+    alone |= _in_no_production(notes, channels, reasons)
     left_alone = tuple(LeftAlone(layer, size, why) for (layer, why), size in alone.items())
     return Graph(_unique_names([group for _, group in found]), left_alone, norms=_norms_behind(makers))
+
+
+def _in_no_production(notes: Notes, channels: _Level, reasons: Sequence[str]) -> dict[tuple[str, str], int]:
+    """Weights that were frozen before anything was multiplied with them: layer, reason, and size along dimension 0."""
+    slots: dict[str, list[Slot]] = {}
+    for slot in notes.atoms.slots:
+        slots.setdefault(slot.tensor, []).append(slot)
+    found: dict[tuple[str, str], int] = {}
+    for tensor, own in slots.items():
+        every = torch.cat([torch.arange(slot.first, slot.first + slot.size) for slot in own])
+        if not tensor or len(own) < 2 or bool((channels.made | channels.grouped)[every].any()):
+            continue
+        frozen = [why for why in map(reasons.__getitem__, channels.reasons[every].tolist()) if why not in _FREE]
+        if frozen:
+            found[_layer(own[0]), frozen[0]] = own[0].size
+    return found
 
 
 def _norms_behind(makers: Makers) -> dict[str, Norm]:
@@ -284,7 +305,7 @@ def _level(notes: Notes, level: int, makers: Makers, numbers: dict[str, int]) ->
             )
         )
     found.sort(key=lambda item: item[0])
-    return _Level(found, grouped[classes], why)
+    return _Level(found, grouped[classes], why, made < len(notes.productions))
 
 
 def _unique_names(groups: Sequence[Group]) -> tuple[Group, ...]:

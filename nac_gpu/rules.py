@@ -165,7 +165,7 @@ def _movement(notes: Notes, call: Call) -> list[Labels]:
     for planes in per_output:
         dims = [dim for plane in planes for dim in varying(plane)]
         if len(dims) > len(set(dims)):
-            notes.freeze_planes(planes, "several labelled dimensions are flattened")
+            notes.freeze_planes(planes, "several dimensions of channels are flattened into one")
             planes.clear()
     return [Labels(tuple(planes), labels.parameter, labels.source) for planes in per_output]
 

@@ -11,7 +11,9 @@ from torch import nn
 
 import nac_gpu as nac
 from common.checks import compressible_share, difference, identity, outputs, randomise, training_step
+from nac_gpu.graph import record
 from nac_gpu.plan import prepare
+from nac_gpu.unwrap import computed
 from nac_gpu.widths import Wanted
 
 pytestmark = pytest.mark.usefixtures("short_dreams")
@@ -50,6 +52,33 @@ def test_plans_hold(name: str, tmp_path: Path) -> None:
     assert difference(outputs(loaded, inputs), outputs(small, inputs)) == 0
     training_step(small, inputs)
     assert difference(outputs(model, inputs), before) == 0
+
+
+#: Added to channels that other weights make, or normalisation's: of those nothing is told.
+BESIDE = {"cls", "positions", "norm.weight", "norm.bias"}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_weight_is_left_alone_in_silence(name: str) -> None:
+    model, inputs = built(name)
+    model, _ = computed(model)
+    graph = record(model, inputs)
+    told = {alone.layer for alone in graph.left_alone}
+    told |= {member.tensor.removesuffix(".weight") for group in graph.groups for member in group.members}
+    weights = {name for name, parameter in model.named_parameters() if parameter.ndim > 1} - BESIDE
+    assert {name.removesuffix(".weight") for name in weights} <= told
+
+
+def test_weights_that_are_flattened_are_told_of_with_what_to_do() -> None:
+    model, inputs = built("attention_einsum")
+    alone = {alone.layer: alone for alone in record(model, inputs).left_alone}
+    assert list(alone) == ["head", "q", "k", "v", "o"]
+    assert alone["q"].reason == "several dimensions of channels are flattened into one in EinsumAttention"
+    assert alone["q"].remedy is not None
+    assert alone["q"].remedy.startswith("multiply with a matrix, and give its result more dimensions")
+    with pytest.raises(ValueError, match=r"nothing to compress: head .*; q \(9\): several dimensions"):
+        nac.plan(model, inputs, width=0.5)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.5, 0.3])

@@ -26,6 +26,7 @@ import nac_gpu as nac
 from common import processes
 from common.data import DatasetName, Images, load, normalise, statistics
 from common.models import NETWORKS, Network
+from common.padding import train_padded
 from common.results import Measured, Results, mean_sd
 from common.training import Precision, Recipe, Teacher, error_rate, fit, remeasure
 from nac_gpu.report.text import table
@@ -248,7 +249,12 @@ class Run:
         recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
         share = self.options.distillation
         teacher = Teacher(original, share) if share else None
-        return self.fit(model, recipe, name, teacher, further=self.options.further_epochs[1])
+
+        def train(network: nn.Module) -> float:
+            return self.fit(network, recipe, name, teacher, further=self.options.further_epochs[1])
+
+        on_cpu = self.precision.bfloat16 and self.precision.device.type == "cpu"
+        return train_padded(model, train) if on_cpu else train(model)
 
     def calibration(self) -> nac.Calibration:
         """Unlabelled training images, or dreams."""

@@ -1,5 +1,6 @@
 """What the experiments share, and the VGG experiment from end to end on a few small images."""
 
+import copy
 import json
 import os
 import subprocess
@@ -20,6 +21,8 @@ import vgg_cifar
 from common import processes
 from common.data import Images, augment, load, normalise, statistics, warped
 from common.fast_conv import fast_weight_gradients
+from common.models import NETWORKS, Network
+from common.padding import padded, train_padded
 from common.results import Results
 from common.training import Augmented, Precision, Recipe, error_rate, fit
 
@@ -354,3 +357,28 @@ def test_budgets_are_counted_in_the_result(tmp_path: Path, capsys: pytest.Captur
     assert list(rows) == ["squeezenet1_1, params", "squeezenet1_1, flops"]
     assert all(-1 < row["off"] <= 0 for row in rows.values())
     assert "squeezenet1_1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("network", ["vgg19", "resnet20"])
+def test_dead_channels_change_nothing_that_is_trained(network: Network) -> None:
+    torch.manual_seed(0)
+    narrow = NETWORKS[network](10, 0.1).double()
+    images, labels = torch.randn(32, 3, 32, 32, dtype=torch.float64), torch.randint(10, (32,))
+
+    def train(model: nn.Module) -> float:
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, nesterov=True)
+        for _ in range(3):
+            loss = nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    beside = copy.deepcopy(narrow)
+    assert train_padded(beside, train) == pytest.approx(train(narrow), rel=1e-9)
+    for (name, expected), found in zip(narrow.state_dict().items(), beside.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, msg=name)
+    wide = padded(narrow)
+    assert {module.out_channels % 16 for module in wide.modules() if isinstance(module, nn.Conv2d)} == {0}
+    torch.testing.assert_close(wide.eval()(images), narrow.eval()(images))

@@ -83,7 +83,7 @@ class Options:
 
 
 #: What `nac.compress` is called with, by rule. `widths` says where the widths are from: the same share of every layer,
-#: the data-free budget, or the rule's own budget.
+#: the data-free budget, or the rule's own budget; `flops`: no more FLOPs than with the same share of every layer.
 RULES: dict[str, dict[str, Any]] = {
     "random": {"widths": "share", "method": "random", "rule": "restored", "calibration": "none"},
     "L1 filters": {
@@ -115,6 +115,7 @@ RULES: dict[str, dict[str, Any]] = {
     "Ward by weights, dreams, chosen widths": {"widths": "chosen", "neurons": "folded"},
     "Ward, dreams, not refined": {"widths": "own", "refine": 0},
     "Ward, dreams (default)": {"widths": "own"},
+    "Ward, dreams, FLOPs of the same share": {"widths": "own", "flops": True},
     "Ward, images, not refined": {"widths": "own", "images": True, "refine": 0},
     "Ward, images": {"widths": "own", "images": True},
 }
@@ -204,6 +205,8 @@ class Comparison:
         widths = options.pop("widths")
         if options.pop("images", False):
             options["calibration"] = self.images
+        if options.pop("flops", False):
+            options["flops"] = self.plan("share", share).after.flops
         if widths == "own":
             return nac.compress(self.model, self.example, params=share, **options)
         return nac.compress(self.model, self.example, self.plan(widths, share), **options)

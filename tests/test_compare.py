@@ -112,6 +112,7 @@ def test_compare_measures_rules_at_one_size(tmp_path: Path, monkeypatch: pytest.
         "Ward, Eq. 9",
         "L1 filters, dreams, chosen widths",
         "Ward, images",
+        "Ward, dreams, FLOPs of the same share",
         "network slimming",
         compare.STAGED,
         compare.GSM,
@@ -136,6 +137,8 @@ def test_compare_measures_rules_at_one_size(tmp_path: Path, monkeypatch: pytest.
     assert set(rows) == {"none", "none, sparse training", *names}
     whole = rows["none"]["parameters"]
     assert all(0.45 * whole <= rows[name]["parameters"] <= 0.5 * whole for name in names)
+    same, kept = (rows[compare.row(rule, 0.5)]["flops"] for rule in ("Ward, Eq. 9", rules[3]))
+    assert 0.8 * same <= kept <= same < rows[compare.row("Ward, images", 0.5)]["flops"]
     assert path.with_suffix(".png").exists()
     written = path.stat().st_mtime_ns
     compare.main(options)  # all is there

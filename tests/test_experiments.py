@@ -16,6 +16,7 @@ from standins import blobs, write_tree
 from torch import Tensor, nn
 
 import budgets
+import compress_time
 import latency
 import vgg_cifar
 from common import processes
@@ -357,6 +358,16 @@ def test_budgets_are_counted_in_the_result(tmp_path: Path, capsys: pytest.Captur
     assert list(rows) == ["squeezenet1_1, params", "squeezenet1_1, flops"]
     assert all(-1 < row["off"] <= 0 for row in rows.values())
     assert "squeezenet1_1" in capsys.readouterr().out
+
+
+def test_compression_is_timed_against_an_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "compress_time.json"
+    compress_time.main(compress_time.Options(networks=("resnet20",), images=16, steps=1, device="cpu", results=path))
+    row = json.loads(path.read_text())["seeds"]["0"]["rows"]["resnet20"]
+    assert row.pop("growth, bytes") >= 0
+    assert min(row.values()) > 0
+    assert row["weights, bytes"] == 4 * sum(value.numel() for value in NETWORKS["resnet20"](10, 0.25).parameters())
+    assert "resnet20" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("network", ["vgg19", "resnet20"])

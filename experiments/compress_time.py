@@ -5,9 +5,11 @@
 
 Weights and images are random, because times do not depend on them. An epoch is that of `vgg_cifar.py`: 50,000 images in
 batches of 256, of which some are timed. Each row does more than the one before: the second calibrates and compensates
-where widths are known, the third chooses them for a budget, the last refines.
+where widths are known, the third chooses them for a budget, the last refines. Each network has a process of its own,
+because the memory's peak is the process's.
 """
 
+import multiprocessing
 import resource
 import time
 from collections.abc import Callable
@@ -42,6 +44,8 @@ class Options:
     """Of the parameters, kept."""
     images: int = 512
     """To calibrate with."""
+    refine: int = 80
+    """How often the refinement looks at each image."""
     steps: int = 10
     """Training steps that are timed."""
     device: str | None = None
@@ -70,7 +74,9 @@ def measure(name: Network, options: Options, precision: Precision) -> dict[str, 
     known = seconds(lambda: nac.compress(model, example, plan, calibration=batches, refine=0))
     growth = _peak(device) - before
     chosen = seconds(lambda: nac.compress(model, example, params=options.share, calibration=batches, refine=0))
-    refined = seconds(lambda: nac.compress(model, example, params=options.share, calibration=batches))
+    refined = seconds(
+        lambda: nac.compress(model, example, params=options.share, calibration=batches, refine=options.refine)
+    )
     return {
         "weights, bytes": sum(value.nbytes for value in model.parameters()),
         "growth, bytes": growth,
@@ -79,6 +85,12 @@ def measure(name: Network, options: Options, precision: Precision) -> dict[str, 
         "refined": refined,
         "epoch": _epoch(model, options.steps, precision),
     }
+
+
+def apart(name: Network, options: Options, precision: Precision) -> dict[str, float]:
+    """The same, measured in another process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (name, options, precision))
 
 
 def _epoch(model: torch.nn.Module, steps: int, precision: Precision) -> float:
@@ -108,11 +120,11 @@ def _peak(device: torch.device) -> int:
 def main(options: Options) -> None:
     """Time all networks, print the table, write the JSON."""
     precision = Precision.best(options.device)
-    named = ("multiplier", "share", "images", "steps")
+    named = ("multiplier", "share", "images", "refine", "steps")
     results = Results(options.results, {name: getattr(options, name) for name in named}, precision.device)
     cells = []
     for name in options.networks:
-        row = results.measure(name, 0, lambda name=name: measure(name, options, precision))
+        row = results.measure(name, 0, lambda name=name: apart(name, options, precision))
         times = (row[column] for column in ("epoch", "widths known", "widths chosen", "refined"))
         sizes = (row[column] / 1e6 for column in ("weights, bytes", "growth, bytes"))
         cells.append([name, *(f"{time:.1f}" for time in times), *(f"{size:.1f}" for size in sizes)])

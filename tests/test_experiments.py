@@ -362,7 +362,9 @@ def test_budgets_are_counted_in_the_result(tmp_path: Path, capsys: pytest.Captur
 
 def test_compression_is_timed_against_an_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "compress_time.json"
-    compress_time.main(compress_time.Options(networks=("resnet20",), images=16, steps=1, device="cpu", results=path))
+    compress_time.main(
+        compress_time.Options(networks=("resnet20",), images=16, refine=1, steps=1, device="cpu", results=path)
+    )
     row = json.loads(path.read_text())["seeds"]["0"]["rows"]["resnet20"]
     assert row.pop("growth, bytes") >= 0
     assert min(row.values()) > 0

@@ -136,7 +136,8 @@ def test_compare_measures_rules_at_one_size(tmp_path: Path, monkeypatch: pytest.
     names = [compare.row(rule, 0.5) + suffix for rule in rules for suffix in ("", compare.TUNED)]
     assert set(rows) == {"none", "none, sparse training", *names}
     whole = rows["none"]["parameters"]
-    assert all(0.45 * whole <= rows[name]["parameters"] <= 0.5 * whole for name in names)
+    assert all(rows[name]["parameters"] <= 0.5 * whole for name in names)
+    assert all(0.45 * whole <= rows[name]["parameters"] for name in names if "FLOPs" not in name)
     same, kept = (rows[compare.row(rule, 0.5)]["flops"] for rule in ("Ward, Eq. 9", rules[3]))
     assert 0.8 * same <= kept <= same < rows[compare.row("Ward, images", 0.5)]["flops"]
     assert path.with_suffix(".png").exists()

@@ -5,11 +5,10 @@
 
 Weights and images are random, because times do not depend on them. An epoch is that of `vgg_cifar.py`: 50,000 images in
 batches of 256, of which some are timed. Each row does more than the one before: the second calibrates and compensates
-where widths are known, the third chooses them for a budget, the last refines. Each network has a process of its own,
-because the memory's peak is the process's.
+where widths are known, the third chooses them for a budget, the last refines. The memory's peak is that of the
+process: for its growth, measure one network at a time.
 """
 
-import multiprocessing
 import resource
 import time
 from collections.abc import Callable
@@ -87,12 +86,6 @@ def measure(name: Network, options: Options, precision: Precision) -> dict[str, 
     }
 
 
-def apart(name: Network, options: Options, precision: Precision) -> dict[str, float]:
-    """The same, measured in another process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (name, options, precision))
-
-
 def _epoch(model: torch.nn.Module, steps: int, precision: Precision) -> float:
     """Seconds of an epoch, from some steps of it; what the first step needs once is not in it."""
     recipe = vgg_cifar.recipe(vgg_cifar.Options(epochs=2))
@@ -124,7 +117,7 @@ def main(options: Options) -> None:
     results = Results(options.results, {name: getattr(options, name) for name in named}, precision.device)
     cells = []
     for name in options.networks:
-        row = results.measure(name, 0, lambda name=name: apart(name, options, precision))
+        row = results.measure(name, 0, lambda name=name: measure(name, options, precision))
         times = (row[column] for column in ("epoch", "widths known", "widths chosen", "refined"))
         sizes = (row[column] / 1e6 for column in ("weights, bytes", "growth, bytes"))
         cells.append([name, *(f"{time:.1f}" for time in times), *(f"{size:.1f}" for size in sizes)])

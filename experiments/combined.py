@@ -29,8 +29,8 @@ from common.data import DatasetName, load, normalise, statistics
 from common.models import Network
 from common.results import Measured, Results, mean_sd
 from common.training import Precision
-from nac_gpu.report.measure import Spread, spread
 from nac_gpu.report.text import table
+from nac_gpu.timing import Spread, spread
 
 
 @dataclass

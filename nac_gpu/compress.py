@@ -37,6 +37,7 @@ def compress(
     width: Width | None = None,
     params: Share | None = None,
     flops: Share | None = None,
+    latency: float | None = None,
     calibration: Calibration = "dream",
     limits: LimitsByLayer | None = None,
     multiple_of: int | None = None,
@@ -61,10 +62,11 @@ def compress(
         model: any module whose forward pass runs on the example inputs.
         example_inputs: what the model is called with: a tensor, a sequence of arguments, or a mapping of keyword
             arguments.
-        plan: made by `nac_gpu.plan` for this model; else give `width`, `params` or `flops`.
+        plan: made by `nac_gpu.plan` for this model; else give `width`, `params`, `flops` or `latency`.
         width: as for `nac_gpu.plan`.
         params: as for `nac_gpu.plan`.
         flops: as for `nac_gpu.plan`.
+        latency: as for `nac_gpu.plan`.
         calibration: on what activations are compared and compensated: batches of unlabelled inputs, such as a list of
             tensors or a DataLoader (a few hundred inputs; labels beside them are not looked at); `"dream"` for inputs
             made up (see `nac_gpu.dream` and `nac_gpu.tokens`); with `"none"`, or where none can be made up, neurons
@@ -98,7 +100,8 @@ def compress(
             lost, or made another model.
     """
     with joined(process_group, model) as ranks:
-        wanted = _wanted(plan, Wanted(width, params, flops, limits, multiple_of, calibration, seed), only, skip)
+        asked = Wanted(width, params, flops, latency, limits, multiple_of, calibration, seed)
+        wanted = _wanted(plan, asked, only, skip)
         assign = _method(method)
         for name, value, known in (("rule", rule, get_args(Rule)), ("neurons", neurons, (None, *get_args(Neurons)))):
             if value not in known:
@@ -192,7 +195,7 @@ def _wanted(plan: Plan | None, wanted: Wanted, only: Names, skip: Names) -> Plan
         wanted.check()
         return wanted
     if wanted.width is not None or wanted.budget or wanted.limits is not None or wanted.multiple_of is not None:
-        raise ValueError("expected either a plan or width=, params= or flops=, got both")
+        raise ValueError("expected either a plan or width=, params=, flops= or latency=, got both")
     if only is not None or skip:
         raise ValueError(
             "only= and skip= are part of a plan, expected them in nac_gpu.plan(...), got them beside a plan"

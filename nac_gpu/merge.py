@@ -22,6 +22,7 @@ from torch import Tensor
 from nac_gpu.deferred import after, loaded
 from nac_gpu.groups import Group, Member, Norm, Producer
 from nac_gpu.neurons import norm_scale, working_dtype
+from nac_gpu.rebuild import selected
 
 Rule = Literal["restored", "centroid"]
 
@@ -101,11 +102,7 @@ class Merger:
         """All parameters and buffers, merged and at their new sizes."""
         state = dict(self.state)
         for (name, dim), dropped in self._dropped.items():
-            tensor = state[name]
-            small = tensor.index_select(dim, (~dropped).nonzero().flatten().to(tensor.device))
-            if tensor.ndim == 4 and not tensor.is_contiguous():
-                small = small.contiguous(memory_format=torch.channels_last)
-            state[name] = small
+            state[name] = selected(state[name], dim, ~dropped)
         return state
 
     def _merge_normalised(self, producer: Producer, norm: Norm, home: Tensor, share: Tensor) -> set[str]:

@@ -9,19 +9,18 @@ import torch
 from torch import nn
 
 from nac_gpu.agreement import check_arguments, check_same, same_model, shapes_of
-from nac_gpu.budget import Limits, Sizes, allocate
+from nac_gpu.choosing import choose
 from nac_gpu.cost import Cost
 from nac_gpu.distributed import ALONE, Ranks, joined
-from nac_gpu.evidence import Evidence, gather
+from nac_gpu.evidence import Evidence
 from nac_gpu.forward import ExampleInputs
 from nac_gpu.graph import record
 from nac_gpu.groups import Graph, Group, LeftAlone
-from nac_gpu.selection import Names, filtered, with_groups
-from nac_gpu.sensitivity import losses
+from nac_gpu.selection import Names, filtered, nothing_to_compress, with_groups
 from nac_gpu.sharded import unsharded
-from nac_gpu.trial import Chosen, Trial
+from nac_gpu.trial import Trial
 from nac_gpu.unwrap import computed, unwrapped
-from nac_gpu.widths import Calibration, LimitsByLayer, Share, Wanted, Width, limits_of, neurons, resolve
+from nac_gpu.widths import Calibration, LimitsByLayer, Share, Wanted, Width, neurons, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -123,6 +122,7 @@ def plan(
     width: Width | None = None,
     params: Share | None = None,
     flops: Share | None = None,
+    latency: float | None = None,
     calibration: Calibration = "dream",
     limits: LimitsByLayer | None = None,
     multiple_of: int | None = None,
@@ -144,12 +144,15 @@ def plan(
             share (float); the layers it does not name keep their width. Beside a budget, one number is the most that
             any group keeps, and the layers that a mapping names are fixed while the others are chosen.
         params: the parameters of the whole model after: a share of those before (float), or a number (int).
-        flops: the same for the operations of a forward pass on the example inputs. Both may be given.
+        flops: the same for the operations of a forward pass on the example inputs.
+        latency: the same for the time of that pass, a share of the model's own (float). Networks of several sizes are
+            timed in turn with the model, where it is: see `nac_gpu.latency`. Budgets may be given together.
         calibration: what a budget is judged by: batches of unlabelled inputs; `"dream"` for inputs made up
             where that can be done (see `nac_gpu.dream`), else the weights alone; `"none"` for the weights alone, which
             is quick.
         limits: for a budget, the fewest and most neurons of layers (names or patterns), numbers or shares.
-        multiple_of: for a budget, widths are multiples of this; by default 8 on CUDA, where odd widths are slow.
+        multiple_of: for a budget, widths are multiples of this; by default 8 on CUDA, where odd widths are
+            slow, and for a latency.
         only: names of layers, of modules that hold layers, or patterns: nothing else is compressed.
         skip: the same, of what is not compressed.
         seed: of dreams; the global random state is not touched.
@@ -165,7 +168,7 @@ def plan(
         RuntimeError: the forward pass fails on the example inputs or the calibration data; another rank failed, or was
             lost.
     """
-    wanted = Wanted(width, params, flops, limits, multiple_of, calibration, seed)
+    wanted = Wanted(width, params, flops, latency, limits, multiple_of, calibration, seed)
     with joined(process_group, model) as ranks:
         return prepare(model, example_inputs, wanted, only, skip, ranks).plan
 
@@ -228,16 +231,16 @@ def prepare(
     else:
         graph = filtered(graph, only, skip)
         if not graph.groups:
-            raise ValueError(f"nothing to compress: {_reasons(graph)}")
+            raise nothing_to_compress(graph)
         if wanted.budget:
-            chosen, evidence = _chosen(model, example_inputs, graph, wanted, trial, before, ranks)
-            changes = (*changes, evidence.source)
+            chosen, evidence, found = choose(model, example_inputs, graph, wanted, trial, before, ranks)
+            changes = (*changes, *found)
         else:
             assert wanted.width is not None, "checked"
             chosen = trial.passed(list(zip(graph.groups, resolve(graph, wanted.width), strict=True)))
     graph = replace(graph, groups=tuple(g for g, _ in chosen), left_alone=(*graph.left_alone, *trial.alone))
     if not graph.groups:
-        raise ValueError(f"nothing to compress: {_reasons(graph)}")
+        raise nothing_to_compress(graph)
     parameters = dict(model.named_parameters())
     planned = tuple(
         GroupPlan(g.name, g.layers, g.size, kept, bool(g.units), *_parameters_of(g, kept, parameters, trial.shapes))
@@ -247,79 +250,6 @@ def prepare(
     made = Plan(planned, graph.left_alone, before, trial.after, changes)
     check_same("plan", made.to_json(), ranks)
     return Prepared(made, model, graph, evidence)
-
-
-_ATTEMPTS = 4  # at a budget, until what it really costs is right
-_TOLERANCE = 0.01
-
-
-def _chosen(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    graph: Graph,
-    wanted: Wanted,
-    trial: Trial,
-    before: Cost,
-    ranks: Ranks,
-) -> tuple[Chosen, Evidence]:
-    """Groups and widths that keep a budget, and what they were judged by."""
-    limits = {
-        group.name: limit
-        for group, limit in zip(graph.groups, limits_of(graph, wanted, _step(model, wanted)), strict=True)
-    }
-    halves = [
-        (group, max(limits[group.name].least, min(limits[group.name].most, max(1, group.size // 2))))
-        for group in graph.groups
-    ]
-    good = [group for group, _ in trial.passed(halves)]
-    if not good:
-        raise ValueError(f"nothing to compress: {_reasons(replace(graph, left_alone=tuple(trial.alone)))}")
-    evidence = gather(model, example_inputs, good, wanted.calibration, wanted.seed, ranks)
-    lost = losses(model, graph, good, evidence, ranks)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    asked = wanted.most(before.parameters, before.flops)
-    most = asked
-    best: tuple[float, Chosen] | None = None
-    for _ in range(_ATTEMPTS):
-        own = [limits.get(group.name, Limits(1, group.size)) for group in good]
-        sizes = Sizes(good, shapes, graph.operations, before.flops)
-        widths = allocate([lost[group.name] for group in good], own, sizes, most)
-        found = trial.passed(list(zip(good, widths, strict=True)))
-        assert trial.after is not None, "they were tried together"
-        used = [c / a for c, a in zip((trial.after.parameters, trial.after.flops), asked, strict=True)]
-        if len(found) == len(good) and max(used) <= 1 and (best is None or max(used) > best[0]):
-            best = max(used), found
-        if len(found) < len(good):  # some fail at these widths only
-            good = [group for group, _ in found]
-            if not good:
-                raise ValueError(f"nothing to compress: {_reasons(replace(graph, left_alone=tuple(trial.alone)))}")
-        elif 1 - _TOLERANCE <= max(used) <= 1:
-            break
-        elif max(used) > 1 and widths == [limit.least for limit in own]:
-            raise ValueError(_impossible(wanted, before, trial.after))
-        else:
-            most = (most[0] / max(used), most[1] / max(used))
-    if best is None:
-        raise ValueError(f"no widths were found that meet the budget in {_ATTEMPTS} attempts; give width= instead")
-    return trial.passed(best[1]), evidence
-
-
-def _step(model: nn.Module, wanted: Wanted) -> int:
-    if wanted.multiple_of is not None:
-        return wanted.multiple_of
-    return 8 if any(parameter.is_cuda for parameter in model.parameters()) else 1
-
-
-def _impossible(wanted: Wanted, before: Cost, least: Cost) -> str:
-    parts = []
-    for name, asked, whole, possible in (
-        ("params", wanted.params, before.parameters, least.parameters),
-        ("flops", wanted.flops, before.flops, least.flops),
-    ):
-        if asked is not None:
-            share = f"{possible / whole:.4f}" if isinstance(asked, float) else f"{possible:,}"
-            parts.append(f"{name}={asked!r} cannot be met, the smallest possible is {share}")
-    return "; ".join(parts) + ": one neuron is left in each group, or what limits= and width= allow"
 
 
 def _parameters_of(
@@ -357,11 +287,3 @@ def check_weights(model: nn.Module) -> None:
                 f"{name} has {bad} values that are NaN or infinite, expected finite weights; "
                 "the training that made them has diverged, take an earlier checkpoint"
             )
-
-
-def _reasons(graph: Graph) -> str:
-    if not graph.left_alone:
-        return "no Linear or convolution makes channels that another one reads; expected at least two such layers"
-    remedies = dict.fromkeys(alone.remedy for alone in graph.left_alone if alone.remedy)
-    reasons = [f"{alone.layer} ({alone.size}): {alone.reason}" for alone in graph.left_alone]
-    return "; ".join([*reasons, *(f"to compress more: {remedy}" for remedy in remedies)])

@@ -3,15 +3,30 @@
 import copy
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from nac_gpu.sizes import Attributes, set_sizes
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's parameters and buffers by name (a tied one under its first name), detached."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach() for name, tensor in named}
+
+
+def selected(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
+    """The positions of a tensor along one dimension that are kept (bool [size]), in the layout that it has.
+
+    A network in channels_last that became smaller is to be as quick as one.
+    """
+    small = tensor.index_select(dim, kept.nonzero().flatten().to(tensor.device))
+    layout = _CHANNELS_LAST.get(tensor.ndim)
+    if layout is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout):
+        small = small.contiguous(memory_format=layout)
+    return small
 
 
 def rebuild(

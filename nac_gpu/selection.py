@@ -53,6 +53,18 @@ def filtered(graph: Graph, only: Names, skip: Names) -> Graph:
     return replace(graph, groups=tuple(kept), left_alone=tuple(alone))
 
 
+def nothing_to_compress(graph: Graph) -> ValueError:
+    """The error for a graph without groups: why there are none, and what would help."""
+    if not graph.left_alone:
+        why = "no Linear or convolution makes channels that another one reads; expected at least two such layers"
+        return ValueError(f"nothing to compress: {why}")
+    remedies = dict.fromkeys(alone.remedy for alone in graph.left_alone if alone.remedy)
+    reasons = [f"{alone.layer} ({alone.size}): {alone.reason}" for alone in graph.left_alone]
+    return ValueError(
+        "nothing to compress: " + "; ".join([*reasons, *(f"to compress more: {remedy}" for remedy in remedies)])
+    )
+
+
 def _holds(group: Group, pattern: str) -> bool:
     return any(_named(name, pattern) for name in (group.name, *group.layers))
 

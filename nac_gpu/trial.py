@@ -19,7 +19,7 @@ from nac_gpu.cost import Cost
 from nac_gpu.deferred import after, loaded
 from nac_gpu.forward import ExampleInputs, call, evaluating, flop_counter, in_small_operations, tensors_in
 from nac_gpu.groups import Group, LeftAlone
-from nac_gpu.rebuild import rebuild, tensors
+from nac_gpu.rebuild import rebuild, selected, tensors
 from nac_gpu.sizes import attributes, guesses
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative
@@ -138,7 +138,7 @@ def _moved(old: Tensor, dim: int, moves: Sequence[tuple[Tensor, Tensor, bool]]) 
     for source, _, _ in moves:
         kept[source] = False
     place = kept.cumsum(0) - 1
-    new = old.index_select(dim, kept.nonzero().flatten().to(old.device))
+    new = selected(old, dim, kept)
     for source, target, added in moves:
         if added:
             new.index_add_(dim, place[target].to(old.device), old.index_select(dim, source.to(old.device)))

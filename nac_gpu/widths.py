@@ -24,8 +24,10 @@ class Wanted:
         width: neurons to keep, by layer or the same share of all.
         params: parameters of the whole model.
         flops: operations of a forward pass.
+        latency: time of a forward pass.
         limits: between which widths layers may end.
-        multiple_of: what a width that a budget chooses is a multiple of; None is 8 on CUDA and 1 elsewhere.
+        multiple_of: what a width that a budget chooses is a multiple of; None is 8 on CUDA and for a latency, 1
+            elsewhere.
         calibration: where statistics of activations come from.
         seed: of dreams.
     """
@@ -33,6 +35,7 @@ class Wanted:
     width: Width | None = None
     params: Share | None = None
     flops: Share | None = None
+    latency: float | None = None
     limits: LimitsByLayer | None = None
     multiple_of: int | None = None
     calibration: Calibration = "dream"
@@ -41,7 +44,7 @@ class Wanted:
     @property
     def budget(self) -> bool:
         """Widths are to be chosen."""
-        return self.params is not None or self.flops is not None
+        return self.params is not None or self.flops is not None or self.latency is not None
 
     def check(self) -> None:
         """Whether this makes sense by itself.
@@ -50,9 +53,9 @@ class Wanted:
             ValueError: nothing is asked for, or what is asked for is out of range.
         """
         if self.width is None and not self.budget:
-            raise ValueError("expected width=, params= or flops= (or a plan, to compress), got none of them")
+            raise ValueError("expected width=, params=, flops= or latency= (or a plan, to compress), got none of them")
         if not self.budget and (self.limits is not None or self.multiple_of is not None):
-            raise ValueError("limits= and multiple_of= are for budgets, expected params= or flops= beside them")
+            raise ValueError("limits= and multiple_of= are for budgets, expected params=, flops= or latency= too")
         if self.multiple_of is not None and self.multiple_of < 1:
             raise ValueError(f"multiple_of={self.multiple_of}, expected at least 1")
         for name, value in (("params", self.params), ("flops", self.flops)):
@@ -64,6 +67,11 @@ class Wanted:
                     f"{name}={value!r}, expected the share to keep (a float, more than 0 and at most 1) "
                     "or a number (an int, at least 1)"
                 )
+        if self.latency is not None and not (isinstance(self.latency, float) and 0 < self.latency < 1):
+            raise ValueError(
+                f"latency={self.latency!r}, expected the share of the model's own time (a float, more than 0 and less "
+                "than 1)"
+            )
 
     def arguments(self) -> dict[str, object]:
         """What can be compared: all but the calibration data."""

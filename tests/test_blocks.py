@@ -112,6 +112,8 @@ def test_a_budget_is_met_by_weights_alone(tmp_path: Path) -> None:
         assert plan.widths == nac.plan(whole, inputs, calibration="none", **budget).widths
     with pytest.raises(ValueError, match=r"expected calibration='none' for a model of nac_gpu\.open_model"):
         nac.compress(opened, inputs, width=0.5, calibration=[inputs])
+    with pytest.raises(ValueError, match=r"latency= cannot be measured on a model of nac_gpu\.open_model"):
+        nac.plan(opened, inputs, latency=0.5)
 
 
 def test_methods_that_remove_neurons(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_numbers_multiples_limits_and_fixed_widths() -> None:
 
 def test_misuse() -> None:
     model, inputs = network("vgg16")
-    with pytest.raises(ValueError, match=r"expected width=, params= or flops= .* got none of them"):
+    with pytest.raises(ValueError, match=r"expected width=, params=, flops= or latency= .* got none of them"):
         nac.plan(model, inputs)
     with pytest.raises(ValueError, match=r"params=0.0001 cannot be met, the smallest possible is 0\.00"):
         nac.plan(model, inputs, params=0.0001, calibration="none")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnxruntime
@@ -147,6 +148,14 @@ def test_calibration_on_a_folder_and_on_a_file(
     assert "activations: 70 inputs of calibration data" in capsys.readouterr().out
 
 
+def test_a_budget_of_time_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = (*TINY, "--latency", "0.6", "--calibration", "none")
+    with mock.patch("nac_gpu.latency.seconds_in_turn", return_value=(np.ones(5), np.full(5, 0.595))):
+        called("plan", *wanted)
+        called("compress", *wanted, "--output", tmp_path / "small.safetensors")
+    assert capsys.readouterr().out.count("latency on the example inputs: 1e+03 ms -> 595 ms (59.5 %)") == 2
+
+
 def test_weights_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(1)
     model = tinymodels.small()
@@ -243,7 +252,8 @@ def test_points_are_clustered(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("plan", "tinymodels:number"), "tinymodels:number gives int, expected a torch.nn.Module"),
         (("plan", "tinymodels:small"), "its inputs are not known; give --inputs"),
         (("plan", "tinymodels:small", "--pretrained"), "--pretrained is for torchvision: and timm:"),
-        (("plan", *TINY), "expected width=, params= or flops="),
+        (("plan", *TINY), "expected width=, params=, flops= or latency="),
+        (("plan", *TINY, "--latency", "2.0"), "latency=2.0, expected the share of the model's own time"),
         (("plan", "tinymodels:small", "--inputs", "1,x"), "no such file, and it is no shape"),
         (("plan", *TINY, "--width", "0.5", "0=3"), "--width: expected one share, or layer=neurons"),
         (("plan", *TINY, "--params", "0.5", "--calibration", "nowhere"), "nowhere is no tree <class>/<image>"),

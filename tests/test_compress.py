@@ -171,10 +171,10 @@ def test_misuse() -> None:
     model, inputs = network("cnn")
     plan = nac.plan(model, inputs, width=0.5)
     with pytest.raises(
-        ValueError, match=r"expected width=, params= or flops= \(or a plan, to compress\), got none of them"
+        ValueError, match=r"expected width=, params=, flops= or latency= \(or a plan, to compress\), got none of them"
     ):
         nac.compress(model, inputs)
-    with pytest.raises(ValueError, match="expected either a plan or width=, params= or flops=, got both"):
+    with pytest.raises(ValueError, match="expected either a plan or width=, params=, flops= or latency=, got both"):
         nac.compress(model, inputs, plan, width=0.5)
     with pytest.raises(ValueError, match="unknown method 'kmean', expected one of ward, kmeans, random, or a function"):
         nac.compress(model, inputs, width=0.5, method="kmean")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 import nac_gpu as nac
 from common.data import Images
 from common.training import Precision, Recipe, fit
-from nac_gpu import agreement, distributed, pulse
+from nac_gpu import agreement, distributed, latency, pulse
 from nac_gpu.agreement import digest
 from nac_gpu.clustering import ward
 from nac_gpu.distributed import joined
@@ -96,8 +97,16 @@ def calibration(rank: int, world: Any) -> dict[str, Any]:
     parts = [[drawn(8, 3, 8, 8, seed=10 * part + batch) for batch in range(1 + part % 2)] for part in range(size)]
     whole = [batch for part in parts for batch in part]
     model, found = convolutions(), {}
+
+    def seconds(model: nn.Module, small: nn.Module, *_: Any) -> tuple[np.ndarray, np.ndarray]:
+        assert rank == 0, "the others take its word"
+        whole, kept = nac.cost(model, IMAGE).flops, nac.cost(small, IMAGE).flops
+        return np.full(5, float(whole)), np.full(5, kept + 0.1 * whole)
+
+    latency.seconds_in_turn = seconds
     for name, given, options in (
         ("budget", parts[rank], {"params": 0.5}),
+        ("time", parts[rank], {"latency": 0.6, "multiple_of": 1}),
         ("shares", parts[rank], {"width": 0.5, "method": "kmeans"}),
         ("same data", whole, {"width": 0.5}),
         ("weights", "none", {"flops": 0.5}),

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 import budgets
 import compress_time
 import latency
+import nac_gpu.latency
 import vgg_cifar
 from common import processes
 from common.data import Images, augment, load, normalise, statistics, warped
@@ -342,13 +345,17 @@ def test_results_of_another_configuration_are_not_mixed(tmp_path: Path) -> None:
 
 def test_latency_is_compared_with_flops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "latency.json"
-    sizes = {"models": ("squeezenet1_1",), "size": 64, "batch_sizes": (1, 2), "seconds": 0.2}
-    latency.main(latency.Options(**sizes, device="cpu", results=path))  # type: ignore[arg-type]
+    sizes = {"models": ("squeezenet1_1",), "size": 64, "batch_sizes": (1, 2), "latencies": (0.9,), "seconds": 0.2}
+    with mock.patch.object(nac_gpu.latency, "seconds_in_turn", return_value=(np.ones(5), np.full(5, 0.89))):
+        latency.main(latency.Options(**sizes, device="cpu", results=path))  # type: ignore[arg-type]
     rows = json.loads(path.read_text())["rows"]
-    assert [row["batch"] for row in rows] == [1, 2]
+    assert [(row["batch"], row["asked"]) for row in rows] == [
+        (batch, asked) for asked in ({"flops": 0.5}, {"latency": 0.9}) for batch in (1, 2)
+    ]
     for row in rows:
-        assert 0.4 < row["flops"] <= 0.5
+        assert 0.4 < row["flops"] <= row["asked"].get("flops", 0.9)
         assert row["kept"] == pytest.approx(row["speedup"]["median"] * row["flops"])
+        assert row["time"] == pytest.approx(1 / row["speedup"]["median"])
     assert "squeezenet1_1" in capsys.readouterr().out
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import nac_gpu as nac
 from nac_gpu.plan import Prepared, prepare
 from nac_gpu.report.filters import Filters
-from nac_gpu.report.measure import accuracy, batch_of, bytes_on_disk, timings
+from nac_gpu.report.measure import accuracy, bytes_on_disk
+from nac_gpu.timing import batch_of, timings
 
 
 def test_sizes_are_those_of_cost_and_of_the_file(made: Any, tmp_path: Path) -> None:

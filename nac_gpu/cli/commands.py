@@ -47,7 +47,7 @@ class Compress(Training, Widths):
     output: Path
     """The file, .safetensors, which nac_gpu.load opens; a folder for models of transformers."""
     plan: Path | None = None
-    """A plan that `nac plan --output` wrote, in place of --params, --flops and --width."""
+    """A plan that `nac plan --output` wrote, in place of --params, --flops, --latency and --width."""
     method: Literal["ward", "kmeans", "random"] = "ward"
     """How neurons are clustered."""
     rule: Rule = "compensated"
@@ -96,7 +96,7 @@ class Compress(Training, Widths):
             assert origin is not None, "it was just made"
             if not self.json:
                 print(origin.plan)
-            if self.plan is None and self.params is None and self.flops is None and not self.width:
+            if self.plan is None and not self.says_widths():
                 return model, origin.plan
         plan = self.read_plan() if self.plan is not None else self.planned(model, inputs, calibration)
         if not self.json:
@@ -117,8 +117,10 @@ class Compress(Training, Widths):
     def read_plan(self) -> nac.Plan:
         """The plan of --plan."""
         assert self.plan is not None, "asked by the caller"
-        if self.params is not None or self.flops is not None or self.width:
-            raise ValueError("--plan comes in place of --params, --flops and --width, expected one or the other")
+        if self.says_widths():
+            raise ValueError(
+                "--plan comes in place of --params, --flops, --latency and --width, expected one or the other"
+            )
         return nac.Plan.from_json(self.plan.read_text(encoding="utf-8"))
 
 

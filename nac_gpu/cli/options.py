@@ -96,10 +96,12 @@ class Widths(Model):
     """Parameters of the whole model after: a share (0.25) or a number (2370000). Widths are chosen to lose least."""
     flops: int | float | None = None
     """Operations of a forward pass after: a share or a number."""
+    latency: float | None = None
+    """Time of a forward pass on the example inputs after, where it is computed now: a share. It is measured."""
     width: tuple[str, ...] = ()
     """Neurons to keep: a share for all layers (0.5), or layer=neurons and layer=share; names may be patterns."""
     multiple_of: int | None = None
-    """Chosen widths are multiples of this. Default: 8 on CUDA, else 1."""
+    """Chosen widths are multiples of this. Default: 8 on CUDA and for --latency, else 1."""
     only: tuple[str, ...] | None = None
     """Compress only these layers, modules or patterns."""
     skip: tuple[str, ...] = ()
@@ -133,6 +135,10 @@ class Widths(Model):
             raise ValueError("--width: expected one share, or layer=neurons for each layer")
         return {layer: float(value) if "." in value else int(value) for layer, _, value in pairs}
 
+    def says_widths(self) -> bool:
+        """Whether anything here says how small."""
+        return any(value is not None for value in (self.params, self.flops, self.latency)) or bool(self.width)
+
     def planned(self, model: nn.Module, inputs: ExampleInputs, calibration: nac.Calibration) -> nac.Plan:
         """The plan."""
         return nac.plan(
@@ -141,6 +147,7 @@ class Widths(Model):
             width=self.wanted(),
             params=self.params,
             flops=self.flops,
+            latency=self.latency,
             calibration=calibration,
             multiple_of=self.multiple_of,
             only=self.only,

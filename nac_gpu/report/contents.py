@@ -13,7 +13,8 @@ from nac_gpu.budget import Curve, loss_at
 from nac_gpu.dendrogram import Dendrogram
 from nac_gpu.plan import GroupPlan, Plan
 from nac_gpu.report.filters import Filters
-from nac_gpu.report.measure import Accuracy, Timing
+from nac_gpu.report.measure import Accuracy
+from nac_gpu.timing import Timing
 
 
 @dataclass(frozen=True)

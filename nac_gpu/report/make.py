@@ -14,7 +14,8 @@ from nac_gpu.report.contents import GroupCurve, Report, Size, Tree
 from nac_gpu.report.filters import first_filters
 from nac_gpu.report.machine import environment
 from nac_gpu.report.matching import matched, plain
-from nac_gpu.report.measure import accuracy, bytes_on_disk, timings
+from nac_gpu.report.measure import accuracy, bytes_on_disk
+from nac_gpu.timing import timings
 from nac_gpu.unwrap import unwrapped
 from nac_gpu.widths import Calibration
 

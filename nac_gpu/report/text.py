@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from nac_gpu.groups import LeftAlone
-from nac_gpu.report.measure import Accuracy, Spread, Timing
+from nac_gpu.report.measure import Accuracy
+from nac_gpu.timing import Spread, Timing
 
 if TYPE_CHECKING:
     from nac_gpu.report.contents import GroupCurve, Report

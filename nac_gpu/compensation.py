@@ -14,7 +14,7 @@ what earlier ones left.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,7 @@ from nac_gpu.activations import (
     captured,
     count_calls,
     floating,
+    look,
     outgoing,
     readings,
     samples,
@@ -138,9 +139,18 @@ class Compensator:
 
             def looked(batch: ExampleInputs) -> dict[str, _Terms]:
                 before = captured(self._model, batch, calls)
-                after = captured(work, batch, calls)
-                parts = len(self._batches)
-                return {layer: one.terms(before[layer], after[layer], parts) for layer, one in sums.items()}
+                rows = _MOST_ROWS // len(self._batches)
+                most = {layer: max(1, rows // max(1, len(values))) for layer, values in before.items()}
+                terms = {layer: _Terms() for layer in sums}
+
+                def take(layer: str, merged: Tensor) -> None:
+                    original = before[layer].pop(0) if before[layer] else None  # not needed any more
+                    sums[layer].add(terms[layer], original, merged, most[layer])
+
+                look(work, batch, calls, take)
+                for layer, left in before.items():
+                    terms[layer].comparable &= not left
+                return terms
 
             for terms in self._ranks.share(self._batches if sums else (), looked):
                 for layer, one in sums.items():
@@ -218,23 +228,24 @@ class _Sums:
         """Columns [n, m, out, *kernel] or [n, m, out] as [out, n, m, *kernel]."""
         return columns.movedim(2, 0)
 
-    def terms(self, before: Sequence[Tensor], after: Sequence[Tensor], parts: int) -> _Terms:
-        """Those of a batch, from what the layer was called with in the original and in the merged network.
+    def add(self, terms: _Terms, original: Tensor | None, merged: Tensor, most: int) -> None:
+        """Add what one call of the layer says.
 
         Args:
-            before: a tensor for each call.
-            after: the same.
-            parts: how many batches there will be.
+            terms: those of a batch.
+            original: what it was called with in the original network; None if it was not.
+            merged: the same in the merged network.
+            most: positions to look at in the second regression.
         """
-        terms = _Terms(comparable=[value.shape for value in before] == [value.shape for value in after])
-        for original, merged in zip(before, after, strict=True) if terms.comparable else ():
-            a = floating(samples(self._module, original, self._index))
-            b = floating(samples(self._module, merged, self._first))
-            terms.neurons.add(b, b)
-            terms.missing.add(b, a - b @ self._summing.T.to(b.dtype))
-            if self._several:
-                self._add_values(terms, original, merged, max(1, _MOST_ROWS // (parts * len(before))))
-        return terms
+        terms.comparable &= original is not None and original.shape == merged.shape
+        if original is None or not terms.comparable:
+            return
+        a = floating(samples(self._module, original, self._index))
+        b = floating(samples(self._module, merged, self._first))
+        terms.neurons.add(b, b)
+        terms.missing.add(b, a - b @ self._summing.T.to(b.dtype))
+        if self._several:
+            self._add_values(terms, original, merged, most)
 
     def _add_values(self, terms: _Terms, original: Tensor, merged: Tensor, most: int) -> None:
         part = _convolved if isinstance(self._module, nn.modules.conv._ConvNd) else _multiplied

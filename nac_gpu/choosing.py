@@ -44,12 +44,16 @@ def choose(
     if wanted.latency is None:
         return chooser.within(asked), chooser.evidence, (chooser.evidence.source,)
     watch = Stopwatch(model, example_inputs, ranks)
+    measured: dict[tuple[int, ...], tuple[float, str]] = {}  # another budget may be what limits the widths
     known: dict[float, tuple[Chosen, str]] = {}
 
     def timed(share: float) -> float:
         """The share of its time that the network with a share of the model's operations takes."""
         chosen = chooser.within((asked[0], min(asked[1], share * before.flops)))
-        latency, line = watch.measure(chosen)
+        widths = tuple(width for _, width in chosen)
+        if widths not in measured:
+            measured[widths] = watch.measure(chosen)
+        latency, line = measured[widths]
         known[share] = chosen, line
         return latency
 

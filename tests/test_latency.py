@@ -90,8 +90,11 @@ def test_a_plan_takes_the_time_that_it_may(name: str, monkeypatch: pytest.Monkey
 
 def test_all_budgets_hold_together_and_widths_are_multiples_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = network("vgg19")
-    monkeypatch.setattr(latency, "seconds_in_turn", Clock(inputs))
+    clock = Clock(inputs)
+    monkeypatch.setattr(latency, "seconds_in_turn", clock)
     plan = nac.plan(model, inputs, latency=0.7, params=0.2, calibration="none")
+    timed = [nac.cost(small, inputs) for small in clock.networks]
+    assert len(timed) == len(set(timed))
     assert plan.after.parameters <= 0.2 * plan.before.parameters
     assert 0.1 + 0.9 * plan.after.flops / plan.before.flops <= 0.7
     assert all(width % 8 == 0 for width in plan.widths.values())

@@ -44,7 +44,8 @@ SMALLER = {
     "combined": "--data PATH --multiplier 0.0625 --epochs 1 --images 16 --seconds 0.1",
     "budgets": "--models squeezenet1_1 --size 64 --results budgets.json",
     "compress_time": "--networks resnet20 --images 16 --refine 1 --steps 1 --device cpu --results compress_time.json",
-    "latency": "--models squeezenet1_1 --size 64 --batch-sizes 1 2 --latencies --seconds 0.2 --device cpu --results latency.json",
+    "latency": "--models squeezenet1_1 --size 64 --batch-sizes 1 2 --latencies --seconds 0.2 --device cpu "
+    "--results latency.json",
     "bench_linkage": "--preset quick --repetitions 1 --providers scipy nac_gpu --device cpu --results linkage.json",
     "zoo": "--suite handwritten --models siren --results zoo.json",
 }

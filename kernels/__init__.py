@@ -9,7 +9,9 @@ from .finishing import MOST_SLOTS, finish
 from .merging import merge_pairs
 from .neighbours import update_neighbours
 from .packing import pack_costs, pack_slots
-from .searching import nearest_centroids
+from .products import pad_points, padded_width
+from .searching import nearest_centroids, search_bytes
+from .seeding import seed_centres
 
 __all__ = [
     "MOST_SLOTS",
@@ -23,6 +25,10 @@ __all__ = [
     "on_device",
     "pack_costs",
     "pack_slots",
+    "pad_points",
+    "padded_width",
+    "search_bytes",
+    "seed_centres",
     "squared_distances",
     "squared_distances_batch",
     "update_neighbours",

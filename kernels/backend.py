@@ -1,4 +1,4 @@
-"""Which implementation a launcher takes: its Triton kernels, or its plain PyTorch twin."""
+"""Which implementation a launcher takes, its Triton kernels or its plain PyTorch twin, and how kernels are launched."""
 
 import contextlib
 import inspect
@@ -33,6 +33,48 @@ def jit(function: Any) -> Any:
         return function
     varying = [name for name in inspect.signature(function).parameters if name in _VARYING]
     return triton.jit(do_not_specialize=varying)(function)
+
+
+#: Compiled kernels and the constants that they end with, by what `launch` knows of a call.
+_kept: dict[tuple[object, ...], tuple[Any, list[Any]]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **options: Any) -> None:
+    """Launch a kernel. What was compiled once is launched again without asking Triton what the arguments are.
+
+    `kernel[grid](...)` looks at every argument anew, which takes as long as a small kernel runs; to launch one that is
+    kept takes half of that or less.
+
+    Args:
+        kernel: what `jit` made.
+        grid: number of programs, in up to three dimensions.
+        arguments: tensors on the current device, the first of the dtype that all floating ones have, and whole numbers;
+            all that are not constants.
+        options: the kernel's constants, which are its last parameters, and Triton's options for compiling it.
+    """
+    if not isinstance(kernel, triton.JITFunction):  # it is interpreted
+        kernel[grid](*arguments, **options)
+        return
+    # What Triton compiles a kernel for: the dtype, whether all memory is aligned, numbers that are 1, multiples of 16,
+    # or larger than an int32. `id`, because the hash of a kernel is that of its source.
+    addresses, numbers = 0, []
+    for argument in arguments:
+        if isinstance(argument, int):
+            numbers.append((argument == 1, argument % 16 == 0, argument > 0x7FFFFFFF))
+        else:
+            addresses |= argument.data_ptr()
+    first = arguments[0]
+    if addresses % 16 or not isinstance(first, Tensor):
+        kernel[grid](*arguments, **options)
+        return
+    key = (id(kernel), first.device, first.dtype, *numbers, *options.values())
+    kept = _kept.get(key)
+    if kept is None:
+        constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+        _kept[key] = kernel[grid](*arguments, **options), constants
+    else:
+        compiled, constants = kept
+        compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
 
 
 # float64 atomics, float64 matrix instructions and Triton's own support begin with Ampere.

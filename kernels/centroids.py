@@ -5,7 +5,7 @@ from __future__ import annotations  # without Triton there is no tl.constexpr
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, uses_triton
+from .backend import jit, launch, tl, uses_triton
 from .clusters import Clusters
 from .merging import join
 
@@ -24,7 +24,9 @@ def merge_centroids(centroids: Tensor, clusters: Clusters) -> None:
         return merge_centroids_torch(centroids, clusters)
     m, d = centroids.shape
     masses = torch.empty_like(clusters.masses)
-    _merge_centroids_kernel[(m,)](
+    launch(
+        _merge_centroids_kernel,
+        (m,),
         centroids,
         *clusters.fields(),
         masses,

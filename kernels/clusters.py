@@ -12,7 +12,7 @@ class Merges:
 
     Attributes:
         partner: int64 [n], the last point of the cluster it was merged into.
-        cost: [n], the increase of the within-cluster sum of squares.
+        cost: [n], the increase of the within-cluster sum of squares; NaN where nothing was merged.
         round: int64 [n], in which round of merges; merges of one round are independent.
         size: int64 [n], how many points the new cluster has.
     """
@@ -75,7 +75,7 @@ class Clusters:
             rounds=0,
             merges=Merges(
                 partner=torch.zeros_like(slots),
-                cost=torch.zeros_like(masses),
+                cost=torch.full_like(masses, torch.nan),
                 round=torch.zeros_like(slots),
                 size=torch.zeros_like(slots),
             ),

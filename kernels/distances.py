@@ -5,24 +5,23 @@ from __future__ import annotations  # without Triton there is no tl.constexpr
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, triton, uses_triton
+from . import products as tiles
+from .backend import jit, launch, tl, triton, uses_triton
 from .batch import Batch
+from .products import TILE, close_share, pad_points, tile_of_products
 
-# A product loses the digits that two points share: |x|² + |y|² - 2 x·y carries an absolute error of some units in the
-# last place of |x|². Pairs closer than this share of |x|² + |y|² are computed again from their difference, which leaves
-# a relative error near 1e-12 in float64 and 1e-5 in float32, and makes the distance between copies exactly zero.
-_CLOSE = {torch.float64: 5e-4, torch.float32: 3e-2}
 # Beyond this share of close pairs in a block, all its differences are cheaper than those of single pairs.
 _MANY_CLOSE = 0.05
 # Elements of one block of work on a CPU: 2 MiB of float64, what the cache of one core holds.
 _BLOCK_ELEMENTS = 2**18
 # Fewer rows than this starve the matrix product.
 _BLOCK_MIN_ROWS = 128
-# Sides of a Triton program's tile, and the dimensions it multiplies at a time.
-TILE = 64
-TILE_DEPTH = 16
-TILE_WARPS = 8
-TILE_STAGES = 3
+# Rows of a panel on a GPU. What lies above the diagonal of a panel is computed and not used.
+_PANEL_ROWS = 1024
+# In a tile with more close pairs than this, all differences are cheaper than those of one pair after the other.
+_FEW_PAIRS = 64
+# Dimensions of one pair's difference at a time.
+_PAIR_DEPTH = 256
 
 
 def squared_distances(points: Tensor, masses: Tensor | None = None) -> Tensor:
@@ -58,23 +57,52 @@ def squared_distances_batch(points: Tensor, masses: Tensor | None, batch: Batch)
     """
     if not uses_triton(points):
         return squared_distances_batch_torch(points, masses, batch)
+    points, norms, padded = pad_points(points, batch)
     costs = points.new_empty(sum(n * n for n, _ in batch.shapes))
-    tiles = triton.cdiv(batch.largest, TILE)
-    _distances_kernel[(tiles, tiles, len(batch))](
+    panels = tiles.products(points) == "panels"
+    if panels:
+        for part, matrix in zip(padded.points(points), batch.costs(costs), strict=True):
+            _write_products(matrix, part)
+    count = triton.cdiv(batch.largest, TILE)
+    close = torch.zeros(len(batch) * count * count, dtype=torch.int32, device=points.device)
+    masses_or_any = norms if masses is None else masses
+    options = {"TILE": TILE, "num_warps": tiles.WARPS, "enable_fp_fusion": True, "WEIGHTED": masses is not None}
+    launch(
+        _distances_kernel,
+        (count, count, len(batch)),
         points,
-        points if masses is None else masses,
-        batch.table,
+        norms,
+        masses_or_any,
+        padded.table,
         costs,
-        WEIGHTED=masses is not None,
+        close,
+        PANELS=panels,
         CLOSE=close_share(points.dtype),
         LARGEST=torch.finfo(costs.dtype).max,
-        TILE=TILE,
-        DEPTH=TILE_DEPTH,
-        num_warps=TILE_WARPS,
-        num_stages=TILE_STAGES,
-        enable_fp_fusion=True,
+        DEPTH=tiles.DEPTH,
+        num_stages=tiles.STAGES,
+        **options,
+    )
+    launch(
+        _close_kernel,
+        (count, count, len(batch)),
+        points,
+        masses_or_any,
+        padded.table,
+        costs,
+        close,
+        FEW=_FEW_PAIRS,
+        DEPTH=_PAIR_DEPTH,
+        **options,
     )
     return costs
+
+
+def _write_products(costs: Tensor, points: Tensor) -> None:
+    """Inner products of all points on and below the diagonal of a matrix, on a GPU; above it anything."""
+    for start in range(0, len(points), _PANEL_ROWS):
+        stop = min(start + _PANEL_ROWS, len(points))
+        torch.mm(points[start:stop], points[:stop].T, out=costs[start:stop, :stop])
 
 
 def squared_distances_batch_torch(points: Tensor, masses: Tensor | None, batch: Batch) -> Tensor:
@@ -128,11 +156,6 @@ def _block_of_distances(block: Tensor, points: Tensor, norms: Tensor, rows: Tens
         block[row, column] = (own[row] - points[column]).square_().sum(dim=1)
 
 
-def close_share(dtype: torch.dtype) -> float:
-    """The share of |x|² + |y|² below which a squared distance is not taken from a product."""
-    return _CLOSE[dtype]
-
-
 def reduced_masses(one: Tensor, other: Tensor) -> Tensor:
     """`m_i m_j / (m_i + m_j)`, broadcast, in an order that neither overflows nor underflows early."""
     return other / (one + other) * one
@@ -148,81 +171,139 @@ def _mirror_block(costs: Tensor, block: Tensor, start: int, stop: int) -> None:
 
 
 @jit
-def tile_of_distances(points, rows, columns, n, d, CLOSE: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    """Squared distances [TILE, TILE] of points `rows` to points `columns`, int64 [TILE] each; n and more mean none.
+def _distances_kernel(
+    points,
+    norms,
+    masses,
+    table,
+    costs,
+    has_close,
+    TILE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    PANELS: tl.constexpr,
+    CLOSE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """A program a tile of the lower half of a problem's matrix; it writes the mirrored tile as well.
 
-    Norms and a product; then, if any pair is close, its differences.
+    Close pairs get -1, and their tile a mark.
     """
-    dtype = points.dtype.element_ty
-    row_points = points + rows * d
-    column_points = points + columns * d
+    problem = table + tl.program_id(2) * 5
+    n = tl.load(problem)
+    row_tile = tl.program_id(1).to(tl.int64)
+    column_tile = tl.program_id(0).to(tl.int64)
+    if (column_tile > row_tile) | (row_tile * TILE >= n):
+        return
+    d = tl.multiple_of(tl.load(problem + 1), DEPTH)
+    points += tl.multiple_of(tl.load(problem + 2), DEPTH)
+    norms += tl.load(problem + 3)
+    masses += tl.load(problem + 3)
+    costs += tl.load(problem + 4)
+    rows = row_tile * TILE + tl.arange(0, TILE)
+    columns = column_tile * TILE + tl.arange(0, TILE)
     row_inside = rows < n
     column_inside = columns < n
-    depth = tl.arange(0, DEPTH)
-    product = tl.zeros((TILE, TILE), dtype)
-    row_norms = tl.zeros((TILE,), dtype)
-    column_norms = tl.zeros((TILE,), dtype)
-    for start in range(0, d, DEPTH):
-        within = start + depth < d
-        left = tl.load(
-            row_points[:, None] + (start + depth)[None, :], mask=row_inside[:, None] & within[None, :], other=0.0
-        )
-        right = tl.load(
-            column_points[None, :] + (start + depth)[:, None],
-            mask=column_inside[None, :] & within[:, None],
-            other=0.0,
-        )
-        product = tl.dot(left, right, product, input_precision="ieee", out_dtype=dtype)
-        row_norms += tl.sum(left * left, axis=1)
-        column_norms += tl.sum(right * right, axis=0)
-    scale = row_norms[:, None] + column_norms[None, :]
+    lower = costs + rows[:, None] * n + columns[None, :]
+    inside = row_inside[:, None] & column_inside[None, :]
+    if PANELS:
+        product = tl.load(lower, mask=inside, other=0.0)
+    else:
+        product = tile_of_products(points, rows, columns, row_inside, column_inside, d, TILE, DEPTH)
+    scale = tl.load(norms + rows, mask=row_inside, other=0.0)[:, None]
+    scale += tl.load(norms + columns, mask=column_inside, other=0.0)[None, :]
     block = scale - 2 * product
-    close = (block < CLOSE * scale) & (rows[:, None] != columns[None, :]) & row_inside[:, None] & column_inside[None, :]
-    if tl.max(tl.max(close.to(tl.int32), axis=1), axis=0) > 0:  # pyright: ignore[reportOperatorIssue]
-        exact = tl.zeros((TILE, TILE), dtype)
-        for k in range(0, d):
-            row = tl.load(row_points + k, mask=row_inside, other=0.0)
-            column = tl.load(column_points + k, mask=column_inside, other=0.0)
-            difference = row[:, None] - column[None, :]
-            exact += difference * difference
-        block = tl.where(close, exact, block)
-    return block
+    below = inside & (rows[:, None] > columns[None, :])
+    close = (block < CLOSE * scale) & below
+    mark = (tl.program_id(2) * tl.num_programs(1) + row_tile) * tl.num_programs(0) + column_tile
+    tl.store(has_close + mark + tl.zeros((TILE, TILE), tl.int64), 1, mask=close)
+    if WEIGHTED:
+        block *= tile_of_reduced_masses(masses, rows, columns, row_inside, column_inside)
+    block = tl.where(close, -1.0, block)
+    block = tl.where(rows[:, None] == columns[None, :], LARGEST, block)
+    tl.store(lower, block, mask=below | (inside & (rows[:, None] == columns[None, :])))
+    tl.store(costs + columns[None, :] * n + rows[:, None], block, mask=below)
 
 
 @jit
-def _distances_kernel(
+def _close_kernel(
     points,
     masses,
     table,
     costs,
-    WEIGHTED: tl.constexpr,
-    CLOSE: tl.constexpr,
-    LARGEST: tl.constexpr,
+    has_close,
     TILE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    FEW: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A program a tile of the lower half of a problem's matrix; it writes the mirrored tile as well."""
+    """A program a tile, for the pairs that `_distances_kernel` left: their costs from differences."""
     problem = table + tl.program_id(2) * 5
     n = tl.load(problem)
-    d = tl.load(problem + 1)
     row_tile = tl.program_id(1).to(tl.int64)
     column_tile = tl.program_id(0).to(tl.int64)
-    if (column_tile > row_tile) | (row_tile * TILE >= n):
+    mark = (tl.program_id(2) * tl.num_programs(1) + row_tile) * tl.num_programs(0) + column_tile
+    if tl.load(has_close + mark) == 0:
         return
     points += tl.load(problem + 2)
     masses += tl.load(problem + 3)
     costs += tl.load(problem + 4)
     rows = row_tile * TILE + tl.arange(0, TILE)
     columns = column_tile * TILE + tl.arange(0, TILE)
-    block = tile_of_distances(points, rows, columns, n, d, CLOSE, TILE, DEPTH)
+    below = (rows[:, None] < n) & (columns[None, :] < n) & (rows[:, None] > columns[None, :])
+    lower = costs + rows[:, None] * n + columns[None, :]
+    close = tl.load(lower, mask=below, other=0.0) < 0
+    block = tl.zeros((TILE, TILE), costs.dtype.element_ty)
+    block = _exact_where_close(block, close, points, rows, columns, tl.load(problem + 1), TILE, FEW, DEPTH)
     if WEIGHTED:
-        row_mass = tl.load(masses + rows, mask=rows < n, other=1.0)[:, None]
-        column_mass = tl.load(masses + columns, mask=columns < n, other=1.0)[None, :]
-        block *= column_mass / (row_mass + column_mass) * row_mass
-    if row_tile == column_tile:
-        block = tl.where(rows[:, None] > columns[None, :], block, tl.trans(block))
-        block = tl.where(rows[:, None] == columns[None, :], LARGEST, block)
-    inside = (rows[:, None] < n) & (columns[None, :] < n)
-    tl.store(costs + rows[:, None] * n + columns[None, :], block, mask=inside)
-    if row_tile != column_tile:
-        tl.store(costs + columns[:, None] * n + rows[None, :], tl.trans(block), mask=tl.trans(inside))
+        block *= tile_of_reduced_masses(masses, rows, columns, rows < n, columns < n)
+    tl.store(lower, block, mask=close)
+    tl.store(costs + columns[None, :] * n + rows[:, None], block, mask=close)
+
+
+@jit
+def _exact_where_close(
+    block, close, points, rows, columns, d, TILE: tl.constexpr, FEW: tl.constexpr, DEPTH: tl.constexpr
+):
+    """Squared distances `block` [TILE, TILE] of points `rows` to points `columns`, the close ones made of differences.
+
+    Few close pairs are computed one after the other, many all at once; then the whole tile is.
+    """
+    dtype = points.dtype.element_ty
+    count = tl.sum(tl.sum(close.to(tl.int32), axis=1), axis=0)
+    if count > FEW:  # pyright: ignore[reportOperatorIssue]
+        some_row = tl.max(close.to(tl.int32), axis=1) > 0
+        some_column = tl.max(close.to(tl.int32), axis=0) > 0
+        exact = tl.zeros((TILE, TILE), dtype)
+        for k in range(0, d):
+            row = tl.load(points + rows * d + k, mask=some_row, other=0.0)
+            column = tl.load(points + columns * d + k, mask=some_column, other=0.0)
+            difference = row[:, None] - column[None, :]
+            exact += difference * difference
+        block = tl.where(close, exact, block)
+    else:
+        lane = tl.arange(0, TILE)
+        place = lane[:, None] * TILE + lane[None, :]
+        depth = tl.arange(0, DEPTH)
+        while count > 0:  # pyright: ignore[reportOperatorIssue]
+            first = tl.min(tl.min(tl.where(close, place, TILE * TILE), axis=1), axis=0)
+            row = points + tl.sum(tl.where(lane == first // TILE, rows, 0), axis=0) * d
+            column = points + tl.sum(tl.where(lane == first % TILE, columns, 0), axis=0) * d
+            total = tl.zeros((DEPTH,), dtype)
+            for start in range(0, d, DEPTH):
+                inside = start + depth < d
+                difference = tl.load(row + start + depth, mask=inside, other=0.0)
+                difference -= tl.load(column + start + depth, mask=inside, other=0.0)
+                total += difference * difference
+            block = tl.where(place == first, tl.sum(total, axis=0), block)
+            close = close & (place != first)
+            count -= 1
+    return block
+
+
+@jit
+def tile_of_reduced_masses(masses, rows, columns, row_inside, column_inside):
+    """As `reduced_masses`, of all pairs; outside anything."""
+    one = tl.load(masses + rows, mask=row_inside, other=1.0)[:, None]
+    other = tl.load(masses + columns, mask=column_inside, other=1.0)[None, :]
+    return other / (one + other) * one

@@ -5,20 +5,20 @@ from __future__ import annotations  # without Triton there is no tl.constexpr
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, uses_triton
+from .backend import jit, launch, tl, uses_triton
 from .batch import Batch
 from .clusters import Clusters
 from .merging import merge_pairs_torch, merged_costs
 from .neighbours import row_minima, update_neighbours_torch
 
-#: The most points of a problem: two for each thread, and a matrix of 2 MiB in float64, which a GPU's second-level cache
+#: The most points of a problem: one for each thread, and a matrix of 2 MiB in float64, which a GPU's second-level cache
 #: holds. A round costs a program less than launching kernels for it would.
 MOST_SLOTS = 512
-# Pairs, or rows to search, that a program works on at a time, and their columns: two entries of the matrix for each
-# thread of 8 warps, the most that its registers hold. Several rows, because most rounds have several pairs.
-_ROWS = 4
+# A program has a thread for each slot: it merges one pair at a time, whole rows, without an exchange between threads.
+_WARPS = 16
+# Rows and columns that it searches at a time, four entries for each thread. Most rounds have several rows to search.
+_ROWS = 16
 _COLUMNS = 128
-_WARPS = 8
 
 
 def finish(costs: Tensor, clusters: Clusters, batch: Batch) -> None:
@@ -27,16 +27,19 @@ def finish(costs: Tensor, clusters: Clusters, batch: Batch) -> None:
     Args:
         costs: the cost matrices of all problems, flat; not to be used afterwards.
         clusters: the slots of all problems, flat, numbered from 0 in each, `point` counting through all of them.
-            Without neighbours yet, or with: they are searched anew. `alive` is not kept up to date.
+            Without neighbours yet, or with: they are searched anew. `alive` is not kept up to date. Costs of merges
+            that cannot be made, because costs are not numbers, stay as they were.
         batch: where each problem lies, none of more than `MOST_SLOTS` points; d does not matter.
     """
     if not uses_triton(costs):
         return finish_torch(costs, clusters, batch)
-    scratch = torch.empty_like(clusters.nearest)
-    _finish_kernel[(len(batch),)](
+    listed = torch.empty_like(clusters.nearest)
+    launch(
+        _finish_kernel,
+        (len(batch),),
         costs,
         *clusters.fields(),
-        scratch,
+        listed,
         *clusters.merges.fields(),
         batch.table,
         clusters.rounds,
@@ -68,7 +71,7 @@ def _finish_kernel(
     made_at,
     point,
     size,
-    scratch,
+    listed,
     partner,
     merge_cost,
     merge_round,
@@ -90,10 +93,10 @@ def _finish_kernel(
     made_at += first_slot
     point += first_slot
     size += first_slot
-    scratch += first_slot
+    listed += first_slot
     slots = tl.arange(0, SLOTS).to(tl.int64)
     inside = slots < m
-    row = tl.arange(0, ROWS)
+    one = tl.zeros((1, 1), tl.int64)
 
     mass = tl.load(masses + slots, mask=inside, other=0.0)
     alive = tl.sum((mass > 0).to(tl.int64), axis=0)
@@ -101,29 +104,26 @@ def _finish_kernel(
     tl.store(nearest + slots, slots, mask=inside)
     round_number = tl.full((), 0, tl.int64) + first_round
     tl.debug_barrier()
-    _search(costs, m, stale, slots, masses, nearest, nearest_cost, scratch, ROWS, COLUMNS)
+    _search(costs, m, stale, slots, masses, nearest, nearest_cost, listed, ROWS, COLUMNS)
     tl.debug_barrier()
     while alive > 1:  # pyright: ignore[reportOperatorIssue]
         near = tl.load(nearest + slots, mask=inside, other=0)
         back = tl.load(nearest + near, mask=inside, other=-1)
         mutual = (back == slots) & (near != slots)
         upper = mutual & (near < slots)
-        pairs = _list(upper, slots, scratch)
-        for start in range(0, pairs, ROWS):
-            there = start + row < pairs
-            high = tl.load(scratch + start + row, mask=there, other=0)
-            low = tl.load(nearest + high, mask=there, other=0)
-            within = tl.load(nearest_cost + high, mask=there, other=0.0)[:, None]
-            mass_low = tl.load(masses + low, mask=there, other=1.0)[:, None]
-            mass_high = tl.load(masses + high, mask=there, other=1.0)[:, None]
-            low, high = low[:, None], high[:, None]
-            for column in range(0, m, COLUMNS):
-                columns = (column + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
-                merged, valid, joined = merged_costs(
-                    costs, m, low, high, within, mass_low, mass_high, columns, masses, nearest, nearest_cost
-                )
-                tl.store(costs + high * m + columns, merged, mask=valid)
-                tl.store(costs + columns * m + high, merged, mask=valid & (joined == 0))
+        pairs = _list(upper, slots, listed)
+        for pair in range(0, pairs):
+            high = tl.load(listed + pair + one)
+            low = tl.load(nearest + high)
+            within = tl.load(nearest_cost + high)
+            mass_low = tl.load(masses + low)
+            mass_high = tl.load(masses + high)
+            columns = slots[None, :]
+            merged, valid, joined = merged_costs(
+                costs, m, low, high, within, mass_low, mass_high, columns, masses, nearest, nearest_cost
+            )
+            tl.store(costs + high * m + columns, merged, mask=valid)
+            tl.store(costs + columns * m + high, merged, mask=valid & (joined == 0))
 
         # Who merged, before anything of it is overwritten.
         mass_near = tl.load(masses + near, mask=upper, other=0.0)
@@ -146,28 +146,30 @@ def _finish_kernel(
         tl.store(merge_round + gone, round_number, mask=upper)
         tl.store(merge_size + gone, members, mask=upper)
         tl.debug_barrier()
-        alive -= pairs
+        alive = tl.where(
+            pairs > 0, alive - pairs, 0
+        )  # no pair at all: costs are not numbers; better to end than to hang
         round_number += 1
-        _search(costs, m, stale, slots, masses, nearest, nearest_cost, scratch, ROWS, COLUMNS)
+        _search(costs, m, stale, slots, masses, nearest, nearest_cost, listed, ROWS, COLUMNS)
         tl.debug_barrier()
 
 
 @jit
-def _list(chosen, slots, scratch):
+def _list(chosen, slots, listed):
     """Write the chosen slots one behind the other, and say how many they are."""
     place = tl.cumsum(chosen.to(tl.int64), axis=0) - 1
-    tl.store(scratch + place, slots, mask=chosen)
+    tl.store(listed + place, slots, mask=chosen)
     tl.debug_barrier()
     return tl.sum(chosen.to(tl.int64), axis=0)
 
 
 @jit
-def _search(costs, m, stale, slots, masses, nearest, nearest_cost, scratch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _search(costs, m, stale, slots, masses, nearest, nearest_cost, listed, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Find the nearest neighbours of the stale slots."""
-    count = _list(stale, slots, scratch)
+    count = _list(stale, slots, listed)
     for start in range(0, count, ROWS):
         there = start + tl.arange(0, ROWS) < count
-        rows = tl.load(scratch + start + tl.arange(0, ROWS), mask=there, other=0)
+        rows = tl.load(listed + start + tl.arange(0, ROWS), mask=there, other=0)
         cost, column = row_minima(costs, m, rows[:, None], masses, COLUMNS)
         tl.store(nearest_cost + rows, cost, mask=there)
         tl.store(nearest + rows, column, mask=there)

@@ -5,13 +5,14 @@ from __future__ import annotations  # without Triton there is no tl.constexpr
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, uses_triton
+from .backend import jit, launch, tl, uses_triton
 from .clusters import Clusters
 
 # Elements updated at a time on a CPU: 1 MiB of float64 in each of several operands, what one core's cache holds.
 _BLOCK_ELEMENTS = 2**17
-# Columns a Triton program updates at a time: two for each thread, the most that its registers hold.
-_COLUMNS = 512
+# Columns a Triton program updates at a time: one for each thread, so that writing a column needs no exchange between
+# threads.
+_COLUMNS = 256
 _WARPS = 8
 
 
@@ -35,7 +36,9 @@ def merge_pairs(costs: Tensor, clusters: Clusters) -> None:
         return merge_pairs_torch(costs, clusters)
     m = len(costs)
     masses = torch.empty_like(clusters.masses)
-    _merge_kernel[(m,)](
+    launch(
+        _merge_kernel,
+        (m,),
         costs,
         *clusters.fields(),
         masses,
@@ -131,11 +134,20 @@ def _lance_williams(
 @jit
 def lance_williams(to_lower, to_upper, within, mass_upper, mass_merged, mass_other):
     """As `_lance_williams`; the mean is taken from whichever end is nearer, so that it does not leave the interval."""
-    total = mass_merged + mass_other
-    share = mass_upper / total
+    one_share = reciprocal(mass_merged + mass_other)
+    share = mass_upper * one_share  # at most 1, rounded or not: it is x * (1 / x) where it is largest
     rise = to_upper - to_lower
     mean = tl.where(share < 0.5, to_lower + share * rise, to_upper - rise * (1 - share))
-    return mean + mass_other / total * (to_upper - within)
+    return mean + mass_other * one_share * (to_upper - within)
+
+
+@jit
+def reciprocal(number):
+    """1 / number, rounded to the nearest; plain division of float32 is approximate on a GPU."""
+    if number.dtype == tl.float32:
+        return tl.div_rn(1.0, number)
+    else:
+        return 1.0 / number
 
 
 @jit
@@ -226,7 +238,7 @@ def join(
     after = tl.where(merges, mass + mass_near, tl.where(dies, 0.0, mass))
     tl.store(masses_after + slot, after)
     if dies:
-        tl.atomic_add(alive, -1)
+        tl.atomic_add(alive, -1, sem="relaxed")
     if merges:
         gone = tl.load(point + near)
         members = tl.load(size + near) + tl.load(size + slot)

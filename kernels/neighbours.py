@@ -5,7 +5,7 @@ from __future__ import annotations  # without Triton there is no tl.constexpr
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, uses_triton
+from .backend import jit, launch, tl, uses_triton
 from .clusters import Clusters
 
 # Elements gathered at a time on a CPU: 2 MiB of float64, what the cache of one core holds.
@@ -29,7 +29,9 @@ def update_neighbours(costs: Tensor, clusters: Clusters, every: bool = False) ->
         return update_neighbours_torch(costs, clusters, every)
     m = len(costs)
     nearest, nearest_cost = torch.empty_like(clusters.nearest), torch.empty_like(clusters.nearest_cost)
-    _update_kernel[(m,)](
+    launch(
+        _update_kernel,
+        (m,),
         costs,
         clusters.masses,
         clusters.nearest,

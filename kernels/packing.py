@@ -5,13 +5,16 @@ from __future__ import annotations  # without Triton there is no tl.constexpr
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, triton, uses_triton
+from .backend import jit, launch, tl, triton, uses_triton
 from .clusters import Clusters
 
 # Elements gathered at a time on a CPU: 2 MiB of float64, what the cache of one core holds.
 _BLOCK_ELEMENTS = 2**18
 # Columns a Triton program copies at a time.
 _COLUMNS = 1024
+# Slots a Triton program moves, one for each thread.
+_SLOTS = 256
+_SLOT_WARPS = 8
 
 
 def pack_slots(clusters: Clusters, size: int) -> Tensor:
@@ -32,9 +35,8 @@ def pack_slots(clusters: Clusters, size: int) -> Tensor:
     position = (clusters.masses > 0).cumsum(0)
     new = [field.new_empty(size) for field in clusters.fields()]
     keep = position.new_empty(size)
-    _pack_slots_kernel[(triton.cdiv(m, _COLUMNS),)](
-        *clusters.fields(), position, *new, keep, m, size, COLUMNS=_COLUMNS, enable_fp_fusion=False
-    )
+    grid, options = (triton.cdiv(m, _SLOTS),), {"num_warps": _SLOT_WARPS, "enable_fp_fusion": False}
+    launch(_pack_slots_kernel, grid, *clusters.fields(), position, *new, keep, m, size, SLOTS=_SLOTS, **options)
     clusters.masses, clusters.nearest, clusters.nearest_cost, clusters.made_at, clusters.point, clusters.size = new
     return keep
 
@@ -69,9 +71,8 @@ def pack_costs(costs: Tensor, keep: Tensor) -> Tensor:
         return pack_costs_torch(costs, keep)
     left = len(keep)
     packed = costs.new_empty(left, left)
-    _pack_kernel[(left, triton.cdiv(left, _COLUMNS))](
-        costs, keep, packed, len(costs), left, COLUMNS=_COLUMNS, enable_fp_fusion=False
-    )
+    grid, arguments = (left, triton.cdiv(left, _COLUMNS)), (costs, keep, packed, len(costs), left)
+    launch(_pack_kernel, grid, *arguments, COLUMNS=_COLUMNS, enable_fp_fusion=False)
     return packed
 
 
@@ -117,10 +118,10 @@ def _pack_slots_kernel(
     keep,
     m,
     left,
-    COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """A program some slots: each that is alive is written to its new place, and each new place behind them as dead."""
-    slots = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+    slots = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS).to(tl.int64)
     inside = slots < m
     mass = tl.load(masses + slots, mask=inside, other=0.0)
     alive = mass > 0
@@ -135,7 +136,7 @@ def _pack_slots_kernel(
     tl.store(size_after + place, tl.load(size + slots, mask=alive, other=0), mask=alive)
     tl.store(keep + place, slots, mask=alive)
     dead = (slots >= tl.load(position + m - 1)) & (slots < left)
-    none = tl.zeros((COLUMNS,), tl.int64)
+    none = tl.zeros((SLOTS,), tl.int64)
     tl.store(masses_after + slots, mass * 0, mask=dead)
     tl.store(nearest_after + slots, slots, mask=dead)
     tl.store(nearest_cost_after + slots, mass * 0, mask=dead)

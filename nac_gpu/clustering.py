@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nac_gpu.dendrogram import check_cluster_count, number_by_first_appearance
-from nac_gpu.kernels import on_device, squared_distances
+from nac_gpu.kernels import on_device, seed_centres, squared_distances
 from nac_gpu.linkage import ward_linkage
 from nac_gpu.points import standardise
 
@@ -56,12 +56,15 @@ def kmeans(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int =
     k = check_cluster_count(k, n)
     if k == n:
         return torch.arange(n, device=points.device)
+    generator = torch.Generator().manual_seed(seed)
+    # Drawn on the CPU, so that every device sees the same numbers. Several candidates for each centre.
+    draws = torch.rand(_RESTARTS, k, 2 + int(math.log(k)), dtype=torch.float64, generator=generator)
     with on_device(points64):
         distances = squared_distances(points64).fill_diagonal_(0)
-    generator = torch.Generator().manual_seed(seed)
+        starts = seed_centres(distances, masses, draws.to(points.device))
     best, best_inertia = torch.zeros(n, dtype=torch.int64, device=points.device), math.inf
-    for _ in range(_RESTARTS):
-        labels, inertia = _lloyd(distances, masses, _seed_centres(distances, masses, k, generator))
+    for centres in starts:
+        labels, inertia = _lloyd(distances, masses, centres)
         if inertia < best_inertia:
             best, best_inertia = labels, inertia
     return number_by_first_appearance(best)
@@ -85,29 +88,6 @@ def random(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int =
 
 
 METHODS: dict[str, AssignmentMethod] = {"ward": ward, "kmeans": kmeans, "random": random}
-
-
-def _seed_centres(distances: Tensor, masses: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Choose k points to start from, int64 [k], by greedy k-means++.
-
-    Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007: each next centre is drawn in
-    proportion to mass times squared distance to the nearest so far, several candidates a time, and the one that
-    leaves the least is taken. Numbers are drawn on the CPU, so that every device sees the same ones.
-    """
-    candidates = 2 + int(math.log(k))
-    draws = torch.rand(k, candidates, dtype=torch.float64, generator=generator).to(distances.device)
-    centres = torch.empty(k, dtype=torch.int64, device=distances.device)
-    left = distances.amax(dim=1)  # above every distance, so that the first centre counts in full
-    share = masses
-    for i in range(k):
-        cumulative = share.cumsum(0)
-        drawn = torch.searchsorted(cumulative, draws[i] * cumulative[-1], right=True).clamp_(max=len(masses) - 1)
-        after = torch.minimum(left, distances[drawn])  # [candidates, n]
-        chosen = (after @ masses).argmin()
-        centres[i] = drawn[chosen]
-        left = after[chosen]
-        share = masses * left
-    return centres
 
 
 def _lloyd(distances: Tensor, masses: Tensor, centres: Tensor) -> tuple[Tensor, float]:

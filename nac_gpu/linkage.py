@@ -1,7 +1,6 @@
 """Exact Ward linkage where the points live."""
 
 import os
-from collections import deque
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -21,6 +20,8 @@ from nac_gpu.kernels import (
     on_device,
     pack_costs,
     pack_slots,
+    padded_width,
+    search_bytes,
     squared_distances,
     squared_distances_batch,
     update_neighbours,
@@ -46,6 +47,10 @@ _ROUNDS_AHEAD = 4
 _MATRIX_IN_COPIES = 8
 # ... or holds no more clusters than this, and than a quarter of the points.
 _MATRIX_IN_ANY_CASE = 4096
+_NO_PAIR = (
+    "a round of merges found no two clusters that are each other's nearest neighbour, though the points are finite; "
+    "this is a fault of nac_gpu or of the device: please report it, with the points"
+)
 # Up to this many dimensions a CPU makes the first rounds without a matrix: searching costs less than keeping it up to
 # date. Measured with 4096 points: 0.08 s instead of 0.33 at 2 dimensions, 0.21 instead of 0.32 at 64, equal at 128.
 _FEW_DIMENSIONS = 64
@@ -108,6 +113,7 @@ def ward_linkage(
             one tensor, or not as many as the sets; dtype or algorithm is none of those above; a set has too many points
             for "batched"; or a height overflows the dtype of the result.
         MemoryError: not even the matrix-free algorithm fits.
+        RuntimeError: a round of merges found no pair, which finite points never lead to; please report it.
     """
     if dtype not in (torch.float64, torch.float32):
         raise ValueError(f"dtype is {dtype}, expected torch.float64 or torch.float32")
@@ -135,8 +141,10 @@ def _linkages(
         heights = (costs.to(torch.float64) * 2).sqrt() * unit
         heights = heights.to(torch.float64 if part.dtype == torch.float64 else torch.float32)
         dendrograms.append(Dendrogram(merges=merged, heights=heights, sizes=sizes))
-    last = [dendrogram.heights[-1:].double() for dendrogram in dendrograms]
-    if not torch.isfinite(torch.cat(last)).all():
+    last = torch.cat([dendrogram.heights[-1:].double() for dendrogram in dendrograms])
+    if not torch.isfinite(last).all():
+        if last.isnan().any():  # what was never merged
+            raise RuntimeError(_NO_PAIR)
         bad = next(dendrogram.heights.dtype for dendrogram in dendrograms if not dendrogram.heights.isfinite().all())
         raise ValueError(f"the last merge is higher than the largest {bad}; give float64 points, or scale them down")
     return dendrograms
@@ -178,10 +186,12 @@ def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorith
         return algorithm
     free = _free_bytes(flat.device)
     searching_is_cheaper = flat.device.type == "cpu" and d <= _FEW_DIMENSIONS
-    if _matrix_bytes(n, flat) <= 0.9 * free and not searching_is_cheaper:
+    copy = n * padded_width(d) * flat.element_size()
+    copy_for_matrix = copy if flat.is_cuda and d < padded_width(d) else 0
+    if _matrix_bytes(n, flat) + copy_for_matrix <= 0.9 * free and not searching_is_cheaper:
         return "resident"
     # Another copy of the points, partial results of a search, the matrix at the end.
-    needed = n * d * flat.element_size() + n * 1024 + _matrix_bytes(_enough_for_matrix(n, d), flat)
+    needed = copy + search_bytes(n, flat) + _matrix_bytes(_enough_for_matrix(n, d), flat)
     if needed > free:
         raise MemoryError(
             f"{n} points of {d} dimensions need {needed / 2**30:.1f} GiB on {flat.device} even without a cost matrix, "
@@ -232,7 +242,8 @@ def _matrix_free(points: Tensor, masses: Tensor) -> Merges:
     """All merges: rounds on the centroids until the matrix of costs is small, then rounds on that."""
     n, d = points.shape
     enough = _enough_for_matrix(n, d)
-    centroids, clusters = points.clone(), Clusters.of_points(masses)
+    wide = padded_width(d) if uses_triton(points) else d  # padded once, not for each search
+    centroids, clusters = torch.nn.functional.pad(points, (0, wide - d)), Clusters.of_points(masses)
     stale = torch.ones_like(masses, dtype=torch.bool)
     count, most = _Count(), n
     while most > enough:
@@ -304,20 +315,34 @@ class _Count:
     """How many clusters there are at most. On CUDA the host learns it some rounds late, and the GPU does not wait."""
 
     def __init__(self) -> None:
-        self.asked: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        self.known: int | None = None
+        self._asked = 0
+        self._known: int | None = None
+        self._answers: Tensor | None = None  # int64 [_ROUNDS_AHEAD + 1, 1], of the latest rounds in turn
+        self._events: list[torch.cuda.Event] = []
 
     def after_round(self, clusters: Clusters) -> int:
-        """An upper bound of the number of clusters, exact on a CPU. The bound of a round is always the same."""
+        """An upper bound of the number of clusters, exact on a CPU. The bound of a round is always the same.
+
+        Raises:
+            RuntimeError: a round that the host has heard of merged nothing, and further ones would not either.
+        """
         if not clusters.alive.is_cuda:
-            return int(clusters.alive)
-        answer = torch.empty(1, dtype=torch.int64, pin_memory=True).copy_(clusters.alive, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.asked.append((answer, event))
-        if len(self.asked) <= _ROUNDS_AHEAD:
-            return len(clusters.masses) if self.known is None else self.known
-        answer, event = self.asked.popleft()
-        event.synchronize()
-        self.known = int(answer)
-        return self.known
+            return self._fewer(int(clusters.alive), clusters)
+        if self._answers is None:
+            self._answers = torch.empty(_ROUNDS_AHEAD + 1, 1, dtype=torch.int64, pin_memory=True)
+            self._events = [torch.cuda.Event() for _ in range(_ROUNDS_AHEAD + 1)]
+        newest = self._asked % (_ROUNDS_AHEAD + 1)
+        self._answers[newest].copy_(clusters.alive, non_blocking=True)
+        self._events[newest].record()
+        self._asked += 1
+        if self._asked <= _ROUNDS_AHEAD:
+            return len(clusters.masses) if self._known is None else self._known
+        oldest = self._asked % (_ROUNDS_AHEAD + 1)
+        self._events[oldest].synchronize()
+        return self._fewer(int(self._answers[oldest]), clusters)
+
+    def _fewer(self, count: int, clusters: Clusters) -> int:
+        if count > 1 and count >= (len(clusters.merges.cost) if self._known is None else self._known):
+            raise RuntimeError(_NO_PAIR)
+        self._known = count
+        return count

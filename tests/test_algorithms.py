@@ -112,6 +112,19 @@ def test_the_algorithms_agree_to_the_last_bit(place, monkeypatch):
     assert torch.equal(batched.heights, handed_over.heights)
 
 
+def test_a_round_without_a_pair_ends_with_an_error(algorithm, place, monkeypatch):
+    """Costs that are not numbers make no pair: rounds must not go on for ever, nor end in what looks like a result."""
+
+    def without_numbers(costs):
+        return lambda *arguments: torch.full_like(costs(*arguments), torch.nan)
+
+    monkeypatch.setattr(linkage, "_MATRIX_IN_ANY_CASE", 20)
+    for name in ("squared_distances", "squared_distances_batch"):
+        monkeypatch.setattr(linkage, name, without_numbers(getattr(linkage, name)))
+    with pytest.raises(RuntimeError, match="found no two clusters that are each other's nearest neighbour"):
+        ward_linkage(torch.tensor(normal(40, 5), device=place), algorithm=algorithm)
+
+
 class Late(linkage._Count):
     """What the host knows on a GPU: the count of four rounds ago."""
 

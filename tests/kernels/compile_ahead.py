@@ -1,8 +1,10 @@
-"""Compile every kernel for GPUs that need not be there, and print what the assembler says: a JSON line a kernel.
+"""Compile every kernel for GPUs that need not be there, and print what became of it: a JSON line a kernel.
 
     python tests/kernels/compile_ahead.py
 
-Run in a process of its own, because a process that interprets kernels cannot compile them.
+Registers a thread, bytes spilled, bytes of shared memory, instructions, barriers, the matrix instructions, and the
+length of the loop that holds them. Run in a process of its own, because a process that interprets kernels cannot
+compile them.
 """
 
 import contextlib
@@ -10,51 +12,72 @@ import io
 import json
 import re
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nac_gpu.kernels import centroids, distances, finishing, merging, neighbours, packing, searching
+from nac_gpu.kernels import centroids, distances, finishing, merging, neighbours, packing, products, searching, seeding
 
 CAPABILITIES = (80, 90)
-MATRIX = dict.fromkeys("points centroids costs packed".split(), "*{float}")
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+MATRIX = dict.fromkeys(
+    "points centroids costs packed wide norms distances masses draws scratch products".split(), "*{float}"
+)
 SLOTS = dict.fromkeys(
     ("masses nearest_cost made_at merge_cost cost masses_after nearest_cost_after made_at_after").split(),
     "*{float}",
 )
 NUMBERS = dict.fromkeys(
     (
-        "table nearest point size alive partner merge_round merge_size scratch keep rows count slot position "
-        "nearest_after point_after size_after"
+        "table padded_table nearest point size alive partner merge_round merge_size listed keep rows count slot "
+        "position nearest_after point_after size_after centres"
     ).split(),
     "*i64",
 )
-SIZES = dict.fromkeys("m n d left round_number first_round tiles".split(), "i32")
-KINDS = MATRIX | SLOTS | NUMBERS | SIZES
-TILES = {"CLOSE": 5e-4, "TILE": distances.TILE, "DEPTH": distances.TILE_DEPTH}
-TILE_OPTIONS = {
-    "num_warps": distances.TILE_WARPS,
-    "num_stages": distances.TILE_STAGES,
-    "enable_fp_fusion": True,
-}
+SIZES = dict.fromkeys("m n d k left round_number first_round tiles first candidates".split(), "i32")
+KINDS = MATRIX | SLOTS | NUMBERS | SIZES | {"has_close": "*i32"}
 
-#: kernel, its constants, its launch options
+
+def dots(panels: bool) -> dict[str, object]:
+    """Constants of the kernels that make tiles of distances."""
+    return {"TILE": products.TILE, "DEPTH": products.DEPTH, "PANELS": panels}
+
+
+TILE_OPTIONS = {"num_warps": products.WARPS, "num_stages": products.STAGES, "enable_fp_fusion": True}
+EXACT = {"enable_fp_fusion": False}
+
+#: kernel, its constants (those of the dtype are added), its launch options
 KERNELS = [
-    (distances._distances_kernel, {"WEIGHTED": True, "LARGEST": 1e300} | TILES, TILE_OPTIONS),
-    (searching._search_kernel, TILES, TILE_OPTIONS),
     (
-        merging._merge_kernel,
-        {"COLUMNS": merging._COLUMNS},
-        {"num_warps": merging._WARPS, "enable_fp_fusion": False},
+        products._pad_kernel,
+        {"COPIES": True, "ROWS": products._PAD_ROWS, "COLUMNS": products._PAD_COLUMNS},
+        {"enable_fp_fusion": True},
     ),
-    (centroids._merge_centroids_kernel, {"DIMENSIONS": centroids._DIMENSIONS}, {"enable_fp_fusion": False}),
-    (neighbours._update_kernel, {"EVERY": False, "COLUMNS": neighbours._COLUMNS}, {"enable_fp_fusion": False}),
-    (packing._pack_kernel, {"COLUMNS": packing._COLUMNS}, {"enable_fp_fusion": False}),
-    (packing._pack_slots_kernel, {"COLUMNS": packing._COLUMNS}, {"enable_fp_fusion": False}),
+    (products._product_kernel, {"SIDE": products.DEPTH}, {"num_warps": 1}),
+    *((distances._distances_kernel, {"WEIGHTED": True} | dots(panels), TILE_OPTIONS) for panels in (False, True)),
+    (
+        distances._close_kernel,
+        {"WEIGHTED": True, "TILE": products.TILE, "DEPTH": distances._PAIR_DEPTH, "FEW": distances._FEW_PAIRS},
+        {"num_warps": products.WARPS, "enable_fp_fusion": True},
+    ),
+    (searching._search_kernel, dots(False), TILE_OPTIONS),
+    (searching._search_kernel, dots(True) | {"TILE": searching._PANEL_TILE}, TILE_OPTIONS),
+    (searching._exact_search_kernel, {"TILE": products.TILE}, {"num_warps": products.WARPS, "enable_fp_fusion": True}),
+    (merging._merge_kernel, {"COLUMNS": merging._COLUMNS}, {"num_warps": merging._WARPS} | EXACT),
+    (centroids._merge_centroids_kernel, {"DIMENSIONS": centroids._DIMENSIONS}, EXACT),
+    (neighbours._update_kernel, {"EVERY": False, "COLUMNS": neighbours._COLUMNS}, EXACT),
+    (packing._pack_kernel, {"COLUMNS": packing._COLUMNS}, EXACT),
+    (packing._pack_slots_kernel, {"SLOTS": packing._SLOTS}, {"num_warps": packing._SLOT_WARPS} | EXACT),
     (
         finishing._finish_kernel,
         {"SLOTS": finishing.MOST_SLOTS, "ROWS": finishing._ROWS, "COLUMNS": finishing._COLUMNS},
-        {"num_warps": finishing._WARPS, "enable_fp_fusion": False},
+        {"num_warps": finishing._WARPS} | EXACT,
+    ),
+    (
+        seeding._seed_kernel,
+        {"CANDIDATES": 16, "COLUMNS": seeding._COLUMNS},
+        {"num_warps": seeding._WARPS, "enable_fp_fusion": False},
     ),
 ]
 
@@ -63,28 +86,42 @@ def main() -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
     for kernel, constants, options in KERNELS:
-        for float_type in ("fp64", "fp32"):
+        for float_type, dtype in DTYPES.items():
+            own = {
+                "CLOSE": products.close_share(dtype),
+                "EXACT": searching._EXACT[dtype],
+                "LARGEST": torch.finfo(dtype).max,
+            }
+            constants = constants | {name: value for name, value in own.items() if name in kernel.arg_names}
             signature = {
                 name: "constexpr" if name in constants else KINDS[name].format(float=float_type)
                 for name in kernel.arg_names
             }
             pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if "*" in signature[n]}
             for capability in CAPABILITIES:
-                log = compile_one(kernel, signature, constants, pointers, options, capability)
-                print(json.dumps({"kernel": kernel.__name__, "dtype": float_type, "sm": capability} | log), flush=True)
+                row = {"kernel": kernel.__name__, "dtype": float_type, "sm": capability}
+                if "PANELS" in constants:
+                    row["products"] = "panels" if constants["PANELS"] else "tiles"
+                row |= compile_one(kernel, signature, constants, pointers, options, capability)
+                print(json.dumps(row), flush=True)
 
 
 def compile_one(kernel, signature, constants, attributes, options, capability):
-    """Registers a thread, bytes spilled, bytes of shared memory, and matrix instructions."""
+    """What the compiler says of a kernel, and its instructions."""
     heard = io.StringIO()
-    with contextlib.redirect_stdout(heard):
+    with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(io.StringIO()):
         source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        instructions, labels = disassembled(compiled.asm["sass"])
     log = heard.getvalue()
     numbers = {key: re.findall(pattern, log) for key, pattern in PATTERNS.items()}
+    matrix = sorted({found for line in instructions for found in re.findall(r"[DHI]MMA\.\w+", line)})
     return {key: max((int(number) for number in found), default=None) for key, found in numbers.items()} | {
         "shared": compiled.metadata.shared,
-        "matrix_instructions": len(re.findall(r"mma\.sync|wgmma\.mma", compiled.asm["ptx"])),
+        "instructions": len(instructions),
+        "barriers": sum("BAR." in line for line in instructions),
+        "matrix_instructions": matrix,
+        "product_loop": shortest_loop(instructions, labels, "MMA") if matrix else None,
     }
 
 
@@ -94,6 +131,30 @@ PATTERNS = {
     "spill_loads": r"(\d+) bytes spill loads",
     "stack": r"(\d+) bytes stack frame",
 }
+
+
+def disassembled(sass):
+    """The instructions of a kernel, without what pads it, and before which of them each label stands."""
+    instructions, labels = [], {}
+    for line in sass.splitlines():
+        if label := re.fullmatch(r"(\.?L\w+):", line.strip()):
+            labels[label.group(1)] = len(instructions)
+        elif "\t" in line and "\tNOP" not in line:
+            instructions.append(line.split("\t")[1])
+    return instructions, labels
+
+
+def shortest_loop(instructions, labels, word):
+    """The instructions of the innermost loop that has this word in it, and how many of them have; None without one."""
+    found = []
+    for end, line in enumerate(instructions):
+        jump = re.search(r"\bBRA\b.*?(\.?L\w+)", line)
+        start = labels.get(jump.group(1), len(instructions)) if jump else len(instructions)
+        body = instructions[start : end + 1]
+        if any(word in each for each in body):
+            found.append((len(body), sum(word in each for each in body)))
+    return min(found, default=None)
+
 
 if __name__ == "__main__":
     main()

@@ -3,9 +3,16 @@ import pytest
 import torch
 from scipy.spatial.distance import pdist, squareform
 
-from nac_gpu.kernels import squared_distances
+from nac_gpu.kernels import Batch, pad_points, products, squared_distances, squared_distances_batch
+from nac_gpu.kernels.products import pad_points_torch
 
 SHAPES = [(1, 1), (2, 1), (3, 60), (63, 1), (64, 60), (65, 16), (65, 17), (123, 257)]
+
+
+@pytest.fixture(params=["tiles", "panels"], autouse=True)
+def way(request, monkeypatch):
+    """Who makes the products, where Triton's kernels are used."""
+    monkeypatch.setattr(products, "_chosen_way", request.param)
 
 
 def normal(n, d, seed=0):
@@ -80,3 +87,42 @@ def test_points_are_not_changed(place):
     before = points.clone()
     squared_distances(points, torch.ones_like(points[:, 0]))
     assert torch.equal(points, before)
+
+
+@pytest.mark.parametrize("copies", [2, 70], ids=["few", "many"])
+def test_few_and_many_close_pairs_in_a_tile(copies, place):
+    """Few are computed one after the other, many all at once."""
+    rng = np.random.default_rng(0)
+    points = np.concatenate([normal(100, 300), normal(1, 300) + 1e-4 * rng.standard_normal((copies, 300))])
+    points = points[rng.permutation(len(points))]
+    masses = rng.uniform(0.5, 2, len(points))
+    found = squared_distances(torch.tensor(points, device=place), torch.tensor(masses, device=place)).cpu().numpy()
+    expected = squareform(pdist(points, "sqeuclidean")) * masses[:, None] * masses / (masses[:, None] + masses)
+    np.fill_diagonal(expected, np.finfo(np.float64).max)
+    np.testing.assert_allclose(found, expected, rtol=1e-11)
+
+
+def test_problems_of_a_batch_do_not_mix(place):
+    shapes = [(70, 20), (1, 3), (130, 7), (2, 300)]
+    parts = [normal(n, d, seed=n) for n, d in shapes]
+    parts[2][5] = parts[2][100]  # a close pair in one of them
+    flat = torch.tensor(np.concatenate([part.ravel() for part in parts]), device=place)
+    batch = Batch.of(shapes, place)
+    for found, part in zip(batch.costs(squared_distances_batch(flat, None, batch)), parts, strict=True):
+        expected = squareform(pdist(part, "sqeuclidean"))
+        np.fill_diagonal(expected, np.finfo(np.float64).max)
+        np.testing.assert_allclose(found.cpu(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shapes", [[(5, 16), (3, 48)], [(5, 3), (70, 17), (1, 300), (9, 16)]], ids=["whole", "padded"])
+def test_padding(shapes, place):
+    flat = torch.randn(sum(n * d for n, d in shapes), dtype=torch.float64).to(place)
+    batch = Batch.of(shapes, place)
+    wide, norms, padded = pad_points(flat, batch)
+    assert padded.shapes == tuple((n, -(-d // 16) * 16) for n, d in shapes)
+    for found, part in zip(padded.points(wide), batch.points(flat), strict=True):
+        assert torch.equal(found[:, : part.shape[1]], part)
+        assert (found[:, part.shape[1] :] == 0).all()
+    expected, expected_norms = pad_points_torch(flat, batch)
+    assert torch.equal(wide, expected)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-14, atol=0)

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from nac_gpu.kernels import nearest_centroids, squared_distances
+from nac_gpu.kernels import nearest_centroids, products, squared_distances
+
+
+@pytest.fixture(params=["tiles", "panels"], autouse=True)
+def way(request, monkeypatch):
+    """Who makes the products, where Triton's kernels are used."""
+    monkeypatch.setattr(products, "_chosen_way", request.param)
 
 
 def search(centroids, masses, rows, place):
@@ -46,3 +52,27 @@ def test_nobody_else_alive(place):
     masses = torch.tensor([0.0, 0, 3, 0, 0], dtype=torch.float64, device=place)
     cost, _ = search(centroids, masses, [2], place)
     assert cost.isinf().all()
+
+
+def test_near_centroids_keep_their_digits(place):
+    """Some rows have a neighbour so near that a product does not tell its distance, and others do not."""
+    rng = np.random.default_rng(0)
+    points = rng.standard_normal((150, 60))
+    for i in range(0, 60, 2):
+        points[i + 1] = points[i] + 10.0 ** -rng.integers(3, 9) * rng.standard_normal(60)
+    masses = rng.uniform(0.5, 5, 150)
+    rows = rng.permutation(150)[:100]
+    cost, slot = search(torch.tensor(points, device=place), torch.tensor(masses, device=place), rows, place)
+    reduced = masses[:, None] * masses / (masses[:, None] + masses)
+    expected = reduced * ((points[:, None] - points) ** 2).sum(axis=2)
+    np.fill_diagonal(expected, np.inf)
+    np.testing.assert_array_equal(slot.cpu(), expected[rows].argmin(axis=1))
+    np.testing.assert_allclose(cost.cpu(), expected[rows].min(axis=1), rtol=1e-10)
+
+
+def test_panels_of_few_rows(place, monkeypatch):
+    """As many panels as a large problem has."""
+    from nac_gpu.kernels import searching
+
+    monkeypatch.setattr(searching, "_PANEL_ELEMENTS", 150 * 32)
+    test_equals_the_matrix(130, 257, place)

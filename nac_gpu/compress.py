@@ -163,6 +163,8 @@ def _carried_out(
         points, masses = evidence.points(group)
         return assign(points, kept, weights=masses, seed=seed)
 
+    if evidence is not None and assign is ward:
+        evidence.cluster(group for group, _ in ranks.own(acting))
     clusters = ranks.share(acting, by_activations)
     names = {group.name for group, _ in acting}
     changed = False

@@ -10,7 +10,7 @@ any backend, and gloo gives an error where NCCL would end the process.
 import contextlib
 import io
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -52,6 +52,10 @@ class Ranks:
         for item in items:
             yield work(item)
 
+    def own(self, items: Sequence[T]) -> Sequence[T]:
+        """Those of the items that `share` lets this rank work on."""
+        return items[self.rank :: self.size]
+
     def sent(self, value: T, source: int = 0) -> T:
         """The value of one rank, on every rank.
 
@@ -92,7 +96,7 @@ class Peers(Ranks):
     def share(self, items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
         """See `Ranks.share`."""
         items = list(items)
-        own = {number: work(items[number]) for number in range(self.rank, len(items), self.size)}
+        own = {number: work(items[number]) for number in self.own(range(len(items)))}
         for number in range(len(items)):
             source = number % self.size
             # only what is sent is looked at, so the others may give anything

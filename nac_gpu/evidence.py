@@ -1,6 +1,6 @@
 """What is known of a model's neurons: how they act, on calibration data or dreams, or only what their weights are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from nac_gpu.distributed import ALONE, RankError, Ranks
 from nac_gpu.dream import dream, has_statistics, why_not
 from nac_gpu.forward import ExampleInputs, device_of
 from nac_gpu.groups import Group
+from nac_gpu.kernels import MOST_SLOTS
 from nac_gpu.linkage import ward_linkage
 from nac_gpu.neurons import neuron_vectors
 from nac_gpu.opening import is_open
@@ -49,13 +50,22 @@ class Evidence:
 
     def tree(self, group: Group) -> Dendrogram:
         """The group's dendrogram by Ward's method."""
-        if group.name not in self._trees:
-            self._trees[group.name] = ward_linkage(*self.points(group))
+        self.cluster([group])
         return self._trees[group.name]
+
+    def cluster(self, groups: Iterable[Group]) -> None:
+        """Make the dendrograms that are still missing, those of small groups in one call: a GPU is quick then."""
+        missing = [group for group in groups if group.name not in self._trees]
+        small = [group for group in missing if group.size <= MOST_SLOTS]
+        large = [[group] for group in missing if group.size > MOST_SLOTS]  # whose points take memory
+        for together in filter(None, [small, *large]):
+            points, masses = zip(*map(self.points, together), strict=True)
+            self._trees |= zip((group.name for group in together), ward_linkage(points, masses), strict=True)
 
     def curves(self, groups: Sequence[Group], ranks: Ranks = ALONE) -> dict[str, Curve]:
         """The curves of groups, which the ranks divide among them."""
         found = {}
+        self.cluster(ranks.own(groups))
         made = ranks.share(groups, lambda group: (self.curve(group), self.tree(group)))
         for group, (curve, tree) in zip(groups, made, strict=True):
             found[group.name], self._trees[group.name] = curve, tree

@@ -36,6 +36,7 @@ from nac_gpu.origin import origin_of, remember, shorten
 from nac_gpu.plan import Plan, check_weights
 from nac_gpu.rebuild import rebuild, tensors
 from nac_gpu.refinement import PASSES, learn
+from nac_gpu.sums import add_rows
 from nac_gpu.trial import lively, outputs
 from nac_gpu.unwrap import computed, unwrapped
 from nac_gpu.widths import Calibration, neurons
@@ -308,10 +309,10 @@ def _one(experts: Sequence[Mapping[str, Tensor]], hidden: Sequence[Member]) -> d
     masses = masses.clamp(min=torch.finfo(masses.dtype).eps * float(masses.max()) or 1.0)
     count = len(hidden[0].index)
     labels = ward_linkage(torch.cat(taken, dim=1), masses).cut(count).to(masses.device)
-    total = masses.new_zeros(count).index_add_(0, labels, masses)
+    total = add_rows(masses.new_zeros(count), 0, labels, masses)
     shares = (masses / total[labels])[:, None]
-    centroids = iter([t.new_zeros(count, t.shape[1]).index_add_(0, labels, t * shares) for t in taken])
-    sums = iter([t.new_zeros(count, t.shape[1]).index_add_(0, labels, t) for t in sent])
+    centroids = iter([add_rows(t.new_zeros(count, t.shape[1]), 0, labels, t * shares) for t in taken])
+    sums = iter([add_rows(t.new_zeros(count, t.shape[1]), 0, labels, t) for t in sent])
     for member in hidden:
         values = next(centroids if member.role == "mean" else sums)
         front = merged[member.tensor].movedim(member.dim, 0)  # a view

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.atomic import atomically
-from nac_gpu.forward import ExampleInputs, call, evaluating, tensors_in
+from nac_gpu.forward import ExampleInputs, call, evaluating, tensors_in, without_tf32
 from nac_gpu.unwrap import unwrapped
 
 
@@ -50,7 +50,7 @@ def export(
     args, kwargs = _arguments(model, example_inputs)
     if dynamic_batch:  # a size of 1 would be taken for a constant
         args, kwargs = _batched((args, kwargs), 2)
-    with evaluating(model), atomically(path) as partial:
+    with evaluating(model), without_tf32(), atomically(path) as partial:
         write = _write_program if path.suffix == ".pt2" else _write_onnx
         target = partial.with_suffix(path.suffix)
         try:

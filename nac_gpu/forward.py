@@ -1,6 +1,7 @@
 """How a model is run on example inputs: in eval mode, unnoticed, in small operations, counted."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,6 +98,59 @@ def in_small_operations(model: nn.Module) -> Iterator[None]:
     finally:
         torch._C._set_mkldnn_enabled(before[0])
         torch.backends.cudnn.enabled = before[1]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on a device; the host does not wait until it is there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products and convolutions of float32 on CUDA with all their digits; what the user allows is put back.
+
+    TF32 leaves three digits, and is on for convolutions by default: outputs that must agree to five would not.
+    """
+    before = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch 2.9 warns whoever uses the older settings
+        for owner, name, precise in (*_OLDER_TF32, *_NEWER_TF32):
+            # An older one cannot be read where the user has set a newer one, and PyTorch 2.8 has no newer ones.
+            with contextlib.suppress(RuntimeError, AttributeError):
+                before.append((owner, name, getattr(owner, name), precise))
+        for owner, name, _, precise in before:
+            setattr(owner, name, precise)
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for owner, name, value, _ in before:
+                setattr(owner, name, value)
+
+
+class _Products:
+    """The older setting of matrix products as an attribute, so that all settings are alike."""
+
+    @property
+    def precision(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        torch.set_float32_matmul_precision(value)
+
+
+# Owner, name, and the value without TF32.
+_OLDER_TF32 = ((torch.backends.cudnn, "allow_tf32", False), (_Products(), "precision", "highest"))
+_NEWER_TF32 = tuple(  # since PyTorch 2.9
+    (owner, "fp32_precision", "ieee")
+    for owner in (
+        getattr(torch.backends.cudnn, "conv", None),
+        getattr(torch.backends.cudnn, "rnn", None),
+        torch.backends.cuda.matmul,
+    )
+)
 
 
 class _NoTracker:

@@ -23,6 +23,7 @@ from nac_gpu.deferred import after, loaded
 from nac_gpu.groups import Group, Member, Norm, Producer
 from nac_gpu.neurons import norm_scale, working_dtype
 from nac_gpu.rebuild import selected
+from nac_gpu.sums import add_rows
 
 Rule = Literal["restored", "centroid"]
 
@@ -121,7 +122,7 @@ class Merger:
         ).to(part)
 
         def total(values: Tensor) -> Tensor:
-            return torch.zeros_like(values).index_add_(0, target, values[source])
+            return add_rows(torch.zeros_like(values), 0, target, values[source])
 
         slope, _, mean = norm_scale(self.state, norm, size, like)
         signed = total(part * slope)
@@ -173,7 +174,7 @@ class Merger:
         part[member.index.flatten().to(weight.device)] = share.repeat_interleave(member.index.shape[1]).to(part)
 
         def total(values: Tensor) -> Tensor:
-            return torch.zeros_like(values).index_add_(0, target, values[source])
+            return add_rows(torch.zeros_like(values), 0, target, values[source])
 
         slope, offset, mean = norm_scale(self.state, norm, len(weight), like)
         merged_mean, merged_slope = total(part * mean), total(part * slope)
@@ -223,7 +224,7 @@ def _combine(tensor: Tensor, dim: int, source: Tensor, target: Tensor, factor: T
         shape = [1] * tensor.ndim
         shape[dim] = len(read)
         parts = work.index_select(dim, read) * factor.to(work)[read].reshape(shape)
-        merged = work.clone().index_fill_(dim, read, 0).index_add_(dim, written, parts)
+        merged = add_rows(work.clone().index_fill_(dim, read, 0), dim, written, parts)
         return merged.to(tensor.dtype)
 
     return after(tensor, combined)

@@ -63,29 +63,37 @@ class Objective:
 def change(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor | None:
     """How much outputs changed: the squared difference as a share of the variance, the mean over the outputs.
 
+    The host does not wait for the device.
+
     Args:
         found: the outputs; those that are not floating, have another shape than expected, or should not vary, do not
             count.
         expected: what they were.
 
     Returns:
-        A scalar, or None if nothing counts.
+        A scalar: -1, without a gradient, where all outputs that could count should be zero; None if there are none.
     """
     if len(found) != len(expected):
         return None
-    shares = []
+    shares, counts = [], []
     for now, then in zip(found, expected, strict=True):
         if now.shape == then.shape and now.is_floating_point() and now.numel():
             now, then = floating(now), floating(then)
-            whole = float((then - then.mean(0)).square().mean()) or float(then.square().mean())
-            if whole > 0:
-                shares.append((now - then).square().mean() / whole)
-    return torch.stack(shares).mean() if shares else None
+            whole = (then - then.mean(0)).square().mean()
+            whole = torch.where(whole == 0, then.square().mean(), whole)
+            some = whole > 0
+            shares.append(torch.where(some, (now - then).square().mean() / torch.where(some, whole, 1), 0))
+            counts.append(some)
+    if not shares:
+        return None
+    count = torch.stack(counts).sum()
+    return torch.where(count > 0, torch.stack(shares).sum() / count.clamp(min=1), -1)
 
 
 def mean_change(changes: Iterable[Tensor | None]) -> float | None:
     """The mean of those that are known; None if there are none, or it is not finite."""
-    known = [float(share) for share in changes if share is not None]
+    shares = [float(share) for share in changes if share is not None]
+    known = [share for share in shares if share != -1]
     mean = sum(known) / len(known) if known else None
     return mean if mean is not None and math.isfinite(mean) else None
 

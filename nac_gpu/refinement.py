@@ -29,6 +29,7 @@ from nac_gpu.forward import (
     evaluating,
     in_small_operations,
     multiplies_bfloat16,
+    sent,
     tensors_in,
 )
 from nac_gpu.objective import change, mean_change
@@ -238,10 +239,12 @@ def _mixed(batch: ExampleInputs, other: ExampleInputs, generator: torch.Generato
     share = torch.rand(count, generator=generator)
     share = torch.where(torch.rand(count, generator=generator) < 0.5, share, 1.0)
     partners = torch.randint(others, (count,), generator=generator)
+    device = pytree.tree_leaves(batch)[0].device
+    share, partners = sent(share, device), sent(partners, device)
 
     def mixed(a: Tensor, b: Tensor) -> Tensor:
         part = share.view(-1, *[1] * (a.ndim - 1)).to(a)
-        return part * a + (1 - part) * b[partners.to(b.device)]
+        return part * a + (1 - part) * b[partners]
 
     return pytree.tree_map(mixed, batch, other)
 
@@ -260,7 +263,9 @@ def _moved(batch: ExampleInputs, generator: torch.Generator) -> ExampleInputs:
         mirrored = torch.rand(count, 1, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
         found = padded.permute(0, 2, 3, 1)[  # pixels, with all their channels
-            torch.arange(count, device=device)[:, None, None], rows[:, :, None].to(device), columns[:, None].to(device)
+            torch.arange(count, device=device)[:, None, None],
+            sent(rows[:, :, None], device),
+            sent(columns[:, None], device),
         ]
         return found.permute(0, 3, 1, 2).contiguous()
 

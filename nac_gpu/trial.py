@@ -17,10 +17,19 @@ from torch.utils import _pytree as pytree
 
 from nac_gpu.cost import Cost
 from nac_gpu.deferred import after, loaded
-from nac_gpu.forward import ExampleInputs, call, evaluating, flop_counter, in_small_operations, tensors_in
+from nac_gpu.forward import (
+    ExampleInputs,
+    call,
+    evaluating,
+    flop_counter,
+    in_small_operations,
+    tensors_in,
+    without_tf32,
+)
 from nac_gpu.groups import Group, LeftAlone
 from nac_gpu.rebuild import rebuild, selected, tensors
 from nac_gpu.sizes import attributes, guesses
+from nac_gpu.sums import add_rows
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative
 _SURE = 1e-5  # in float32: no more than its rounding, float64 need not be asked
@@ -55,8 +64,11 @@ def random_labels(size: int, clusters: int, generator: torch.Generator) -> Tenso
 
 
 def outputs(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool = False) -> list[Tensor]:
-    """All tensors that the model returns in eval mode, with what auxiliary heads return if asked for."""
-    with evaluating(model, auxiliary=auxiliary), in_small_operations(model):
+    """All tensors that the model returns in eval mode, with what auxiliary heads return if asked for.
+
+    They are to be compared, so CUDA does not round products to TF32.
+    """
+    with evaluating(model, auxiliary=auxiliary), in_small_operations(model), without_tf32():
         return list(tensors_in(call(model, example_inputs)))
 
 
@@ -141,7 +153,7 @@ def _moved(old: Tensor, dim: int, moves: Sequence[tuple[Tensor, Tensor, bool]]) 
     new = selected(old, dim, kept)
     for source, target, added in moves:
         if added:
-            new.index_add_(dim, place[target].to(old.device), old.index_select(dim, source.to(old.device)))
+            add_rows(new, dim, place[target].to(old.device), old.index_select(dim, source.to(old.device)))
     return new
 
 

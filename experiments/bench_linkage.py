@@ -22,12 +22,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from common.device import copies_to_host, measure_rates, peak, reset_peak, trace
 from common.linkage_report import Row, draw, growth, show
+from common.progress import progress, say
 from common.providers import PEERS, PROVIDERS, Inputs, Linkage, disagreement, nac_ward, read
 from common.results import environment, write_json
 
@@ -153,18 +152,21 @@ def measure(
     batch, limit = draw_points(workload, options), options.oracle_limit
     whole = Inputs(batch, device)
     sample = whole if workload.largest <= limit else Inputs([points[:limit] for points in batch], device)
-    oracle = next(name for name in PEERS if PROVIDERS[name].installed)
-    reference = sample.run(oracle)
+    oracle = next((name for name in PEERS if PROVIDERS[name].installed), "nac_gpu")
+    # Without any peer: this library on the CPU.
+    reference = sample.run(oracle) if oracle in PEERS else _on_cpu(sample).run(oracle)
     expected = [read(found) for found in reference[1]]
 
     rows: dict[str, Row] = {}
     warm: dict[str, float] = {}
     for name in names:
         rows[name] = row = new_row(workload, name, options, device)
-        row["checked"] = "oracle" if name == oracle else "all points" if sample is whole else f"first {limit} points"
+        row["checked"] = "all points" if sample is whole else f"first {limit} points"
+        if name == oracle:
+            row["checked"] = "oracle" if name in PEERS else f"{row['checked']}, against itself on the CPU"
         try:
             reset_peak(device)
-            seconds, found = reference if name == oracle else sample.run(name)
+            seconds, found = reference if name == oracle and name in PEERS else sample.run(name)
             complaint = first_disagreement([read(one) for one in found], expected, TOLERANCE[options.dtype])
             if complaint:
                 row["status"] = "wrong"
@@ -177,7 +179,7 @@ def measure(
         except Exception as error:  # one that fails must not stop the others
             row["status"], complaint = "failed", f"{type(error).__name__}: {error}"
         if complaint:
-            tqdm.write(f"*** NOT TIMED, {row['status']} *** {name} at {workload.name}: {complaint}", file=sys.stderr)
+            say(f"*** NOT TIMED, {row['status']} *** {name} at {workload.name}: {complaint}")
 
     spent = {name: 0.0 if PROVIDERS[name].on_device else seconds for name, seconds in warm.items()}
     times = {name: [seconds] if seconds > options.seconds else [] for name, seconds in spent.items()}
@@ -187,6 +189,10 @@ def measure(
                 taken.append(whole.run(name)[0])
     fill_in(rows, times, assumed)
     return list(rows.values())
+
+
+def _on_cpu(inputs: Inputs) -> Inputs:
+    return Inputs([points.cpu() for points in inputs.tensors], torch.device("cpu"))
 
 
 def first_disagreement(found: Sequence[Linkage], expected: Sequence[Linkage], tolerance: float) -> str:
@@ -344,7 +350,7 @@ def run(options: Options, device: torch.device) -> int:
     if "floor" in options.providers and not store.rates:
         store.rates = measure_rates(device)
     failed = False
-    for workload in tqdm(PRESETS[options.preset], desc=options.preset, unit="workload"):
+    for workload in progress(PRESETS[options.preset], options.preset, "workload"):
         rows = []
         assumed = None
         if workload.largest > options.peer_limit and not any(store.has(workload, peer) for peer in PEERS):
@@ -389,4 +395,6 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
+    import tyro  # only the command line needs it: gpu_check.sh does without
+
     sys.exit(main(tyro.cli(Options)))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 import nac_gpu as nac
 import vgg_cifar
@@ -126,4 +125,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    import tyro  # only the command line needs it: gpu_sanitise.sh does without
+
     main(tyro.cli(Options, description=__doc__))

@@ -17,7 +17,6 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -398,4 +397,6 @@ def measure(options: Options, precision: Precision) -> None:
 
 
 if __name__ == "__main__":
+    import tyro  # only the command line needs it: others import this file
+
     main(cast(Options, tyro.cli(Options, description=__doc__)))

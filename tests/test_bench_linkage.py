@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -264,19 +262,11 @@ def test_a_profile_needs_cuda(options: Options, tmp_path: Path) -> None:
         bench_linkage.main(replace(options, trace=tmp_path / "trace.json"))
 
 
-def test_the_gpu_script_runs_every_step_and_reports_what_failed(tmp_path: Path) -> None:
-    """With an interpreter that refuses everything but the benchmark."""
-    fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\ncase "$*" in *--again*) echo "measured $*";; *) exit 3;; esac\n')
-    fake.chmod(0o755)
-    script = Path(bench_linkage.__file__).parent / "gpu_check.sh"
-    settings = {"PATH": os.environ["PATH"], "PYTHON": str(fake), "PRESETS": "quick low"}
-    done = subprocess.run([script, tmp_path / "out"], env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "measured experiments/bench_linkage.py" in done.stdout
-    for name in ("versions", "tests", "trace", "plot"):
-        assert f"FAILED {name}: exit status 3" in done.stdout
-    for preset in ("quick", "low"):
-        assert f"FAILED benchmark {preset}" not in done.stdout
-        assert f"=== benchmark {preset}: exit status 0" in done.stdout
-    assert (tmp_path / "out" / "gpu_check.log").read_text() == done.stdout
+def test_without_any_peer_the_check_is_the_cpu_itself(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PEERS:
+        monkeypatch.setitem(PROVIDERS, name, Provider(list, "no_such_module"))
+    assert bench_linkage.main(replace(options, providers=("nac_gpu", "naive"))) == 0
+    rows = rows_of(options.results)
+    assert rows["64x8", "nac_gpu"]["checked"] == "all points, against itself on the CPU"
+    assert rows["64x8", "naive"]["checked"] == "all points"
+    assert {row["ratio"] for row in rows.values()} == {None}

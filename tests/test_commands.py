@@ -31,7 +31,7 @@ TESTS = {
     "nac compress --open": "test_cli.py::test_weights_that_stay_in_their_files",
     "torchrun --nproc-per-node 8": "test_experiments.py::test_two_processes_measure_what_one_does",
     # On a CPU: its steps, by an interpreter that only pretends.
-    "experiments/gpu_check.sh": "test_bench_linkage.py::test_the_gpu_script_runs_every_step_and_reports_what_failed",
+    "experiments/gpu_check.sh": "test_gpu_check.py::test_every_step_is_run_and_what_failed_is_told",
 }
 HERE = ("make demo", "make docs", "docs/figures.py")
 

@@ -33,10 +33,6 @@ if [ "$device" = cpu ]; then
     export TRITON_INTERPRET=1
 fi
 
-chosen() { # chosen NAME: whether this step is to be run
-    [[ " $steps " == *" $1 "* ]]
-}
-
 main() {
     chosen machine && step 20 machine bash -c 'nvidia-smi; command -v compute-sanitizer ncu; "$0" -c "
 import platform, importlib.metadata as m

@@ -7,6 +7,7 @@
 # It leaves gpu_sanitise.log and compress_time.json. compress_time.py needs torchvision and tqdm.
 #
 # PYTHON, DEVICE, BUDGET, LIMIT as in gpu_check.sh; on a CPU the kernels are run without the checkers.
+# STEPS    which steps, by name (memcheck initcheck compress_time)
 set -uo pipefail
 output=$(realpath -m "${1:-$(dirname "$0")/results/gpu}")
 cd "$(dirname "$0")/.." || exit
@@ -15,6 +16,7 @@ mkdir -p "$output" || exit
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 budget=${BUDGET:-570}
+steps=${STEPS:-memcheck initcheck compress_time}
 . experiments/common/gpu_steps.sh
 
 run=("$python" experiments/gpu_steps.py)
@@ -27,12 +29,13 @@ fi
 main() {
     local tool checker
     for tool in memcheck initcheck; do
+        chosen "$tool" || continue
         checker=(compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all)
         [ "$device" = cpu ] && checker=()
         # Without PyTorch's cache every tensor is an allocation of its own, whose bounds and bytes the tools know.
         step 180 "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${checker[@]}" "${run[@]}" kernels "${options[@]}"
     done
-    step 200 compress_time "${run[@]}" compress_time "${options[@]}"
+    chosen compress_time && step 200 compress_time "${run[@]}" compress_time "${options[@]}"
     finish
 }
 

@@ -32,6 +32,8 @@ TESTS = {
     "torchrun --nproc-per-node 8": "test_experiments.py::test_two_processes_measure_what_one_does",
     # On a CPU: its steps, by an interpreter that only pretends.
     "experiments/gpu_check.sh": "test_gpu_check.py::test_every_step_is_run_and_what_failed_is_told",
+    "DEVICE=cpu experiments/gpu_check.sh OUTPUT_FOLDER": "test_gpu_check.py::test_packages_that_are_missing",
+    "experiments/gpu_sanitise.sh": "test_gpu_check.py::test_compressions_and_the_second_script_are_rehearsed",
 }
 HERE = ("make demo", "make docs", "docs/figures.py")
 

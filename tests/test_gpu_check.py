@@ -86,7 +86,7 @@ def without(folder: Path, *packages: str) -> str:
     return str(folder)
 
 
-def test_nothing_is_needed_but_torch_triton_and_numpy(tmp_path: Path) -> None:
+def test_packages_that_are_missing(tmp_path: Path) -> None:
     hidden = without(tmp_path / "hidden", "scipy", "sklearn", "fastcluster", "tyro", "tqdm", "matplotlib", "pytest")
     done = run("gpu_check.sh", tmp_path / "out", PYTHONPATH=hidden, STEPS="machine smoke times neurons tests")
     found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
@@ -106,7 +106,7 @@ def test_compressions_and_the_second_script_are_rehearsed(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout
     checks = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["steps"]["compress"]
     assert len(checks) >= 12
-    done = run("gpu_sanitise.sh", tmp_path / "out")
+    done = run("gpu_sanitise.sh", tmp_path / "out", STEPS="memcheck compress_time")
     assert done.returncode == 0, done.stdout
     assert "all steps passed" in done.stdout
     assert len(list((tmp_path / "out").iterdir())) <= 8

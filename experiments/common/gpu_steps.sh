@@ -1,5 +1,5 @@
 # What gpu_check.sh and gpu_sanitise.sh share: steps with limits, and a path on which this checkout comes first.
-# Sourced, in the root of the checkout, with `output`, `python` and `budget` set.
+# Sourced, in the root of the checkout, with `output`, `python`, `budget` and `steps` set.
 
 failed=()
 
@@ -21,6 +21,10 @@ step() { # step SECONDS NAME COMMAND...: run a command with a time limit, and re
         *) failed+=("$name: exit status $status") ;;
     esac
     printf '=== %s: exit status %s after %s s\n' "$name" "$status" "$((SECONDS - start))"
+}
+
+chosen() { # chosen NAME: whether this step is to be run
+    [[ " $steps " == *" $1 "* ]]
 }
 
 finish() { # say what failed; the exit status

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import re
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import triton
@@ -83,27 +84,31 @@ KERNELS = [
 
 
 def main() -> None:
+    work = [(number, float_type) for number in range(len(KERNELS)) for float_type in DTYPES]
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        for rows in pool.map(compiled, work):
+            for row in rows:
+                print(json.dumps(row), flush=True)
+
+
+def compiled(work):
+    """A kernel in one type, for every GPU."""
+    number, float_type = work
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
-    for kernel, constants, options in KERNELS:
-        for float_type, dtype in DTYPES.items():
-            own = {
-                "CLOSE": products.close_share(dtype),
-                "EXACT": searching._EXACT[dtype],
-                "LARGEST": torch.finfo(dtype).max,
-            }
-            constants = constants | {name: value for name, value in own.items() if name in kernel.arg_names}
-            signature = {
-                name: "constexpr" if name in constants else KINDS[name].format(float=float_type)
-                for name in kernel.arg_names
-            }
-            pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if "*" in signature[n]}
-            for capability in CAPABILITIES:
-                row = {"kernel": kernel.__name__, "dtype": float_type, "sm": capability}
-                if "PANELS" in constants:
-                    row["products"] = "panels" if constants["PANELS"] else "tiles"
-                row |= compile_one(kernel, signature, constants, pointers, options, capability)
-                print(json.dumps(row), flush=True)
+    (kernel, constants, options), dtype, rows = KERNELS[number], DTYPES[float_type], []
+    own = {"CLOSE": products.close_share(dtype), "EXACT": searching._EXACT[dtype], "LARGEST": torch.finfo(dtype).max}
+    constants = constants | {name: value for name, value in own.items() if name in kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else KINDS[name].format(float=float_type) for name in kernel.arg_names
+    }
+    pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if "*" in signature[n]}
+    for capability in CAPABILITIES:
+        row = {"kernel": kernel.__name__, "dtype": float_type, "sm": capability}
+        if "PANELS" in constants:
+            row["products"] = "panels" if constants["PANELS"] else "tiles"
+        rows.append(row | compile_one(kernel, signature, constants, pointers, options, capability))
+    return rows
 
 
 def compile_one(kernel, signature, constants, attributes, options, capability):

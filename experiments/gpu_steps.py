@@ -8,6 +8,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 
@@ -19,9 +20,9 @@ def _bench(arguments: argparse.Namespace, device: torch.device) -> int:
     import bench_linkage
 
     options = bench_linkage.Options(
-        preset="quick" if arguments.small else arguments.preset,
+        preset=cast(bench_linkage.Preset, "quick" if arguments.small else arguments.preset),
         providers=("scipy", "fastcluster", "sklearn", "nac_gpu", "floor"),
-        device=device.type,
+        device=cast(Literal["cpu", "cuda"], device.type),
         results=arguments.output / f"linkage_{device.type}.json",
         seconds=4.0 if arguments.preset == "large" else 2.0,
         peer_limit=4096,

@@ -272,8 +272,8 @@ def _exact_where_close(
     dtype = points.dtype.element_ty
     count = tl.sum(tl.sum(close.to(tl.int32), axis=1), axis=0)
     if count > FEW:  # pyright: ignore[reportOperatorIssue]
-        some_row = tl.max(close.to(tl.int32), axis=1) > 0
-        some_column = tl.max(close.to(tl.int32), axis=0) > 0
+        some_row = tl.max(close.to(tl.int32), axis=1) > 0  # pyright: ignore[reportOperatorIssue]
+        some_column = tl.max(close.to(tl.int32), axis=0) > 0  # pyright: ignore[reportOperatorIssue]
         exact = tl.zeros((TILE, TILE), dtype)
         for k in range(0, d):
             row = tl.load(points + rows * d + k, mask=some_row, other=0.0)
@@ -288,7 +288,8 @@ def _exact_where_close(
         while count > 0:  # pyright: ignore[reportOperatorIssue]
             first = tl.min(tl.min(tl.where(close, place, TILE * TILE), axis=1), axis=0)
             row = points + tl.sum(tl.where(lane == first // TILE, rows, 0), axis=0) * d
-            column = points + tl.sum(tl.where(lane == first % TILE, columns, 0), axis=0) * d
+            own_column = lane == first % TILE  # pyright: ignore[reportOperatorIssue]
+            column = points + tl.sum(tl.where(own_column, columns, 0), axis=0) * d
             total = tl.zeros((DEPTH,), dtype)
             for start in range(0, d, DEPTH):
                 inside = start + depth < d
@@ -297,7 +298,7 @@ def _exact_where_close(
                 total += difference * difference
             block = tl.where(place == first, tl.sum(total, axis=0), block)
             close = close & (place != first)
-            count -= 1
+            count -= 1  # pyright: ignore[reportOperatorIssue]
     return block
 
 

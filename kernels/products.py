@@ -8,7 +8,7 @@ made before. The product of a tile is made by the program that needs it ("tiles"
 from __future__ import annotations  # without Triton there is no tl.constexpr
 
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def products(points: Tensor) -> Way:
 def _products_in_float64(device: torch.device) -> Way:
     x = torch.zeros(DEPTH, DEPTH, dtype=torch.float64, device=device)
     with on_device(x):
-        target = triton.runtime.driver.active.get_current_target()
+        target: Any = triton.runtime.driver.active.get_current_target()
         try:
             compiled = _product_kernel.warmup(x, x, SIDE=DEPTH, grid=(1,), num_warps=1, enable_fp_fusion=True)
         except triton.CompilationError:

@@ -201,8 +201,8 @@ def _search_kernel(
         nearest = tl.minimum(nearest, shortest)
     best = tl.where(nearest < EXACT * own_norm, -1.0, best)
     parts = tl.num_programs(0)
-    tl.store(cost + place * parts + part, best)
-    tl.store(slot + place * parts + part, best_slot)
+    tl.store(cost + place * parts + part, best, mask=row_inside)
+    tl.store(slot + place * parts + part, best_slot, mask=row_inside)
 
 
 @jit
@@ -246,5 +246,5 @@ def _exact_search_kernel(centroids, masses, rows, count, cost, slot, m, d, tiles
             block += difference * difference
         best, best_slot, _ = nearer(best, best_slot, block, masses, own, columns, row_inside, m)
     parts = tl.num_programs(0)
-    tl.store(cost + place * parts + part, best)
-    tl.store(slot + place * parts + part, best_slot)
+    tl.store(cost + place * parts + part, best, mask=row_inside)
+    tl.store(slot + place * parts + part, best_slot, mask=row_inside)

@@ -40,9 +40,9 @@ def _images(count: int, side: int = 32) -> Tensor:
 def _llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False))
+    sizes: dict[str, Any] = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False))
 
 
 def _tokens(count: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.distributed import ALONE, Ranks
-from nac_gpu.forward import ExampleInputs, call, evaluating
+from nac_gpu.forward import ExampleInputs, call, evaluating, sent
 from nac_gpu.groups import Group, Member
 
 Batches = Sequence[ExampleInputs]
@@ -68,7 +68,7 @@ def samples(module: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
         index: int64 [n, m], where each neuron's channels are; each of the m gives samples of its own.
     """
     channels = by_channel(module, inputs).flatten(0, -2)
-    return channels[:, index.to(inputs.device)].transpose(1, 2).flatten(0, 1)
+    return channels[:, sent(index, inputs.device)].transpose(1, 2).flatten(0, 1)
 
 
 # Of the mean of a Gram matrix's diagonal: what rounding may take from it, and more where that is not enough.
@@ -279,7 +279,7 @@ def _root(gram: Tensor) -> Tensor:
 
 def outgoing(weight: Tensor, member: Member) -> Tensor:
     """The columns of a weight that read each neuron: [n, m, ...]."""
-    return weight.movedim(member.dim, 0)[member.index.to(weight.device)]
+    return weight.movedim(member.dim, 0)[sent(member.index, weight.device)]
 
 
 def observe(

@@ -38,7 +38,8 @@ def error_curve(cut: Callable[[int], Tensor], size: int, activity: Activity) -> 
         size: number n of neurons.
         activity: how they are read.
     """
-    curve = {}
+    curve: dict[int, float] = {}
+    found: dict[int, Tensor] = {}
     for kept in widths_to_try(size, 2**0.25 if size <= 1024 else 2**0.5):
         if kept == size:
             curve[kept] = 0.0
@@ -50,25 +51,29 @@ def error_curve(cut: Callable[[int], Tensor], size: int, activity: Activity) -> 
             _left(covariance, gain, summing, means)
             for covariance, gain in zip(activity.covariances, activity.gains, strict=True)
         ]
-        curve[kept] = sum(errors) / len(errors)
-    return curve
+        found[kept] = torch.stack(errors)
+    if found:  # the host waits for a device once
+        rows = torch.stack([*found.values()]).tolist()
+        assert all(math.isfinite(error) for row in rows for error in row), "covariances are finite, and damped"
+        curve |= {kept: sum(row) / len(row) for kept, row in zip(found, rows, strict=True)}
+    return dict(sorted(curve.items()))
 
 
-def _left(covariance: Tensor, gain: Tensor, summing: Tensor, means: Tensor) -> float:
-    """The share of the variance of what a reader makes that is lost."""
-    whole = float((covariance * gain).sum())
-    if not whole > 0:
-        return 0.0
+def _left(covariance: Tensor, gain: Tensor, summing: Tensor, means: Tensor) -> Tensor:
+    """The share of the variance of what a reader makes that is lost, a scalar."""
+    whole = (covariance * gain).sum()
     crossed = means.T @ covariance  # [k, n]
     merged = crossed @ means  # [k, k]
     missing = crossed - merged @ summing.T
-    level = float(merged.diagonal().mean())
     unit = torch.eye(len(merged), dtype=merged.dtype, device=merged.device)
-    damped = merged + max(RIDGE_NEURONS * level, 1e-30) * unit
-    back = summing + torch.cholesky_solve(missing, torch.linalg.cholesky(damped)).T  # [n, k]
+    damped = merged + (RIDGE_NEURONS * merged.diagonal().mean()).clamp_min(1e-30) * unit
+    factor, failed = torch.linalg.cholesky_ex(damped)  # which does not wait to see whether it failed
+    back = summing + torch.cholesky_solve(missing, factor).T  # [n, k]
     mixed = back @ crossed
     left = covariance - mixed - mixed.T + back @ merged @ back.T
-    return min(max(float((left * gain).sum()) / whole, 0.0), _MOST)
+    some = whole > 0
+    share = ((left * gain).sum() / torch.where(some, whole, 1)).clamp(0.0, _MOST)
+    return torch.where(some, torch.where(failed == 0, share, torch.nan), 0.0)
 
 
 def inertia_curve(tree: Dendrogram) -> Curve:

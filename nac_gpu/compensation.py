@@ -35,7 +35,7 @@ from nac_gpu.activations import (
     samples,
 )
 from nac_gpu.distributed import ALONE, Ranks
-from nac_gpu.forward import ExampleInputs, evaluating
+from nac_gpu.forward import ExampleInputs, evaluating, sent
 from nac_gpu.groups import Graph, Group
 from nac_gpu.merge import Merger
 from nac_gpu.rebuild import rebuild, tensors
@@ -168,7 +168,7 @@ class Compensator:
         member = sums.reading.member
         changed = state[weight].clone()
         view = changed.movedim(member.dim, 0)
-        places = member.index[sums.assigned.first].to(view.device)
+        places = sent(member.index[sums.assigned.first], view.device)
         view[places] = (view[places].to(columns.dtype) + columns).to(view.dtype)
         state[weight] = changed
         if target is not None:
@@ -218,9 +218,9 @@ class _Sums:
         self.reading, self.assigned, self._module = reading, assigned, module
         self._whole = outgoing(weight, reading.member)  # [n, m, ...]
         self._merged = outgoing(merged[reading.member.tensor], reading.member)[assigned.first]  # [k, m, ...]
-        self._index = reading.member.index.to(weight.device)
+        self._index = sent(reading.member.index, weight.device)
         self._first = self._index[assigned.first]
-        self._summing = assigned.summing.to(weight.device)
+        self._summing = sent(assigned.summing, weight.device)
         self.total = _Terms()
         self._several = self._whole[0].numel() > self._outputs(self._whole).shape[0]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -88,12 +89,14 @@ def evaluating(model: nn.Module, *, auxiliary: bool = False, fused: bool = False
 def in_small_operations(model: nn.Module) -> Iterator[None]:
     """Attention and LSTM as the matrix products that they are, not as one operation."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    on_cuda = device_of(model).type == "cuda"
     before = torch._C._get_mkldnn_enabled(), torch.backends.cudnn.enabled
     try:
         if recurrent:
             torch._C._set_mkldnn_enabled(False)
             torch.backends.cudnn.enabled = False
-        with sdpa_kernel(SDPBackend.MATH):
+        plain = enable_python_dispatcher() if recurrent and on_cuda else contextlib.nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), plain:
             yield
     finally:
         torch._C._set_mkldnn_enabled(before[0])
@@ -101,8 +104,10 @@ def in_small_operations(model: nn.Module) -> Iterator[None]:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on a device; the host does not wait until it is there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """The tensor on a device; a host whose tensor goes to a GPU does not wait until it is there."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and tensor.numel():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nac_gpu.deferred import after, loaded
+from nac_gpu.forward import sent
 from nac_gpu.groups import Group, Member, Norm, Producer
 from nac_gpu.neurons import norm_scale, working_dtype
 from nac_gpu.rebuild import selected
@@ -92,7 +93,7 @@ class Merger:
         if bool((home < 0).any()):
             removed = member.index[home < 0].flatten()
             self.state[member.tensor] = after(
-                self.state[member.tensor], lambda values: values.index_fill(member.dim, removed.to(values.device), 0)
+                self.state[member.tensor], lambda values: values.index_fill(member.dim, sent(removed, values.device), 0)
             )
         kept = torch.zeros(tensor.shape[member.dim], dtype=torch.bool)
         kept[target] = True
@@ -115,11 +116,10 @@ class Merger:
         weight = self.state[producer.member.tensor]
         size = weight.shape[producer.member.dim]
         like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)
-        source, target = (index.to(weight.device) for index in _spread(producer.member.index, home))
+        source, target = (sent(index, weight.device) for index in _spread(producer.member.index, home))
         part = torch.zeros(size, dtype=like.dtype, device=weight.device)
-        part[producer.member.index.flatten().to(weight.device)] = share.repeat_interleave(
-            producer.member.index.shape[1]
-        ).to(part)
+        repeated = share.repeat_interleave(producer.member.index.shape[1])
+        part[sent(producer.member.index.flatten(), weight.device)] = sent(repeated, weight.device).to(part.dtype)
 
         def total(values: Tensor) -> Tensor:
             return add_rows(torch.zeros_like(values), 0, target, values[source])
@@ -169,9 +169,10 @@ class Merger:
         member = next(m for m in group.members if m.tensor == norm.weight)
         weight = self.state[norm.weight]
         like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)
-        source, target = (index.to(weight.device) for index in _spread(member.index, home))
+        source, target = (sent(index, weight.device) for index in _spread(member.index, home))
         part = torch.zeros(len(weight), dtype=like.dtype, device=weight.device)
-        part[member.index.flatten().to(weight.device)] = share.repeat_interleave(member.index.shape[1]).to(part)
+        repeated = share.repeat_interleave(member.index.shape[1])
+        part[sent(member.index.flatten(), weight.device)] = sent(repeated, weight.device).to(part.dtype)
 
         def total(values: Tensor) -> Tensor:
             return add_rows(torch.zeros_like(values), 0, target, values[source])
@@ -219,11 +220,11 @@ def _combine(tensor: Tensor, dim: int, source: Tensor, target: Tensor, factor: T
     """Along one dimension, every cluster's position gets the sum of its members times their factors."""
 
     def combined(tensor: Tensor) -> Tensor:
-        read, written = source.to(tensor.device), target.to(tensor.device)
+        read, written = sent(source, tensor.device), sent(target, tensor.device)
         work = tensor.to(working_dtype(tensor))
         shape = [1] * tensor.ndim
         shape[dim] = len(read)
-        parts = work.index_select(dim, read) * factor.to(work)[read].reshape(shape)
+        parts = work.index_select(dim, read) * sent(factor, work.device).to(work.dtype)[read].reshape(shape)
         merged = add_rows(work.clone().index_fill_(dim, read, 0), dim, written, parts)
         return merged.to(tensor.dtype)
 

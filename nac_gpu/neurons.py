@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nac_gpu.forward import sent
 from nac_gpu.groups import Group, Norm, Producer
 
 
@@ -15,7 +16,7 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
 
 def rows(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     """What a tensor holds for each neuron, flattened: [n, values], for positions `index` int64 [n, m] along `dim`."""
-    values = tensor.movedim(dim, 0)[index.to(tensor.device)]
+    values = tensor.movedim(dim, 0)[sent(index, tensor.device)]
     return values.reshape(len(index), -1).to(working_dtype(tensor))
 
 
@@ -61,7 +62,7 @@ def neuron_vectors(state: Mapping[str, Tensor], group: Group, *, fold: bool = Tr
 
 def _producer_vectors(state: Mapping[str, Tensor], producer: Producer, fold: bool) -> Tensor:
     weights = rows(state[producer.member.tensor], producer.member.dim, producer.member.index)
-    index = producer.member.index.to(weights.device)
+    index = sent(producer.member.index, weights.device)
     n, positions = index.shape
     size = state[producer.member.tensor].shape[producer.member.dim]
     bias = None

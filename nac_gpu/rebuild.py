@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from nac_gpu.forward import sent
 from nac_gpu.sizes import Attributes, set_sizes
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -22,7 +23,7 @@ def selected(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
 
     A network in channels_last that became smaller is to be as quick as one.
     """
-    small = tensor.index_select(dim, kept.nonzero().flatten().to(tensor.device))
+    small = tensor.index_select(dim, sent(kept.nonzero().flatten(), tensor.device))
     layout = _CHANNELS_LAST.get(tensor.ndim)
     if layout is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout):
         small = small.contiguous(memory_format=layout)

@@ -23,6 +23,7 @@ from nac_gpu.forward import (
     evaluating,
     flop_counter,
     in_small_operations,
+    sent,
     tensors_in,
     without_tf32,
 )
@@ -52,7 +53,7 @@ def copy_neurons(state: Mapping[str, Tensor], group: Group, labels: Tensor) -> d
             read = torch.arange(state[member.tensor].shape[member.dim])
             read[member.index.flatten()] = member.index[home].flatten()
             copies[member.tensor] = copies[member.tensor].index_select(
-                member.dim, read.to(copies[member.tensor].device)
+                member.dim, sent(read, copies[member.tensor].device)
             )
     return copies
 
@@ -153,7 +154,7 @@ def _moved(old: Tensor, dim: int, moves: Sequence[tuple[Tensor, Tensor, bool]]) 
     new = selected(old, dim, kept)
     for source, target, added in moves:
         if added:
-            add_rows(new, dim, place[target].to(old.device), old.index_select(dim, source.to(old.device)))
+            add_rows(new, dim, sent(place[target], old.device), old.index_select(dim, sent(source, old.device)))
     return new
 
 

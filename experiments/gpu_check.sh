@@ -14,15 +14,8 @@
 # LIMIT    seconds for any one step (each has its own)
 # STEPS    which steps, by name (all)
 set -uo pipefail
-output=$(realpath -m "${1:-$(dirname "$0")/results/gpu}")
-cd "$(dirname "$0")/.." || exit
-mkdir -p "$output" || exit
-
-python=${PYTHON:-python3}
-device=${DEVICE:-cuda}
-budget=${BUDGET:-570}
 steps=${STEPS:-machine smoke times neurons vgg16 tests compress default large}
-. experiments/common/gpu_steps.sh
+. "$(dirname "$0")/common/gpu_steps.sh"
 
 run=("$python" experiments/gpu_steps.py)
 options=(--output "$output" --device "$device")

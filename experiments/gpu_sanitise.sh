@@ -9,15 +9,8 @@
 # PYTHON, DEVICE, BUDGET, LIMIT as in gpu_check.sh; on a CPU the kernels are run without the checkers.
 # STEPS    which steps, by name (memcheck initcheck compress_time)
 set -uo pipefail
-output=$(realpath -m "${1:-$(dirname "$0")/results/gpu}")
-cd "$(dirname "$0")/.." || exit
-mkdir -p "$output" || exit
-
-python=${PYTHON:-python3}
-device=${DEVICE:-cuda}
-budget=${BUDGET:-570}
 steps=${STEPS:-memcheck initcheck compress_time}
-. experiments/common/gpu_steps.sh
+. "$(dirname "$0")/common/gpu_steps.sh"
 
 run=("$python" experiments/gpu_steps.py)
 options=(--output "$output" --device "$device")

@@ -70,6 +70,15 @@ def seed_centres_torch(distances: Tensor, masses: Tensor, draws: Tensor) -> Tens
 
 
 @jit
+def _share(masses, scratch, points, n, i):
+    """In proportion to what points are drawn as centre i: their mass, and behind the first the distance in `scratch`."""
+    share = tl.load(masses + points, mask=points < n, other=0.0)
+    if i > 0:
+        share *= tl.load(scratch + points, mask=points < n, other=0.0)
+    return share
+
+
+@jit
 def _seed_kernel(
     distances,
     masses,
@@ -92,11 +101,7 @@ def _seed_kernel(
     for i in range(0, k):
         total = tl.sum(none, axis=0)
         for first in range(0, n, COLUMNS):
-            points = first + lane
-            share = tl.load(masses + points, mask=points < n, other=0.0)
-            if i > 0:
-                share *= tl.load(scratch + points, mask=points < n, other=0.0)
-            total += tl.sum(share, axis=0)
+            total += tl.sum(_share(masses, scratch, first + lane, n, i), axis=0)
         goal = tl.load(draws + i * candidates + candidate, mask=candidate < candidates, other=0.0) * total
 
         # How many points are passed before the cumulative share is above the goal: that is who is drawn.
@@ -104,9 +109,7 @@ def _seed_kernel(
         total = tl.sum(none, axis=0)
         for first in range(0, n, COLUMNS):
             points = first + lane
-            share = tl.load(masses + points, mask=points < n, other=0.0)
-            if i > 0:
-                share *= tl.load(scratch + points, mask=points < n, other=0.0)
+            share = _share(masses, scratch, points, n, i)
             cumulative = total + tl.cumsum(share, axis=0)
             passed = (cumulative[None, :] <= goal[:, None]) & (points[None, :] < n)
             drawn += tl.sum(passed.to(tl.int64), axis=1)

@@ -71,10 +71,6 @@ def samples(module: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
     return channels[:, sent(index, inputs.device)].transpose(1, 2).flatten(0, 1)
 
 
-# Of the mean of a Gram matrix's diagonal: what rounding may take from it, and more where that is not enough.
-_TRIFLES = (1e-14, 1e-12, 1e-10)
-
-
 class Moments:
     """Means and covariance of samples `a` and `b`, summed up in float64 around the mean of the first ones.
 
@@ -262,11 +258,15 @@ class Activity:
         return _root(similar), self.masses()
 
 
+# Of the mean of a Gram matrix's diagonal: what rounding may take from it, and more where that is not enough.
+_TRIFLES = (1e-14, 1e-12, 1e-10)
+
+
 def _root(gram: Tensor) -> Tensor:
     """Points with these inner products: [n, n].
 
-    A Cholesky factor: a GPU makes it in a hundredth of the time of eigenvectors. Where the matrix has not full rank, a
-    trifle on its diagonal moves all points apart alike.
+    A Cholesky factor, which takes far fewer operations than eigenvectors. Where the matrix has not full rank, a trifle
+    on its diagonal moves all points apart alike.
     """
     unit = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for trifle in _TRIFLES:

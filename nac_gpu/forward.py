@@ -95,6 +95,7 @@ def in_small_operations(model: nn.Module) -> Iterator[None]:
         if recurrent:
             torch._C._set_mkldnn_enabled(False)
             torch.backends.cudnn.enabled = False
+        # Without cuDNN, CUDA still runs a recurrent step as one operation; PyTorch's code in Python does not.
         plain = enable_python_dispatcher() if recurrent and on_cuda else contextlib.nullcontext()
         with sdpa_kernel(SDPBackend.MATH), plain:
             yield

@@ -186,8 +186,8 @@ def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorith
         return algorithm
     free = _free_bytes(flat.device)
     searching_is_cheaper = flat.device.type == "cpu" and d <= _FEW_DIMENSIONS
-    copy = n * padded_width(d) * flat.element_size()
-    copy_for_matrix = copy if flat.is_cuda and d < padded_width(d) else 0
+    copy = n * _width(d, flat) * flat.element_size()
+    copy_for_matrix = copy if d < _width(d, flat) else 0
     if _matrix_bytes(n, flat) + copy_for_matrix <= 0.9 * free and not searching_is_cheaper:
         return "resident"
     # Another copy of the points, partial results of a search, the matrix at the end.
@@ -198,6 +198,11 @@ def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorith
             f"and {free / 2**30:.1f} GiB are free; use another device, or fewer points"
         )
     return "matrix-free"
+
+
+def _width(d: int, like: Tensor) -> int:
+    """How many numbers a point of d dimensions takes where its products are made."""
+    return padded_width(d) if uses_triton(like) else d
 
 
 def _matrix_bytes(n: int, like: Tensor) -> int:
@@ -242,8 +247,8 @@ def _matrix_free(points: Tensor, masses: Tensor) -> Merges:
     """All merges: rounds on the centroids until the matrix of costs is small, then rounds on that."""
     n, d = points.shape
     enough = _enough_for_matrix(n, d)
-    wide = padded_width(d) if uses_triton(points) else d  # padded once, not for each search
-    centroids, clusters = torch.nn.functional.pad(points, (0, wide - d)), Clusters.of_points(masses)
+    # Padded once, not for each search.
+    centroids, clusters = torch.nn.functional.pad(points, (0, _width(d, points) - d)), Clusters.of_points(masses)
     stale = torch.ones_like(masses, dtype=torch.bool)
     count, most = _Count(), n
     while most > enough:

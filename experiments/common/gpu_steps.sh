@@ -1,6 +1,13 @@
 # What gpu_check.sh and gpu_sanitise.sh share: steps with limits, and a path on which this checkout comes first.
-# Sourced, in the root of the checkout, with `output`, `python`, `budget` and `steps` set.
+# Sourced with `steps` set and the script's own argument; goes to the root of the checkout.
 
+output=$(realpath -m "${1:-$(dirname "$0")/results/gpu}")
+cd "$(dirname "$0")/.." || exit
+mkdir -p "$output" || exit
+
+python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
+budget=${BUDGET:-570}
 failed=()
 
 step() { # step SECONDS NAME COMMAND...: run a command with a time limit, and remember whether it failed

@@ -71,7 +71,7 @@ def seed_centres_torch(distances: Tensor, masses: Tensor, draws: Tensor) -> Tens
 
 @jit
 def _share(masses, scratch, points, n, i):
-    """In proportion to what points are drawn as centre i: their mass, and behind the first the distance in `scratch`."""
+    """In proportion to what points are drawn as centre i: their mass, behind the first times the distance so far."""
     share = tl.load(masses + points, mask=points < n, other=0.0)
     if i > 0:
         share *= tl.load(scratch + points, mask=points < n, other=0.0)

@@ -146,9 +146,8 @@ def _finish_kernel(
         tl.store(merge_round + gone, round_number, mask=upper)
         tl.store(merge_size + gone, members, mask=upper)
         tl.debug_barrier()
-        alive = tl.where(
-            pairs > 0, alive - pairs, 0
-        )  # no pair at all: costs are not numbers; better to end than to hang
+        # Without a pair costs are not numbers: end, do not hang.
+        alive = tl.where(pairs > 0, alive - pairs, 0)
         round_number += 1
         _search(costs, m, stale, slots, masses, nearest, nearest_cost, listed, ROWS, COLUMNS)
         tl.debug_barrier()

@@ -10,16 +10,16 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from scipy.cluster.hierarchy import dendrogram, set_link_color_palette
 
-from nac_gpu.evidence import gather
-from nac_gpu.plan import prepare
-from nac_gpu.widths import Wanted
+from nac_gpu.planning.prepare import plan_for
+from nac_gpu.planning.request import Request
+from nac_gpu.planning.taking import take
 
 HERE = Path(__file__).parent
 KEPT = 16
 
 
 def tutorial() -> dict[str, Any]:
-    """The names that the tutorial's first lines define: a trained `model`, `images`, and more."""
+    """The names that the tutorial's first block of code defines: a trained `model`, `images`, and more."""
     first = re.findall(r"```python\n(.*?)```", (HERE / "tutorial.md").read_text(encoding="utf-8"), re.DOTALL)[0]
     names: dict[str, Any] = {"__name__": "tutorial"}
     exec(first, names)
@@ -27,11 +27,12 @@ def tutorial() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Draw the dendrogram of the first layer, and what cutting costs in every layer."""
+    """Draw the dendrogram of the first layer, and the error of each layer by the number of neurons kept."""
     names = tutorial()
     model, images = names["model"].eval(), names["images"]
-    prepared = prepare(model, images[:1], Wanted(width=0.5))
-    evidence = gather(model, images[:1], prepared.groups, list(images[:512].split(128)))
+    request = Request(width=0.5, calibration=list(images[:512].split(128)))
+    prepared = plan_for(take(model, images[:1]), request)
+    evidence = prepared.known(request)
     tree = evidence.tree(prepared.groups[0])
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(3, 2))
     merges = tree.to_scipy()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import nac_gpu as nac
 from common.results import Results
-from nac_gpu.report.text import table
+from nac_gpu.reporting.text import table
 
 MODELS = """alexnet vgg11 vgg16_bn vgg19_bn resnet18 resnet34 resnet50 resnext50_32x4d wide_resnet50_2 densenet121
 densenet169 squeezenet1_1 mobilenet_v2 mobilenet_v3_large mnasnet1_0 efficientnet_b0 regnet_y_400mf regnet_x_800mf

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import nac_gpu as nac
-import vgg_cifar
 from common.data import DatasetName, load, normalise, statistics
 from common.models import Network
 from common.results import Measured, Results, mean_sd
 from common.training import Precision
-from nac_gpu.report.text import table
-from nac_gpu.timing import Spread, spread
+from common.vgg import Run, Training
+from nac_gpu.network.timing import Spread, spread
+from nac_gpu.reporting.text import table
 
 
 @dataclass
@@ -131,12 +131,12 @@ class Combination:
     """One seed: the networks, and their files."""
 
     options: Options
-    training: vgg_cifar.Run
+    run: Run
     folder: Path
 
     def __post_init__(self) -> None:
         """Train, and make the two networks."""
-        run, options = self.training, self.options
+        run, options = self.run, self.options
         model = run.baseline().float()
         self.model = model.to("cpu", memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         self.example = torch.zeros(1, *run.train.pixels.shape[1:])
@@ -172,7 +172,7 @@ class Combination:
         found = session(path)
         wrong = sum(
             int((run(found, inputs).argmax(1) != labels.numpy()).sum())
-            for inputs, labels in zip(self.test.split(500), self.training.test.labels.split(500), strict=True)
+            for inputs, labels in zip(self.test.split(500), self.run.test.labels.split(500), strict=True)
         )
         return {
             "parameters": nac.cost(self.network(name, stage), self.example).parameters,
@@ -219,7 +219,7 @@ def main(options: Options) -> None:
     """Run every seed, print the table, write the JSON."""
     precision = Precision.best("cpu")
     train, test = load(options.dataset, options.data, options.download)
-    trained = vgg_cifar.Options(
+    trained = Training(
         dataset=options.dataset,
         network=options.network,
         multiplier=options.multiplier,
@@ -233,13 +233,13 @@ def main(options: Options) -> None:
         name: getattr(options, name)
         for name in ("dataset", "network", "multiplier", "share", "finetune_epochs", "zeros", "images", "seconds")
     }
-    configuration["training"] = asdict(vgg_cifar.recipe(trained))
+    configuration["training"] = asdict(trained.recipe)
     results = Results(path, configuration, precision.device)
     names = [name + stage for name in ("original", "merged") for stage in STAGES]
     for seed in options.seeds:
         if set(names) <= set(results.seeds.get(str(seed), {}).get("rows", ())):
             continue
-        run = vgg_cifar.Run(trained, seed, train, test, precision, results)
+        run = Run(trained, seed, train, test, precision)
         made = Combination(options, run, options.output / f"seed{seed}")
         for name in ("original", "merged"):
             for stage in STAGES:

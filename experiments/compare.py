@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import nac_gpu as nac
-import vgg_cifar
 from common.data import DatasetName, load
 from common.models import Network
 from common.peers import global_sparse_momentum, magnitude_pruned, nonzero, slimmed, torch_pruned
 from common.results import Measured, Results, mean_sd
 from common.training import Precision
-from nac_gpu.report.text import table
+from common.vgg import Run, Training
+from nac_gpu.reporting.text import table
 
 TUNED = ", fine-tuned"
 
@@ -86,31 +86,15 @@ class Options:
 #: the data-free budget, or the rule's own budget; `flops`: no more FLOPs than with the same share of every layer.
 RULES: dict[str, dict[str, Any]] = {
     "random": {"widths": "share", "method": "random", "rule": "restored", "calibration": "none"},
-    "L1 filters": {
-        "widths": "share",
-        "method": vgg_cifar.l1_filters,
-        "neurons": "weights",
-        "rule": "restored",
-        "calibration": "none",
-    },
+    "L1 filters": {"widths": "share", "method": "l1", "rule": "restored", "calibration": "none"},
     "k-means, Eq. 9": {"widths": "share", "method": "kmeans", "rule": "centroid", "calibration": "none"},
     "Ward, Eq. 9": {"widths": "share", "rule": "centroid", "calibration": "none"},
     "Ward, restored": {"widths": "share", "rule": "restored", "calibration": "none"},
     "folding (k-means, restored)": {"widths": "share", "method": "kmeans", "rule": "restored", "calibration": "none"},
-    "L1 filters, chosen widths": {
-        "widths": "chosen",
-        "method": vgg_cifar.l1_filters,
-        "neurons": "weights",
-        "rule": "restored",
-        "calibration": "none",
-    },
+    "L1 filters, chosen widths": {"widths": "chosen", "method": "l1", "rule": "restored", "calibration": "none"},
     "Ward, restored, chosen widths": {"widths": "chosen", "rule": "restored", "calibration": "none"},
     "Ward, dreams, same share": {"widths": "share"},
-    "L1 filters, dreams, chosen widths": {
-        "widths": "chosen",
-        "method": vgg_cifar.l1_filters,
-        "neurons": "weights",
-    },
+    "L1 filters, dreams, chosen widths": {"widths": "chosen", "method": "l1"},
     "k-means, dreams, chosen widths": {"widths": "chosen", "method": "kmeans"},
     "Ward by weights, dreams, chosen widths": {"widths": "chosen", "neurons": "folded"},
     "Ward, dreams, not refined": {"widths": "own", "refine": 0},
@@ -167,7 +151,7 @@ def uniform(model: nn.Module, example: Tensor, share: float) -> nac.Plan:
 class Comparison:
     """One seed: a trained network, and the plans that rules share."""
 
-    run: vgg_cifar.Run
+    run: Run
     model: nn.Module
     example: Tensor
     images: nac.Calibration
@@ -222,7 +206,7 @@ class Comparison:
         if rule == GSM:
             return self.measured(self.sparsely_trained(share, file))
         if rule == STAGED:
-            whole = self.run.options.finetune_epochs
+            whole = self.run.training.finetune_epochs
             parts = iter((whole // 2, whole - whole // 2))
 
             def tuned(small: nn.Module, stage: int) -> nn.Module:
@@ -247,7 +231,7 @@ class Comparison:
     def sparsely_trained(self, share: float, name: str) -> nn.Module:
         """The network after GSM's training, as long as others are fine-tuned, without its smallest weights."""
         model = copy.deepcopy(self.model)
-        tuning = vgg_cifar.finetune_recipe(self.run.options)
+        tuning = self.run.training.finetuning
         rate = tuning.learning_rate * (1 - _GSM_MOMENTUM) / (1 - tuning.momentum)
         recipe = replace(tuning, momentum=_GSM_MOMENTUM, learning_rate=rate)
         with global_sparse_momentum(model, share):
@@ -260,7 +244,7 @@ def row(rule: str, share: float) -> str:
     return f"{rule} @ {share:g}"
 
 
-def measure(options: Options, seed: int, results: Results, make: Callable[[int], vgg_cifar.Run]) -> None:
+def measure(options: Options, seed: int, results: Results, make: Callable[[int], Run]) -> None:
     """Every rule at every size, for one seed."""
     run = make(seed)
     model = run.baseline().float()
@@ -329,7 +313,7 @@ def main(options: Options) -> None:
     """Run every seed, print the table, write the JSON and the picture."""
     precision = Precision.best(options.device)
     train, test = load(options.dataset, options.data, options.download)
-    trained = vgg_cifar.Options(
+    trained = Training(
         dataset=options.dataset,
         network=options.network,
         multiplier=options.multiplier,
@@ -347,14 +331,14 @@ def main(options: Options) -> None:
         "network": options.network,
         "multiplier": options.multiplier,
         "images": options.images,
-        "training": asdict(vgg_cifar.recipe(trained)),
+        "training": asdict(trained.recipe),
         "arithmetic": "bfloat16 autocast" if precision.bfloat16 else "float32",
     }
     if options.finetune_epochs:
-        configuration["fine-tuning"] = vgg_cifar.told_finetuning(trained)
+        configuration["fine-tuning"] = trained.told_finetuning()
     results = Results(path, configuration, precision.device)
     for seed in options.seeds:
-        measure(options, seed, results, lambda s: vgg_cifar.Run(trained, s, train, test, precision, results))
+        measure(options, seed, results, lambda s: Run(trained, s, train, test, precision))
     print(f"\n{show(results, options.shares)}\n")
     if options.finetune_epochs:
         print(f"fine-tuned:\n{show(results, options.shares, TUNED)}\n")

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 import nac_gpu as nac
-import vgg_cifar
 from common.data import Images, statistics
 from common.models import NETWORKS, Network
 from common.results import Results
 from common.training import Augmented, Precision
-from nac_gpu.report.text import table
+from common.vgg import Training
+from nac_gpu.reporting.text import table
 
 _EPOCH = 50_000  # images
 _BATCH = 128  # of calibration
@@ -87,7 +87,7 @@ def measure(name: Network, options: Options, precision: Precision) -> dict[str, 
 
 def _epoch(model: torch.nn.Module, steps: int, precision: Precision) -> float:
     """Seconds of an epoch, from some steps of it; what the first step needs once is not in it."""
-    recipe = vgg_cifar.recipe(vgg_cifar.Options(epochs=2))
+    recipe = Training(epochs=2).recipe
     count = steps * recipe.batch_size
     pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
     train = Images(pixels, torch.arange(count) % 10, 10).to(precision.device)

@@ -18,9 +18,10 @@ from common.runner import Check, Runner
 def _bench(arguments: argparse.Namespace, device: torch.device) -> int:
     """A preset of bench_linkage.py. SciPy takes long at thousands of dimensions: what was slow is not run again."""
     import bench_linkage
+    from common.workloads import Preset
 
     options = bench_linkage.Options(
-        preset=cast(bench_linkage.Preset, "quick" if arguments.small else arguments.preset),
+        preset=cast(Preset, "quick" if arguments.small else arguments.preset),
         providers=("scipy", "fastcluster", "sklearn", "nac_gpu", "floor"),
         device=cast(Literal["cpu", "cuda"], device.type),
         results=arguments.output / f"linkage_{device.type}.json",

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 import nac_gpu as nac
 from common.results import write_json
-from nac_gpu.report.machine import environment
-from nac_gpu.report.text import table
-from nac_gpu.timing import timings
+from nac_gpu.network.machine import environment
+from nac_gpu.network.timing import timings
+from nac_gpu.reporting.text import table
 
 
 @dataclass

@@ -35,7 +35,7 @@ from common.plan_time import plan_time, printed_times
 from common.results import environment, write_json
 from common.zoo_measure import Row, compression, peer
 from common.zoo_models import SUITES, case, images, installed
-from nac_gpu.report.text import table
+from nac_gpu.reporting.text import table
 
 PACKAGES = ("torchvision", "timm", "transformers", "torch-pruning")
 IDENTITY = 1e-8

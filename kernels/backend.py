@@ -39,7 +39,7 @@ def jit(function: Any) -> Any:
 _kept: dict[tuple[object, ...], tuple[Any, list[Any]]] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | tuple[Tensor, ...] | int, **options: Any) -> None:
     """Launch a kernel. What was compiled once is launched again without asking Triton what the arguments are.
 
     `kernel[grid](...)` looks at every argument anew, which takes as long as a small kernel runs; to launch one that is
@@ -48,8 +48,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **optio
     Args:
         kernel: what `jit` made.
         grid: number of programs, in up to three dimensions.
-        arguments: tensors on the current device, the first of the dtype that all floating ones have, and whole numbers;
-            all that are not constants.
+        arguments: tensors on the current device, named tuples of them, and whole numbers; all that are not constants.
+            The first tensor has the dtype that all floating ones have. Numbers stay out of the tuples: Triton knows
+            those that it need not compile anew for by the names of a kernel's parameters.
         options: the kernel's constants, which are its last parameters, and Triton's options for compiling it.
     """
     if not isinstance(kernel, triton.JITFunction):  # it is interpreted
@@ -61,9 +62,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **optio
     for argument in arguments:
         if isinstance(argument, int):
             numbers.append((argument == 1, argument % 16 == 0, argument > 0x7FFFFFFF))
+        elif isinstance(argument, tuple):
+            for tensor in argument:
+                addresses |= tensor.data_ptr()
         else:
             addresses |= argument.data_ptr()
-    first = arguments[0]
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
     if addresses % 16 or not isinstance(first, Tensor):
         kernel[grid](*arguments, **options)
         return

@@ -28,10 +28,10 @@ def merge_centroids(centroids: Tensor, clusters: Clusters) -> None:
         _merge_centroids_kernel,
         (m,),
         centroids,
-        *clusters.fields(),
+        clusters.fields(),
         masses,
         clusters.alive,
-        *clusters.merges.fields(),
+        clusters.merges,
         d,
         clusters.rounds,
         DIMENSIONS=_DIMENSIONS,
@@ -52,47 +52,15 @@ def merge_centroids_torch(centroids: Tensor, clusters: Clusters) -> None:
 
 @jit
 def _merge_centroids_kernel(
-    centroids,
-    masses,
-    nearest,
-    nearest_cost,
-    made_at,
-    point,
-    size,
-    masses_after,
-    alive,
-    partner,
-    merge_cost,
-    merge_round,
-    merge_size,
-    d,
-    round_number,
-    DIMENSIONS: tl.constexpr,
+    centroids, clusters, masses_after, alive, merges, d, round_number, DIMENSIONS: tl.constexpr
 ):
     """A program a slot."""
     slot = tl.program_id(0).to(tl.int64)
-    near = tl.load(nearest + slot)
-    mass = tl.load(masses + slot)
-    mass_near = tl.load(masses + near)
-    merges = join(
-        slot,
-        near,
-        mass,
-        mass_near,
-        nearest,
-        nearest_cost,
-        made_at,
-        point,
-        size,
-        masses_after,
-        alive,
-        partner,
-        merge_cost,
-        merge_round,
-        merge_size,
-        round_number,
-    )
-    if merges == 0:
+    near = tl.load(clusters.nearest + slot)
+    mass = tl.load(clusters.masses + slot)
+    mass_near = tl.load(clusters.masses + near)
+    grows = join(slot, near, mass, mass_near, clusters, masses_after, alive, merges, round_number)
+    if grows == 0:
         return
     share = mass / (mass + mass_near)
     for start in range(0, d, DIMENSIONS):

@@ -1,13 +1,13 @@
 """A linkage under way: the clusters there are now, and the merges that made them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class Merges:
+class Merges(NamedTuple):
     """The merges so far, each kept under the last point of the cluster that gave up its slot: no two are the same.
 
     Attributes:
@@ -22,9 +22,16 @@ class Merges:
     round: Tensor
     size: Tensor
 
-    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is kept per point, in the order in which kernels take it."""
-        return self.partner, self.cost, self.round, self.size
+
+class Slots(NamedTuple):
+    """What `Clusters` keeps per slot, as kernels take it: one argument, of which they read and write the fields."""
+
+    masses: Tensor
+    nearest: Tensor
+    nearest_cost: Tensor
+    made_at: Tensor
+    point: Tensor
+    size: Tensor
 
 
 @dataclass
@@ -81,9 +88,9 @@ class Clusters:
             ),
         )
 
-    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What is kept per slot, in the order in which kernels take it."""
-        return self.masses, self.nearest, self.nearest_cost, self.made_at, self.point, self.size
+    def fields(self) -> Slots:
+        """What is kept per slot."""
+        return Slots(self.masses, self.nearest, self.nearest_cost, self.made_at, self.point, self.size)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The lower and the higher slot of every pair of mutual nearest neighbours, int64 [p], lower ones ascending."""

@@ -254,7 +254,7 @@ def _close_kernel(
     lower = costs + rows[:, None] * n + columns[None, :]
     close = tl.load(lower, mask=below, other=0.0) < 0
     block = tl.zeros((TILE, TILE), costs.dtype.element_ty)
-    block = _exact_where_close(block, close, points, rows, columns, tl.load(problem + 1), TILE, FEW, DEPTH)
+    block = _exact_where_close(block, close, points, rows, columns, tl.load(problem + 1), FEW, DEPTH)
     if WEIGHTED:
         block *= tile_of_reduced_masses(masses, rows, columns, rows < n, columns < n)
     tl.store(lower, block, mask=close)
@@ -262,14 +262,13 @@ def _close_kernel(
 
 
 @jit
-def _exact_where_close(
-    block, close, points, rows, columns, d, TILE: tl.constexpr, FEW: tl.constexpr, DEPTH: tl.constexpr
-):
+def _exact_where_close(block, close, points, rows, columns, d, FEW: tl.constexpr, DEPTH: tl.constexpr):
     """Squared distances `block` [TILE, TILE] of points `rows` to points `columns`, the close ones made of differences.
 
     Few close pairs are computed one after the other, many all at once; then the whole tile is.
     """
     dtype = points.dtype.element_ty
+    TILE: tl.constexpr = block.shape[0]
     count = tl.sum(tl.sum(close.to(tl.int32), axis=1), axis=0)
     if count > FEW:  # pyright: ignore[reportOperatorIssue]
         some_row = tl.max(close.to(tl.int32), axis=1) > 0  # pyright: ignore[reportOperatorIssue]

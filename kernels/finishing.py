@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .backend import jit, launch, tl, uses_triton
 from .batch import Batch
-from .clusters import Clusters
-from .merging import merge_pairs_torch, merged_costs
+from .clusters import Clusters, Slots
+from .merging import Pair, merge_pairs_torch, merged_costs
 from .neighbours import row_minima, update_neighbours_torch
 
 #: The most points of a problem: one for each thread, and a matrix of 2 MiB in float64, which a GPU's second-level cache
@@ -38,9 +38,9 @@ def finish(costs: Tensor, clusters: Clusters, batch: Batch) -> None:
         _finish_kernel,
         (len(batch),),
         costs,
-        *clusters.fields(),
+        clusters.fields(),
         listed,
-        *clusters.merges.fields(),
+        clusters.merges,
         batch.table,
         clusters.rounds,
         SLOTS=MOST_SLOTS,
@@ -65,17 +65,9 @@ def finish_torch(costs: Tensor, clusters: Clusters, batch: Batch) -> None:
 @jit
 def _finish_kernel(
     costs,
-    masses,
-    nearest,
-    nearest_cost,
-    made_at,
-    point,
-    size,
+    clusters,
     listed,
-    partner,
-    merge_cost,
-    merge_round,
-    merge_size,
+    merges,
     table,
     first_round,
     SLOTS: tl.constexpr,
@@ -87,69 +79,72 @@ def _finish_kernel(
     m = tl.load(problem)
     first_slot = tl.load(problem + 3)
     costs += tl.load(problem + 4)
-    masses += first_slot
-    nearest += first_slot
-    nearest_cost += first_slot
-    made_at += first_slot
-    point += first_slot
-    size += first_slot
+    clusters = Slots(
+        clusters.masses + first_slot,
+        clusters.nearest + first_slot,
+        clusters.nearest_cost + first_slot,
+        clusters.made_at + first_slot,
+        clusters.point + first_slot,
+        clusters.size + first_slot,
+    )
     listed += first_slot
     slots = tl.arange(0, SLOTS).to(tl.int64)
     inside = slots < m
     one = tl.zeros((1, 1), tl.int64)
 
-    mass = tl.load(masses + slots, mask=inside, other=0.0)
+    mass = tl.load(clusters.masses + slots, mask=inside, other=0.0)
     alive = tl.sum((mass > 0).to(tl.int64), axis=0)
     stale = mass > 0
-    tl.store(nearest + slots, slots, mask=inside)
+    tl.store(clusters.nearest + slots, slots, mask=inside)
     round_number = tl.full((), 0, tl.int64) + first_round
     tl.debug_barrier()
-    _search(costs, m, stale, slots, masses, nearest, nearest_cost, listed, ROWS, COLUMNS)
+    _search(costs, m, stale, slots, clusters, listed, ROWS, COLUMNS)
     tl.debug_barrier()
     while alive > 1:  # pyright: ignore[reportOperatorIssue]
-        near = tl.load(nearest + slots, mask=inside, other=0)
-        back = tl.load(nearest + near, mask=inside, other=-1)
+        near = tl.load(clusters.nearest + slots, mask=inside, other=0)
+        back = tl.load(clusters.nearest + near, mask=inside, other=-1)
         mutual = (back == slots) & (near != slots)
         upper = mutual & (near < slots)
         pairs = _list(upper, slots, listed)
-        for pair in range(0, pairs):
-            high = tl.load(listed + pair + one)
-            low = tl.load(nearest + high)
-            within = tl.load(nearest_cost + high)
-            mass_low = tl.load(masses + low)
-            mass_high = tl.load(masses + high)
+        for number in range(0, pairs):
+            high = tl.load(listed + number + one)
+            low = tl.load(clusters.nearest + high)
+            within = tl.load(clusters.nearest_cost + high)
+            mass_low = tl.load(clusters.masses + low)
+            mass_high = tl.load(clusters.masses + high)
             columns = slots[None, :]
-            merged, valid, joined = merged_costs(
-                costs, m, low, high, within, mass_low, mass_high, columns, masses, nearest, nearest_cost
-            )
+            pair = Pair(low, high, within, mass_low, mass_high)
+            merged, valid, joined = merged_costs(costs, m, pair, columns, clusters)
             tl.store(costs + high * m + columns, merged, mask=valid)
             tl.store(costs + columns * m + high, merged, mask=valid & (joined == 0))
 
         # Who merged, before anything of it is overwritten.
-        mass_near = tl.load(masses + near, mask=upper, other=0.0)
-        gone = tl.load(point + near, mask=upper, other=0)
-        members = tl.load(size + slots, mask=upper, other=0) + tl.load(size + near, mask=upper, other=0)
-        height = tl.load(nearest_cost + slots, mask=upper, other=0.0)
-        height = tl.maximum(height, tl.load(made_at + slots, mask=upper, other=0.0))
-        height = tl.maximum(height, tl.load(made_at + near, mask=upper, other=0.0))
-        own = tl.load(point + slots, mask=upper, other=0)
-        back_again = tl.load(nearest + back, mask=inside & (back >= 0), other=-1)
+        mass_near = tl.load(clusters.masses + near, mask=upper, other=0.0)
+        gone = tl.load(clusters.point + near, mask=upper, other=0)
+        members = tl.load(clusters.size + slots, mask=upper, other=0) + tl.load(
+            clusters.size + near, mask=upper, other=0
+        )
+        height = tl.load(clusters.nearest_cost + slots, mask=upper, other=0.0)
+        height = tl.maximum(height, tl.load(clusters.made_at + slots, mask=upper, other=0.0))
+        height = tl.maximum(height, tl.load(clusters.made_at + near, mask=upper, other=0.0))
+        own = tl.load(clusters.point + slots, mask=upper, other=0)
+        back_again = tl.load(clusters.nearest + back, mask=inside & (back >= 0), other=-1)
         mass = tl.where(upper, mass + mass_near, tl.where(mutual, 0.0, mass))
         stale = (back_again == near) & (back != near) & (mass > 0)
         tl.debug_barrier()
-        tl.store(masses + slots, mass, mask=inside)
-        tl.store(size + slots, members, mask=upper)
-        tl.store(made_at + slots, height, mask=upper)
-        tl.store(nearest + slots, slots, mask=mutual & (near > slots))
-        tl.store(partner + gone, own, mask=upper)
-        tl.store(merge_cost + gone, height, mask=upper)
-        tl.store(merge_round + gone, round_number, mask=upper)
-        tl.store(merge_size + gone, members, mask=upper)
+        tl.store(clusters.masses + slots, mass, mask=inside)
+        tl.store(clusters.size + slots, members, mask=upper)
+        tl.store(clusters.made_at + slots, height, mask=upper)
+        tl.store(clusters.nearest + slots, slots, mask=mutual & (near > slots))
+        tl.store(merges.partner + gone, own, mask=upper)
+        tl.store(merges.cost + gone, height, mask=upper)
+        tl.store(merges.round + gone, round_number, mask=upper)
+        tl.store(merges.size + gone, members, mask=upper)
         tl.debug_barrier()
         # Without a pair costs are not numbers: end, do not hang.
         alive = tl.where(pairs > 0, alive - pairs, 0)
         round_number += 1
-        _search(costs, m, stale, slots, masses, nearest, nearest_cost, listed, ROWS, COLUMNS)
+        _search(costs, m, stale, slots, clusters, listed, ROWS, COLUMNS)
         tl.debug_barrier()
 
 
@@ -163,12 +158,12 @@ def _list(chosen, slots, listed):
 
 
 @jit
-def _search(costs, m, stale, slots, masses, nearest, nearest_cost, listed, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _search(costs, m, stale, slots, clusters, listed, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Find the nearest neighbours of the stale slots."""
     count = _list(stale, slots, listed)
     for start in range(0, count, ROWS):
         there = start + tl.arange(0, ROWS) < count
         rows = tl.load(listed + start + tl.arange(0, ROWS), mask=there, other=0)
-        cost, column = row_minima(costs, m, rows[:, None], masses, COLUMNS)
-        tl.store(nearest_cost + rows, cost, mask=there)
-        tl.store(nearest + rows, column, mask=there)
+        cost, column = row_minima(costs, m, rows[:, None], clusters.masses, COLUMNS)
+        tl.store(clusters.nearest_cost + rows, cost, mask=there)
+        tl.store(clusters.nearest + rows, column, mask=there)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations  # without Triton there is no tl.constexpr
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -40,10 +42,10 @@ def merge_pairs(costs: Tensor, clusters: Clusters) -> None:
         _merge_kernel,
         (m,),
         costs,
-        *clusters.fields(),
+        clusters.fields(),
         masses,
         clusters.alive,
-        *clusters.merges.fields(),
+        clusters.merges,
         m,
         clusters.rounds,
         COLUMNS=_COLUMNS,
@@ -150,21 +152,32 @@ def reciprocal(number):
         return 1.0 / number
 
 
+class Pair(NamedTuple):
+    """Two clusters that merge, in a kernel: their slots, the cost of their merge, and their masses; of each [r, 1]."""
+
+    lower: Any
+    upper: Any
+    within: Any
+    mass_lower: Any
+    mass_upper: Any
+
+
 @jit
-def merged_costs(costs, m, lower, upper, within, mass_lower, mass_upper, columns, masses, nearest, nearest_cost):
-    """Costs of merging the clusters lower + upper with all clusters as they are after the round.
+def merged_costs(costs, m, pair, columns, clusters):
+    """Costs of merging the clusters of a `Pair` with all clusters as they are after the round.
 
     Where a column's cluster merges as well, both merges are applied, in an order that the two rows agree on: the pair
-    with the higher lower slot first. `lower`, `upper` and what follows up to `mass_upper` are [r, 1], `columns` [1, c].
+    with the higher lower slot first. `columns` is [1, c], `clusters` their `Slots`.
 
     Returns:
         The costs [r, c]; whether the column is alive afterwards and not the cluster itself, [r, c]; and whether it
         was merged as well, [1, c].
     """
+    lower, upper, within, mass_lower, mass_upper = pair
     inside = columns < m
-    mass = tl.load(masses + columns, mask=inside, other=0.0)
-    near = tl.load(nearest + columns, mask=inside, other=0)
-    back = tl.load(nearest + near, mask=inside, other=-1)
+    mass = tl.load(clusters.masses + columns, mask=inside, other=0.0)
+    near = tl.load(clusters.nearest + columns, mask=inside, other=0)
+    back = tl.load(clusters.nearest + near, mask=inside, other=-1)
     mutual = (back == columns) & (near != columns)
     joined = mutual & (near < columns)
     there = (mass > 0) & ((near <= columns) | (back != columns)) & (columns != upper) & (lower < upper)
@@ -178,8 +191,8 @@ def merged_costs(costs, m, lower, upper, within, mass_lower, mass_upper, columns
 
     to_lower_near = tl.load(lower_row + near, mask=both, other=0.0)
     to_upper_near = tl.load(upper_row + near, mask=both, other=0.0)
-    mass_near = tl.load(masses + near, mask=joined, other=0.0)
-    within_column = tl.load(nearest_cost + columns, mask=joined, other=0.0)
+    mass_near = tl.load(clusters.masses + near, mask=joined, other=0.0)
+    within_column = tl.load(clusters.nearest_cost + columns, mask=joined, other=0.0)
     mass_joined = mass + mass_near
     first = lower > near  # whether this pair goes first
     within_first = tl.where(first, within, within_column)
@@ -213,101 +226,49 @@ def merged_costs(costs, m, lower, upper, within, mass_lower, mass_upper, columns
 
 
 @jit
-def join(
-    slot,
-    near,
-    mass,
-    mass_near,
-    nearest,
-    nearest_cost,
-    made_at,
-    point,
-    size,
-    masses_after,
-    alive,
-    partner,
-    merge_cost,
-    merge_round,
-    merge_size,
-    round_number,
-):
+def join(slot, near, mass, mass_near, clusters, masses_after, alive, merges, round_number):
     """Bring a slot's entries up to date, and note down its merge if it is the higher slot of a pair: 1, else 0."""
-    mutual = (tl.load(nearest + near) == slot) & (near != slot)
-    merges = mutual & (near < slot)
+    mutual = (tl.load(clusters.nearest + near) == slot) & (near != slot)
+    grows = mutual & (near < slot)
     dies = mutual & (near > slot)
-    after = tl.where(merges, mass + mass_near, tl.where(dies, 0.0, mass))
+    after = tl.where(grows, mass + mass_near, tl.where(dies, 0.0, mass))
     tl.store(masses_after + slot, after)
     if dies:
         tl.atomic_add(alive, -1, sem="relaxed")
-    if merges:
-        gone = tl.load(point + near)
-        members = tl.load(size + near) + tl.load(size + slot)
-        height = tl.load(nearest_cost + slot)
-        height = tl.maximum(height, tl.maximum(tl.load(made_at + near), tl.load(made_at + slot)))
-        tl.store(size + slot, members)
-        tl.store(made_at + slot, height)
-        tl.store(partner + gone, tl.load(point + slot))
-        tl.store(merge_cost + gone, height)
-        tl.store(merge_round + gone, round_number)
-        tl.store(merge_size + gone, members)
-    return merges.to(tl.int32)
+    if grows:
+        gone = tl.load(clusters.point + near)
+        members = tl.load(clusters.size + near) + tl.load(clusters.size + slot)
+        height = tl.load(clusters.nearest_cost + slot)
+        height = tl.maximum(height, tl.maximum(tl.load(clusters.made_at + near), tl.load(clusters.made_at + slot)))
+        tl.store(clusters.size + slot, members)
+        tl.store(clusters.made_at + slot, height)
+        tl.store(merges.partner + gone, tl.load(clusters.point + slot))
+        tl.store(merges.cost + gone, height)
+        tl.store(merges.round + gone, round_number)
+        tl.store(merges.size + gone, members)
+    return grows.to(tl.int32)
 
 
 @jit
-def _merge_kernel(
-    costs,
-    masses,
-    nearest,
-    nearest_cost,
-    made_at,
-    point,
-    size,
-    masses_after,
-    alive,
-    partner,
-    merge_cost,
-    merge_round,
-    merge_size,
-    m,
-    round_number,
-    COLUMNS: tl.constexpr,
-):
+def _merge_kernel(costs, clusters, masses_after, alive, merges, m, round_number, COLUMNS: tl.constexpr):
     """A program a slot. Only those of a higher slot of a pair have much to do.
 
     A program reads two rows that nobody else reads or writes, and writes its row and, in rows that take no part in the
     round, its column: nothing is read after another program wrote it.
     """
     slot = tl.program_id(0).to(tl.int64)
-    near = tl.load(nearest + slot)
-    mass = tl.load(masses + slot)
-    mass_near = tl.load(masses + near)
-    merges = join(
-        slot,
-        near,
-        mass,
-        mass_near,
-        nearest,
-        nearest_cost,
-        made_at,
-        point,
-        size,
-        masses_after,
-        alive,
-        partner,
-        merge_cost,
-        merge_round,
-        merge_size,
-        round_number,
-    )
-    if merges == 0:
+    near = tl.load(clusters.nearest + slot)
+    mass = tl.load(clusters.masses + slot)
+    mass_near = tl.load(clusters.masses + near)
+    grows = join(slot, near, mass, mass_near, clusters, masses_after, alive, merges, round_number)
+    if grows == 0:
         return
-    within = tl.load(nearest_cost + slot)
+    within = tl.load(clusters.nearest_cost + slot)
     lower = tl.full((1, 1), 0, tl.int64) + near
     upper = tl.full((1, 1), 0, tl.int64) + slot
+    pair = Pair(lower, upper, within, mass_near, mass)
     for start in range(0, m, COLUMNS):
         columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
-        merged, there, joined = merged_costs(
-            costs, m, lower, upper, within, mass_near, mass, columns, masses, nearest, nearest_cost
-        )
+        merged, there, joined = merged_costs(costs, m, pair, columns, clusters)
         tl.store(costs + upper * m + columns, merged, mask=there)
         tl.store(costs + columns * m + upper, merged, mask=there & (joined == 0))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backend import jit, launch, tl, triton, uses_triton
-from .clusters import Clusters
+from .clusters import Clusters, Slots
 
 # Elements gathered at a time on a CPU: 2 MiB of float64, what the cache of one core holds.
 _BLOCK_ELEMENTS = 2**18
@@ -33,10 +33,10 @@ def pack_slots(clusters: Clusters, size: int) -> Tensor:
         return pack_slots_torch(clusters, size)
     m = len(clusters.masses)
     position = (clusters.masses > 0).cumsum(0)
-    new = [field.new_empty(size) for field in clusters.fields()]
+    new = Slots(*(field.new_empty(size) for field in clusters.fields()))
     keep = position.new_empty(size)
     grid, options = (triton.cdiv(m, _SLOTS),), {"num_warps": _SLOT_WARPS, "enable_fp_fusion": False}
-    launch(_pack_slots_kernel, grid, *clusters.fields(), position, *new, keep, m, size, SLOTS=_SLOTS, **options)
+    launch(_pack_slots_kernel, grid, clusters.fields(), position, new, keep, m, size, SLOTS=_SLOTS, **options)
     clusters.masses, clusters.nearest, clusters.nearest_cost, clusters.made_at, clusters.point, clusters.size = new
     return keep
 
@@ -101,46 +101,28 @@ def _pack_kernel(costs, keep, packed, m, left, COLUMNS: tl.constexpr):
 
 
 @jit
-def _pack_slots_kernel(
-    masses,
-    nearest,
-    nearest_cost,
-    made_at,
-    point,
-    size,
-    position,
-    masses_after,
-    nearest_after,
-    nearest_cost_after,
-    made_at_after,
-    point_after,
-    size_after,
-    keep,
-    m,
-    left,
-    SLOTS: tl.constexpr,
-):
+def _pack_slots_kernel(clusters, position, after, keep, m, left, SLOTS: tl.constexpr):
     """A program some slots: each that is alive is written to its new place, and each new place behind them as dead."""
     slots = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS).to(tl.int64)
     inside = slots < m
-    mass = tl.load(masses + slots, mask=inside, other=0.0)
+    mass = tl.load(clusters.masses + slots, mask=inside, other=0.0)
     alive = mass > 0
     place = tl.load(position + slots, mask=inside, other=1) - 1
-    near = tl.load(nearest + slots, mask=alive, other=0)
+    near = tl.load(clusters.nearest + slots, mask=alive, other=0)
     new_near = tl.maximum(tl.load(position + near, mask=alive, other=1) - 1, 0)
-    tl.store(masses_after + place, mass, mask=alive)
-    tl.store(nearest_after + place, new_near, mask=alive)
-    tl.store(nearest_cost_after + place, tl.load(nearest_cost + slots, mask=alive, other=0.0), mask=alive)
-    tl.store(made_at_after + place, tl.load(made_at + slots, mask=alive, other=0.0), mask=alive)
-    tl.store(point_after + place, tl.load(point + slots, mask=alive, other=0), mask=alive)
-    tl.store(size_after + place, tl.load(size + slots, mask=alive, other=0), mask=alive)
+    tl.store(after.masses + place, mass, mask=alive)
+    tl.store(after.nearest + place, new_near, mask=alive)
+    tl.store(after.nearest_cost + place, tl.load(clusters.nearest_cost + slots, mask=alive, other=0.0), mask=alive)
+    tl.store(after.made_at + place, tl.load(clusters.made_at + slots, mask=alive, other=0.0), mask=alive)
+    tl.store(after.point + place, tl.load(clusters.point + slots, mask=alive, other=0), mask=alive)
+    tl.store(after.size + place, tl.load(clusters.size + slots, mask=alive, other=0), mask=alive)
     tl.store(keep + place, slots, mask=alive)
     dead = (slots >= tl.load(position + m - 1)) & (slots < left)
     none = tl.zeros((SLOTS,), tl.int64)
-    tl.store(masses_after + slots, mass * 0, mask=dead)
-    tl.store(nearest_after + slots, slots, mask=dead)
-    tl.store(nearest_cost_after + slots, mass * 0, mask=dead)
-    tl.store(made_at_after + slots, mass * 0, mask=dead)
-    tl.store(point_after + slots, none, mask=dead)
-    tl.store(size_after + slots, none, mask=dead)
+    tl.store(after.masses + slots, mass * 0, mask=dead)
+    tl.store(after.nearest + slots, slots, mask=dead)
+    tl.store(after.nearest_cost + slots, mass * 0, mask=dead)
+    tl.store(after.made_at + slots, mass * 0, mask=dead)
+    tl.store(after.point + slots, none, mask=dead)
+    tl.store(after.size + slots, none, mask=dead)
     tl.store(keep + slots, none, mask=dead)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations  # without Triton there is no tl.constexpr
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -47,73 +50,132 @@ def nearest_centroids(
     """
     if not uses_triton(centroids):
         return nearest_centroids_torch(centroids, masses, rows, count, most)
-    m, d = centroids.shape
-    points, norms, padded = pad_points(centroids.view(-1), Batch.of([(m, d)], centroids.device))
-    wide = points.view(m, padded.shapes[0][1])
-    panels = tiles.products(centroids) == "panels"
-    tile = _PANEL_TILE if panels else TILE
-    column_tiles = triton.cdiv(m, tile)
-    parts = min(column_tiles, _PARTS)
-    sizes = (m, wide.shape[1], triton.cdiv(column_tiles, parts))
-    options = {"TILE": tile, "num_warps": tiles.WARPS, "enable_fp_fusion": True}
-
-    def grid(count: int) -> tuple[int, int]:
-        return parts, triton.cdiv(count, tile)
-
-    def found() -> tuple[Tensor, Tensor]:
-        """Costs and slots to be written, for every row of a tile and each part of the columns."""
-        shape = (grid(most)[1] * tile, parts)
-        return centroids.new_full(shape, torch.inf), rows.new_zeros(shape)
-
-    def search(start: int, stop: int, products: Tensor) -> None:
-        """The rows in these places of the list."""
-        launch(
-            _search_kernel,
-            grid(stop - start),
-            wide,
-            products,
-            norms,
-            masses,
-            rows,
-            count,
-            cost,
-            slot,
-            *sizes,
-            start,
-            PANELS=panels,
-            EXACT=_EXACT[centroids.dtype],
-            DEPTH=tiles.DEPTH,
-            num_stages=tiles.STAGES,
-            **options,
-        )
-
-    cost, slot = found()
-    if not panels:
-        search(0, most, wide)
-    else:
-        searched = int(count)  # the host waits: products that nobody needs would cost more
-        step = max(tile, _PANEL_ELEMENTS // m // tile * tile)
-        memory = wide.new_empty(min(step, max(searched, 1)), m)
-        for start in range(0, searched, step):
-            own = rows[start : min(start + step, searched)]
-            search(start, start + len(own), torch.mm(wide[own], wide.T, out=memory[: len(own)]))
-    smallest, lowest = _cheapest(cost[:most], slot[:most], m)
-
+    search = _Search.of(centroids, masses, rows, count, most)
+    smallest, lowest = search.by_products()
     near = smallest < 0
     places = near.sort(descending=True, stable=True).indices
     number = near.sum()[None]
-    cost, slot = found()
-    launch(_exact_search_kernel, grid(most), wide, masses, rows[places], number, cost, slot, *sizes, **options)
+    exact = search.by_differences(rows[places], number)
     again = torch.arange(most, device=rows.device) < number
-    for known, new in zip((smallest, lowest), _cheapest(cost[:most], slot[:most], m), strict=True):
+    for known, new in zip((smallest, lowest), exact, strict=True):
         known.index_copy_(0, places, torch.where(again, new, known[places]))
     return smallest, lowest
 
 
-def _cheapest(cost: Tensor, slot: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The smallest cost of each row [r, parts], and its slot, the lowest of equals."""
-    smallest = cost.amin(dim=1)
-    return smallest, torch.where(cost == smallest[:, None], slot, m).amin(dim=1)
+class _Inputs(NamedTuple):
+    """What the kernels of a search read.
+
+    Attributes:
+        centroids: [m, d], padded.
+        norms: [m], their squared lengths.
+        masses: [m].
+        rows: int64, of which the first are searched for.
+        searched: int64 [1], how many.
+    """
+
+    centroids: Tensor
+    norms: Tensor
+    masses: Tensor
+    rows: Tensor
+    searched: Tensor
+
+
+class _Outputs(NamedTuple):
+    """What they write: the cheapest merge of every row with each part of the columns [rows of whole tiles, parts]."""
+
+    cost: Tensor
+    slot: Tensor
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One search on a GPU.
+
+    Attributes:
+        inputs: what it reads.
+        most: an upper bound of the rows searched for.
+        panels: whether products are made by torch.mm, panel by panel.
+        tile: sides of a program's tile.
+        parts: into how many parts the columns are divided.
+    """
+
+    inputs: _Inputs
+    most: int
+    panels: bool
+    tile: int
+    parts: int
+
+    @staticmethod
+    def of(centroids: Tensor, masses: Tensor, rows: Tensor, count: Tensor, most: int) -> _Search:
+        """A search as `nearest_centroids` is asked for."""
+        m, d = centroids.shape
+        points, norms, padded = pad_points(centroids.view(-1), Batch.of([(m, d)], centroids.device))
+        inputs = _Inputs(points.view(m, padded.shapes[0][1]), norms, masses, rows, count)
+        panels = tiles.products(centroids) == "panels"
+        tile = _PANEL_TILE if panels else TILE
+        return _Search(inputs, most, panels, tile, min(triton.cdiv(m, tile), _PARTS))
+
+    def by_products(self) -> tuple[Tensor, Tensor]:
+        """The smallest costs [most] and their slots; the cost is -1 where a product does not tell it."""
+        wide, rows, found = self.inputs.centroids, self.inputs.rows, self._outputs()
+        if not self.panels:
+            self._launch_on_products(wide, found, 0, self.most)
+            return self._cheapest(found)
+        m = len(wide)
+        searched = int(self.inputs.searched)  # the host waits: products that nobody needs would cost more
+        step = max(self.tile, _PANEL_ELEMENTS // m // self.tile * self.tile)
+        memory = wide.new_empty(min(step, max(searched, 1)), m)
+        for start in range(0, searched, step):
+            own = rows[start : min(start + step, searched)]
+            products = torch.mm(wide[own], wide.T, out=memory[: len(own)])
+            self._launch_on_products(products, found, start, start + len(own))
+        return self._cheapest(found)
+
+    def by_differences(self, rows: Tensor, searched: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest costs [most] of other rows, to the last digit, and their slots."""
+        inputs, found = self.inputs._replace(rows=rows, searched=searched), self._outputs()
+        launch(_exact_search_kernel, self._grid(self.most), inputs, found, *self._sizes(), **self._options())
+        return self._cheapest(found)
+
+    def _launch_on_products(self, products: Tensor, found: _Outputs, start: int, stop: int) -> None:
+        """The rows in these places of the list. Where a tile makes its own products, those given are any tensor."""
+        launch(
+            _search_kernel,
+            self._grid(stop - start),
+            self.inputs,
+            products,
+            found,
+            *self._sizes(),
+            start,
+            PANELS=self.panels,
+            EXACT=_EXACT[products.dtype],
+            DEPTH=tiles.DEPTH,
+            num_stages=tiles.STAGES,
+            **self._options(),
+        )
+
+    def _grid(self, count: int) -> tuple[int, int]:
+        return self.parts, triton.cdiv(count, self.tile)
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Centroids, their dimensions, and tiles in a part of the columns."""
+        m, d = self.inputs.centroids.shape
+        return m, d, triton.cdiv(triton.cdiv(m, self.tile), self.parts)
+
+    def _options(self) -> dict[str, object]:
+        return {"TILE": self.tile, "num_warps": tiles.WARPS, "enable_fp_fusion": True}
+
+    def _outputs(self) -> _Outputs:
+        """Costs and slots to be written, for every row of a tile and each part of the columns."""
+        shape = (self._grid(self.most)[1] * self.tile, self.parts)
+        return _Outputs(self.inputs.centroids.new_full(shape, torch.inf), self.inputs.rows.new_zeros(shape))
+
+    def _cheapest(self, found: _Outputs) -> tuple[Tensor, Tensor]:
+        """The smallest cost of each row, and its slot, the lowest of equals."""
+        cost, slot = found.cost[: self.most], found.slot[: self.most]
+        smallest = cost.amin(dim=1)
+        m = len(self.inputs.centroids)
+        return smallest, torch.where(cost == smallest[:, None], slot, m).amin(dim=1)
 
 
 def nearest_centroids_torch(
@@ -153,14 +215,9 @@ def _by_differences(centroids: Tensor, masses: Tensor, rows: Tensor) -> Tensor:
 
 @jit
 def _search_kernel(
-    centroids,
+    inputs,
     products,
-    norms,
-    masses,
-    rows,
-    count,
-    cost,
-    slot,
+    outputs,
     m,
     d,
     tiles,
@@ -177,14 +234,14 @@ def _search_kernel(
     part = tl.program_id(0).to(tl.int64)
     local = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     place = first + local
-    searched = tl.load(count)
+    searched = tl.load(inputs.searched)
     if first + tl.program_id(1) * TILE >= searched:
         return
     d = tl.multiple_of(d, DEPTH)
     row_inside = place < searched
-    own = tl.load(rows + place, mask=row_inside, other=0)
-    own_norm = tl.load(norms + own)
-    best = tl.full((TILE,), float("inf"), centroids.dtype.element_ty)
+    own = tl.load(inputs.rows + place, mask=row_inside, other=0)
+    own_norm = tl.load(inputs.norms + own)
+    best = tl.full((TILE,), float("inf"), inputs.centroids.dtype.element_ty)
     best_slot = tl.zeros((TILE,), tl.int64)
     nearest = best
     for tile in range(part * tiles, part * tiles + tiles):
@@ -194,15 +251,15 @@ def _search_kernel(
             inside = row_inside[:, None] & column_inside[None, :]
             product = tl.load(products + local[:, None] * m + columns[None, :], mask=inside, other=0.0)
         else:
-            product = tile_of_products(centroids, own, columns, row_inside, column_inside, d, TILE, DEPTH)
-        norm = tl.load(norms + columns, mask=column_inside, other=0.0)
+            product = tile_of_products(inputs.centroids, own, columns, row_inside, column_inside, d, TILE, DEPTH)
+        norm = tl.load(inputs.norms + columns, mask=column_inside, other=0.0)
         block = own_norm[:, None] + norm[None, :] - 2 * product
-        best, best_slot, shortest = nearer(best, best_slot, block, masses, own, columns, row_inside, m)
+        best, best_slot, shortest = nearer(best, best_slot, block, inputs.masses, own, columns, row_inside, m)
         nearest = tl.minimum(nearest, shortest)
     best = tl.where(nearest < EXACT * own_norm, -1.0, best)
     parts = tl.num_programs(0)
-    tl.store(cost + place * parts + part, best, mask=row_inside)
-    tl.store(slot + place * parts + part, best_slot, mask=row_inside)
+    tl.store(outputs.cost + place * parts + part, best, mask=row_inside)
+    tl.store(outputs.slot + place * parts + part, best_slot, mask=row_inside)
 
 
 @jit
@@ -224,27 +281,27 @@ def nearer(best, best_slot, block, masses, own, columns, row_inside, m):
 
 
 @jit
-def _exact_search_kernel(centroids, masses, rows, count, cost, slot, m, d, tiles, TILE: tl.constexpr):
+def _exact_search_kernel(inputs, outputs, m, d, tiles, TILE: tl.constexpr):
     """As `_search_kernel`, with distances from differences."""
     part = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    searched = tl.load(count)
+    searched = tl.load(inputs.searched)
     if tl.program_id(1) * TILE >= searched:
         return
     row_inside = place < searched
-    own = tl.load(rows + place, mask=row_inside, other=0)
-    dtype = centroids.dtype.element_ty
+    own = tl.load(inputs.rows + place, mask=row_inside, other=0)
+    dtype = inputs.centroids.dtype.element_ty
     best = tl.full((TILE,), float("inf"), dtype)
     best_slot = tl.zeros((TILE,), tl.int64)
     for tile in range(part * tiles, part * tiles + tiles):
         columns = tile * TILE + tl.arange(0, TILE)
-        row_points = centroids + own * d
-        column_points = centroids + tl.where(columns < m, columns, 0) * d
+        row_points = inputs.centroids + own * d
+        column_points = inputs.centroids + tl.where(columns < m, columns, 0) * d
         block = tl.zeros((TILE, TILE), dtype)
         for k in range(0, d):
             difference = tl.load(row_points + k)[:, None] - tl.load(column_points + k)[None, :]
             block += difference * difference
-        best, best_slot, _ = nearer(best, best_slot, block, masses, own, columns, row_inside, m)
+        best, best_slot, _ = nearer(best, best_slot, block, inputs.masses, own, columns, row_inside, m)
     parts = tl.num_programs(0)
-    tl.store(cost + place * parts + part, best, mask=row_inside)
-    tl.store(slot + place * parts + part, best_slot, mask=row_inside)
+    tl.store(outputs.cost + place * parts + part, best, mask=row_inside)
+    tl.store(outputs.slot + place * parts + part, best_slot, mask=row_inside)

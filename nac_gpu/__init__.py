@@ -1,39 +1,48 @@
 """Neuron agglomerative clustering: make a trained PyTorch model smaller by merging similar neurons.
 
-small = nac_gpu.compress(model, example_inputs, width=0.5)
+small = nac_gpu.compress(model, example_inputs, params=0.25)
 labels = nac_gpu.ward_linkage(points).cut(10)
 """
 
-from nac_gpu.clustering import METHODS, AssignmentMethod, kmeans, random, ward
-from nac_gpu.compress import compress
-from nac_gpu.cost import Cost, cost
-from nac_gpu.dendrogram import Dendrogram
-from nac_gpu.estimator import WardClustering
-from nac_gpu.experts import merge_experts
-from nac_gpu.export import export
-from nac_gpu.files import load, save
-from nac_gpu.finetune import Epoch, finetune
-from nac_gpu.groups import LeftAlone
-from nac_gpu.linkage import ward_linkage
-from nac_gpu.opening import open_model
-from nac_gpu.plan import GroupPlan, Plan, plan
-from nac_gpu.report import Report, report
-from nac_gpu.widths import Calibration, LimitsByLayer, Share, Width
+from nac_gpu import moved
+from nac_gpu.calibration.batches import Calibration
+from nac_gpu.clustering import methods
+from nac_gpu.clustering.dendrogram import Dendrogram
+from nac_gpu.clustering.estimator import WardClustering
+from nac_gpu.clustering.linkage import ward_linkage
+from nac_gpu.clustering.methods import AssignmentMethod
+from nac_gpu.compression import Neurons, Rule, compress, plan
+from nac_gpu.experts.merging import merge_experts
+from nac_gpu.files.exporting import export
+from nac_gpu.files.models import load, save
+from nac_gpu.files.opening import open_model
+from nac_gpu.network.costs import Cost, cost
+from nac_gpu.network.machine import package_version
+from nac_gpu.network.running import ExampleInputs
+from nac_gpu.planning.plans import GroupPlan, Plan
+from nac_gpu.planning.request import LimitsByLayer, Names, Share, Width
+from nac_gpu.reporting.contents import Report
+from nac_gpu.reporting.making import report
+from nac_gpu.tracing.graph import LeftAlone
+from nac_gpu.training.finetuning import Epoch, finetune
 
-__version__ = "0.2.0"
+__version__ = package_version()
 
 __all__ = [
-    "METHODS",
     "AssignmentMethod",
     "Calibration",
     "Cost",
     "Dendrogram",
     "Epoch",
+    "ExampleInputs",
     "GroupPlan",
     "LeftAlone",
     "LimitsByLayer",
+    "Names",
+    "Neurons",
     "Plan",
     "Report",
+    "Rule",
     "Share",
     "WardClustering",
     "Width",
@@ -41,14 +50,19 @@ __all__ = [
     "cost",
     "export",
     "finetune",
-    "kmeans",
     "load",
     "merge_experts",
+    "methods",
     "open_model",
     "plan",
-    "random",
     "report",
     "save",
-    "ward",
     "ward_linkage",
 ]
+
+moved.register()
+
+
+def __getattr__(name: str) -> object:
+    """Names of this package that moved since version 0.2, with a warning."""
+    return moved.public(name)

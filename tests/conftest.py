@@ -47,7 +47,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 @pytest.fixture
 def short_dreams(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs dreamed up in a moment: few and bad ones, for tests of the default way that do not ask how good it is."""
-    from nac_gpu import dream
+    from nac_gpu.calibration import dream
 
     for name, value in (("BATCH", 8), ("COUNT", 16), ("POSITIONS", 64), ("STEPS", 2)):
         monkeypatch.setattr(dream, name, value)
@@ -56,7 +56,7 @@ def short_dreams(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def short_refinement(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps of refinement, for tests that do not ask how good it is."""
-    from nac_gpu import refinement
+    from nac_gpu.merging import refinement
 
     if request.module.__name__ != "test_refinement":
         monkeypatch.setattr(refinement, "STEPS", 8)

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MAP = re.compile(r"^ {4}nac_gpu/\n((?: {4}.*\n)+)", re.MULTILINE)
 SCRIPT = re.compile(r"(experiments|docs)/\w+\.(py|sh)")
 PROGRAMS = ("bash", "git", "make", "nac", "pip", "pytest", "python", "python3", "torchrun")
 
@@ -27,11 +28,11 @@ def consoles(text: str) -> Iterator[tuple[str, str]]:
 def commands(page: Path) -> list[str]:
     """What a page tells people to run, outside its fenced blocks: indented lines, and commands within sentences.
 
-    The tree of files in the section on design is indented, too, and is no command.
+    The map of the code on the page of the design is indented, too, and is no command.
     """
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     assert "```" not in text, f"{page.name}: a fenced block that names no language is not run"
-    text = re.sub(r"^ {4}nac_gpu/\n(?: {4}.*\n)+", "", text, flags=re.MULTILINE)
+    text = MAP.sub("", text)
     indented = [line.partition("  #")[0].strip() for line in re.findall(r"^(?: {4}|\t)(.*\S.*)$", text, re.MULTILINE)]
     text = re.sub(r"^(?: {4}|\t).*$", "", text, flags=re.MULTILINE)
     assert text.count("`") % 2 == 0, f"{page.name}: a backtick is missing"

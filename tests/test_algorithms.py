@@ -6,8 +6,9 @@ import torch
 from scipy.cluster import hierarchy
 from test_linkage import INPUTS, assert_same_as_scipy, blobs, normal, ward_by_definition
 
-from nac_gpu import linkage, ward_linkage
-from nac_gpu.dendrogram import number_by_first_appearance
+from nac_gpu import ward_linkage
+from nac_gpu.clustering import linkage
+from nac_gpu.clustering.labels import number_by_first_appearance
 from nac_gpu.kernels import backend
 
 SMALL = {

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
-from architectures.shares import SHARES
+from architecture_shares import SHARES
+from plans import prepared
 from torch import nn
 
 import nac_gpu as nac
-from common.checks import compressible_share, difference, identity, outputs, randomise, training_step
-from nac_gpu.graph import record
-from nac_gpu.plan import prepare
-from nac_gpu.unwrap import computed
-from nac_gpu.widths import Wanted
+from common.architectures import ARCHITECTURES
+from common.checks import compressible_share, training_step
+from nac_gpu.network.unwrapping import computed
+from nac_gpu.testing import difference, floating_outputs, merge_copies, randomise
+from nac_gpu.tracing.trace import record
 
 pytestmark = pytest.mark.usefixtures("short_dreams")
 
@@ -32,26 +32,26 @@ def test_plans_hold(name: str, tmp_path: Path) -> None:
     as it was.
     """
     model, inputs = built(name)
-    before = outputs(model, inputs)
+    before = floating_outputs(model, inputs)
     if SHARES[name] == 0:
         with pytest.raises(ValueError, match="nothing to compress: "):
-            prepare(model, inputs, Wanted(width=0.5))
+            prepared(model, inputs)
         return
-    prepared = prepare(model, inputs, Wanted(width=0.5))
-    assert compressible_share(prepared.model, prepared.groups) >= SHARES[name]
+    plan = prepared(model, inputs)
+    assert compressible_share(plan.model, plan.groups) >= SHARES[name]
     for seed in (1, 2):
-        found = identity(prepared.model, inputs, prepared.groups, list(prepared.plan.widths.values()), seed)
+        found = merge_copies(plan.model, inputs, plan.choices, seed)
         assert found.error < 1e-8
         assert not found.vacuous
     small = nac.compress(model, inputs, width=0.5, method="random")
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
-    assert nac.cost(small, inputs) == prepared.plan.after
+    assert nac.cost(small, inputs) == plan.plan.after
     nac.save(small, tmp_path / "small.safetensors")
     loaded = nac.load(tmp_path / "small.safetensors", ARCHITECTURES[name].build)
     assert repr(loaded) == repr(small)
-    assert difference(outputs(loaded, inputs), outputs(small, inputs)) == 0
+    assert difference(floating_outputs(loaded, inputs), floating_outputs(small, inputs)) == 0
     training_step(small, inputs)
-    assert difference(outputs(model, inputs), before) == 0
+    assert difference(floating_outputs(model, inputs), before) == 0
 
 
 #: Added to channels that other weights make, or normalisation's: of those nothing is told.

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from nac_gpu.attention import MultiheadAttention, shrink
-from nac_gpu.trial import relative_error
+from nac_gpu.network.attention import MultiheadAttention, shrink
+from nac_gpu.network.comparing import relative_error
 
 
 def pair(**options: object) -> tuple[nn.MultiheadAttention, nn.MultiheadAttention]:

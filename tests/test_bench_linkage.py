@@ -13,10 +13,11 @@ from scipy.cluster.hierarchy import linkage
 
 import bench_linkage
 import nac_gpu
-from bench_linkage import PRESETS, Options, Workload
+from bench_linkage import Options
 from common.device import copies_to_host
 from common.linkage_report import draw, growth
 from common.providers import PEERS, PROVIDERS, Inputs, Provider, disagreement, naive_ward, read
+from common.workloads import PRESETS, Workload
 
 CPU = torch.device("cpu")
 

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import nac_gpu as nac
-from nac_gpu.deferred import Deferred
-from nac_gpu.files import read
-from nac_gpu.opening import is_open
-from nac_gpu.rebuild import tensors
-from nac_gpu.shards import content
+from nac_gpu.files.models import read
+from nac_gpu.network.deferred import Deferred
+from nac_gpu.network.state import content, is_open, tensors
 
 transformers: Any = pytest.importorskip("transformers")
 IDS = {"input_ids": torch.arange(8).reshape(1, 8)}
@@ -312,7 +310,7 @@ def interrupted(_: Path) -> Iterator[None]:
         return content(tensor)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nac_gpu.shards.content", written)
+        patch.setattr("nac_gpu.files.shards.content", written)
         yield
 
 

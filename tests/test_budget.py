@@ -11,10 +11,12 @@ from networks import NETWORKS, network
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from nac_gpu.budget import Limits, Sizes, allocate, error_curve, inertia_curve, widths_to_try
-from nac_gpu.evidence import gather
-from nac_gpu.graph import record
-from nac_gpu.sensitivity import _through
+from nac_gpu.calibration.curves import error_curve, inertia_curve, widths_to_try
+from nac_gpu.calibration.gathering import gather
+from nac_gpu.planning.allocation import Sizes, allocate
+from nac_gpu.planning.request import Limits
+from nac_gpu.planning.sensitivity import _through
+from nac_gpu.tracing.trace import record
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -150,7 +150,7 @@ def test_calibration_on_a_folder_and_on_a_file(
 
 def test_a_budget_of_time_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = (*TINY, "--latency", "0.6", "--calibration", "none")
-    with mock.patch("nac_gpu.latency.seconds_in_turn", return_value=(np.ones(5), np.full(5, 0.595))):
+    with mock.patch("nac_gpu.planning.latency.seconds_in_turn", return_value=(np.ones(5), np.full(5, 0.595))):
         called("plan", *wanted)
         called("compress", *wanted, "--output", tmp_path / "small.safetensors")
     assert capsys.readouterr().out.count("latency on the example inputs: 1e+03 ms -> 595 ms (59.5 %)") == 2

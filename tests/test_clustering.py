@@ -4,10 +4,11 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 import nac_gpu
-from nac_gpu import METHODS, kmeans, random, ward, ward_linkage
-from nac_gpu.dendrogram import number_by_first_appearance
+from nac_gpu import ward_linkage
+from nac_gpu.clustering.labels import number_by_first_appearance
+from nac_gpu.clustering.methods import METHODS, kmeans, l1, random, ward
 
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+every_method = pytest.mark.parametrize("method", [ward, kmeans, random], ids=("ward", "kmeans", "random"))
 
 
 def blobs(n, d, count, spread, device, seed=0):
@@ -28,8 +29,16 @@ def within(points, labels, weights=None):
 
 
 def test_the_methods():
-    assert list(METHODS.items()) == [("ward", ward), ("kmeans", kmeans), ("random", random)]
-    assert nac_gpu.METHODS is METHODS
+    assert list(METHODS.items()) == [("ward", ward), ("kmeans", kmeans), ("random", random), ("l1", l1)]
+    assert nac_gpu.methods.METHODS is METHODS
+
+
+def test_l1_keeps_the_neurons_with_the_largest_weights(device):
+    points = torch.tensor([[3.0, -3.0], [1.0, 0.0], [2.0, 2.0], [0.5, 0.5]], device=device)
+    assert l1(points, 2).tolist() == [0, -1, 1, -1]
+    assert l1(points, 4).tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="expected 1 to 4"):
+        l1(points, 5)
 
 
 @every_method

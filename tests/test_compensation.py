@@ -9,11 +9,15 @@ from networks import NETWORKS, network
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from nac_gpu.activations import Moments, as_batches, readings
-from nac_gpu.compensation import _convolved
-from nac_gpu.graph import record
-from nac_gpu.rebuild import rebuild, tensors
-from nac_gpu.trial import copy_neurons, outputs, random_labels, relative_error
+from nac_gpu.calibration.batches import as_batches
+from nac_gpu.calibration.moments import Moments
+from nac_gpu.calibration.readings import readings
+from nac_gpu.merging.compensation import _convolved
+from nac_gpu.merging.copies import copy_neurons, random_labels
+from nac_gpu.network.comparing import outputs, relative_error
+from nac_gpu.network.copying import rebuild
+from nac_gpu.network.state import tensors
+from nac_gpu.tracing.trace import record
 
 
 def lively_batches(inputs: Tensor, count: int = 4, size: int = 16) -> list[Tensor]:

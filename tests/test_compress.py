@@ -14,6 +14,8 @@ import nac_gpu as nac
 
 pytestmark = pytest.mark.usefixtures("short_dreams")
 
+BASELINES = ("ward", "kmeans", "random")
+
 
 def snapshot(model: nn.Module) -> dict[str, object]:
     return {
@@ -142,7 +144,10 @@ def test_a_better_clustering_gives_a_closer_network() -> None:
     inputs = torch.randn(100, 20)
     with torch.no_grad():
         compress = partial(nac.compress, model, inputs, width=16 / 64, rule="restored")
-        errors = {method: (compress(method=method)(inputs) - model(inputs)).square().mean() for method in nac.METHODS}
+        errors = {
+            method: (compress(method=method)(inputs) - model(inputs)).square().mean()
+            for method in ("ward", "kmeans", "random")
+        }
     assert errors["ward"] < 0.05 * errors["random"]
     assert errors["kmeans"] < 0.05 * errors["random"]
 
@@ -176,7 +181,7 @@ def test_misuse() -> None:
         nac.compress(model, inputs)
     with pytest.raises(ValueError, match="expected either a plan or width=, params=, flops= or latency=, got both"):
         nac.compress(model, inputs, plan, width=0.5)
-    with pytest.raises(ValueError, match="unknown method 'kmean', expected one of ward, kmeans, random, or a function"):
+    with pytest.raises(ValueError, match="unknown method 'kmean', expected one of ward, kmeans, random, l1, or"):
         nac.compress(model, inputs, width=0.5, method="kmean")
     with pytest.raises(ValueError, match="unknown rule 'mean', expected one of compensated, restored, centroid"):
         nac.compress(model, inputs, width=0.5, rule="mean")  # type: ignore[arg-type]

@@ -24,11 +24,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 import nac_gpu as nac
 from common.data import Images
-from common.training import Precision, Recipe, fit
-from nac_gpu import agreement, distributed, latency, pulse
-from nac_gpu.agreement import digest
-from nac_gpu.clustering import ward
-from nac_gpu.distributed import joined
+from common.training import Extras, Precision, Recipe, fit
+from nac_gpu.clustering.methods import ward
+from nac_gpu.distributed import heartbeat, replicas
+from nac_gpu.distributed import ranks as group_of_ranks
+from nac_gpu.distributed.consistency import digest
+from nac_gpu.distributed.ranks import joined
+from nac_gpu.planning import latency
 
 IMAGE, VECTOR = torch.zeros(1, 3, 8, 8), torch.zeros(1, 6)
 WAIT = 3.0  # seconds after which a rank is taken for dead here
@@ -173,10 +175,10 @@ def differing(rank: int, world: Any) -> dict[str, Any]:
         "raises": refused(lambda: compress(method=raising)),
         "not the same": refused(lambda: compress(method=other)),
     }
-    hardware = agreement.hardware
-    agreement.hardware = lambda model: f"{rank}, {hardware(model)}"
+    hardware = replicas.hardware
+    replicas.hardware = lambda model: f"{rank}, {hardware(model)}"
     found["other hardware"] = bits(compress(method=other))
-    agreement.hardware = hardware
+    replicas.hardware = hardware
     if rank == 0:
         found["first"] = bits(nac.compress(layers(), VECTOR, width=0.5, calibration="none", method=other))
     return found
@@ -189,9 +191,8 @@ def plainly_trained(checkpoint: Path | None = None) -> tuple[nn.Module, list[flo
     pixels = torch.randint(0, 256, (60, 3, 4, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     images = Images(pixels, (pixels[:, 0].float().mean((1, 2)) > 128).long(), 2)
     how = Recipe(epochs=3, learning_rate=0.1, batch_size=16, flip=True)
-    errors = fit(
-        model, images, images, how, Precision(torch.device("cpu"), False), seed=0, label="", checkpoint=checkpoint
-    )
+    precision, extras = Precision(torch.device("cpu"), False), Extras(checkpoint=checkpoint)
+    errors = fit(model, images, images, how, precision, seed=0, label="", extras=extras)
     return model, errors
 
 
@@ -229,12 +230,12 @@ SCENARIOS = (data_parallel, calibration, sharded, differing, experiment)
 
 def worker(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    distributed.TIMEOUT = pulse.TIMEOUT = timedelta(seconds=60)  # a busy machine is not a dead one
+    group_of_ranks.TIMEOUT = heartbeat.TIMEOUT = timedelta(seconds=60)  # a busy machine is not a dead one
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     found = {scenario.__name__: scenario(rank, dist.group.WORLD) for scenario in SCENARIOS}
     torch.save(found, f"{folder}/{rank}.pt")
-    distributed.TIMEOUT = pulse.TIMEOUT = timedelta(seconds=WAIT)
+    group_of_ranks.TIMEOUT = heartbeat.TIMEOUT = timedelta(seconds=WAIT)
     torch.save(dying(rank, dist.new_group(list(range(size)))), f"{folder}/{rank}-end.pt")
     os._exit(0)  # there is nobody to say goodbye to
 

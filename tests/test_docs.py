@@ -11,7 +11,8 @@ from typing import Any
 
 import matplotlib
 import pytest
-from pages import FENCE, PAGES, ROOT, agrees, consoles
+from pages import FENCE, MAP, PAGES, ROOT, agrees, consoles
+from test_architecture import FLOORS
 
 
 def run_console(text: str, folder: Path) -> None:
@@ -49,8 +50,40 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_every_module_is_in_the_design_section() -> None:
-    design = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Design")[2]
-    for path in (ROOT / "nac_gpu").rglob("*.py"):
-        if path.name != "__init__.py":
-            assert re.search(rf"\b{path.stem}\b", design), f"{path.name} is not in the README's design section"
+def mapped(text: str) -> set[str]:
+    """The modules of the map of the code, as paths in nac_gpu/. Folders end in a slash, what is indented is in them."""
+    found, folders = set(), [(0, "")]
+    for line in text.splitlines():
+        indent, name = re.match(r"([ \d]+)(\S+)", line).group(1, 2)  # floors stand before the folders
+        while len(indent) <= folders[-1][0]:
+            folders.pop()
+        path = folders[-1][1] + name
+        if name.endswith("/"):
+            folders.append((len(indent), path))
+        else:
+            found.add(path.removesuffix(".py"))
+    return found
+
+
+def test_the_map_has_every_module_in_its_folder() -> None:
+    (text,) = MAP.findall((ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
+    modules = {str(path.relative_to(ROOT / "nac_gpu").with_suffix("")) for path in (ROOT / "nac_gpu").rglob("*.py")}
+    modules |= {f"kernels/{path.stem}" for path in (ROOT / "kernels").glob("*.py")}
+    assert mapped(text) == {module for module in modules if not module.endswith("/__init__")}
+
+
+def test_the_map_has_the_floors_that_imports_are_held_to() -> None:
+    (text,) = MAP.findall((ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
+    drawn = {(int(floor), name) for floor, name in re.findall(r"^ +(\d+) (\w+)", text, re.MULTILINE)}
+    held = {(number, room or "__init__") for number, floor in enumerate(FLOORS, 1) for room in floor}
+    assert drawn == held
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_pre_commit_runs_what_make_lint_runs() -> None:
+    hooks = re.findall(r"entry: (.*)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert hooks == [line.strip() for line in recipe.group(1).replace("$(BIN)", ".venv/bin").splitlines()]

@@ -6,7 +6,7 @@ from networks import network
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from nac_gpu.dream import dream, why_not
+from nac_gpu.calibration.dream import dream, why_not
 
 
 def trained() -> nn.Sequential:

@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_clustering, parametrize_with_checks
 
 from nac_gpu import WardClustering, ward_linkage
-from nac_gpu.estimator import _as_tensor
+from nac_gpu.clustering.estimator import _as_tensor
 
 EXPECTED_FAILURES = {
     "check_sample_weight_equivalence_on_dense_data": "weights of zero are an error: such points are in no cluster",

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import budgets
 import compress_time
 import latency
-import nac_gpu.latency
 import vgg_cifar
 from common import processes
 from common.data import Images, augment, load, normalise, statistics, warped
@@ -28,7 +27,8 @@ from common.fast_conv import fast_weight_gradients
 from common.models import NETWORKS, Network
 from common.padding import padded, train_padded
 from common.results import Results
-from common.training import Augmented, Precision, Recipe, error_rate, fit
+from common.training import Augmented, Extras, Precision, Recipe, error_rate, fit
+from common.vgg import Run, Training
 
 CPU = Precision(torch.device("cpu"), bfloat16=False)
 RECIPE = Recipe(epochs=3, learning_rate=0.05, batch_size=16, shift=1, flip=True)
@@ -49,8 +49,9 @@ def test_fit_learns() -> None:
 
 
 def test_errors_are_measured_as_often_as_wanted_and_in_the_end() -> None:
+    train, test = blobs(64, 0), blobs(32, 1)
     every, some = (
-        fit(small_network(), blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=0, label="test", error_every=n)
+        fit(small_network(), train, test, RECIPE, CPU, seed=0, label="test", extras=Extras(error_every=n))
         for n in (1, 2)
     )
     assert some == every[1:]
@@ -69,23 +70,23 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         return error_rate(*_)  # type: ignore[arg-type]
 
+    def trained(model: nn.Module, recipe: Recipe = RECIPE) -> list[float]:
+        kept = Extras(checkpoint=checkpoint)
+        return fit(model, blobs(64, 0), blobs(32, 1), recipe, CPU, seed=3, label="test", extras=kept)
+
     with monkeypatch.context() as patch:
         patch.setattr("common.training.error_rate", stop_in_the_third_epoch)
         with pytest.raises(KeyboardInterrupt):
-            fit(stopped, blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=3, label="stopped", checkpoint=checkpoint)
+            trained(stopped)
     resumed = small_network()
-    found = fit(resumed, blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=3, label="resumed", checkpoint=checkpoint)
-    assert found == expected
+    assert trained(resumed) == expected
     for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     loaded = small_network()
-    assert (
-        fit(loaded, blobs(64, 0), blobs(32, 1), RECIPE, CPU, seed=3, label="again", checkpoint=checkpoint) == expected
-    )
+    assert trained(loaded) == expected
     assert torch.equal(loaded[0].weight, whole[0].weight)
-    other = replace(RECIPE, epochs=4)
     with pytest.raises(ValueError, match="was made with"):
-        fit(loaded, blobs(64, 0), blobs(32, 1), other, CPU, seed=3, label="other", checkpoint=checkpoint)
+        trained(loaded, replace(RECIPE, epochs=4))
 
 
 def seeing_the_first_class() -> nn.Module:
@@ -206,11 +207,6 @@ def test_an_image_folder_tree_and_what_is_missing(tmp_path: Path) -> None:
         load("folder", tmp_path)
 
 
-def test_l1_filters_keep_the_largest() -> None:
-    points = torch.tensor([[1.0, -1], [0, 0.5], [-3, 0], [0.1, 0]])
-    assert vgg_cifar.l1_filters(points, 2).tolist() == [0, -1, 1, -1]
-
-
 @pytest.mark.parametrize("network", ["vgg16", "vgg19"])
 def test_the_vgg_experiment_from_end_to_end(network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path / "data")
@@ -249,11 +245,11 @@ def test_the_vgg_experiment_from_end_to_end(network: str, tmp_path: Path, capsys
 
 
 def test_two_cycles_end_with_the_mean_of_their_weights(tmp_path: Path) -> None:
-    options = vgg_cifar.Options(epochs=2, further_epochs=(1, 0), batch_size=16, cutout=0, output=tmp_path)
-    train, results = blobs(64, 0), Results(tmp_path / "results.json", {}, CPU.device)
-    run = vgg_cifar.Run(options, 0, train, blobs(32, 1), CPU, results)
+    training = Training(epochs=2, further_epochs=(1, 0), batch_size=16, cutout=0, output=tmp_path)
+    train = blobs(64, 0)
+    run = Run(training, 0, train, blobs(32, 1), CPU)
     model = small_network()
-    error = run.fit(model, vgg_cifar.recipe(options), "run", further=1)
+    error = run.fit(model, training.recipe, "run", further=1)
     ends = [torch.load(run.checkpoint(name), weights_only=True)["model"] for name in ("run", "run-further")]
     assert not torch.equal(ends[0]["0.weight"], ends[1]["0.weight"])
     for name, parameter in model.named_parameters():
@@ -346,7 +342,7 @@ def test_results_of_another_configuration_are_not_mixed(tmp_path: Path) -> None:
 def test_latency_is_compared_with_flops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "latency.json"
     sizes = {"models": ("squeezenet1_1",), "size": 64, "batch_sizes": (1, 2), "latencies": (0.9,), "seconds": 0.2}
-    with mock.patch.object(nac_gpu.latency, "seconds_in_turn", return_value=(np.ones(5), np.full(5, 0.89))):
+    with mock.patch("nac_gpu.planning.latency.seconds_in_turn", return_value=(np.ones(5), np.full(5, 0.89))):
         latency.main(latency.Options(**sizes, device="cpu", results=path))  # type: ignore[arg-type]
     rows = json.loads(path.read_text())["rows"]
     assert [(row["batch"], row["asked"]) for row in rows] == [

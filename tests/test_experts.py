@@ -9,10 +9,10 @@ from mixtures import CLASSES, HIDDEN, Deep, X, made, with_copies
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from nac_gpu import refinement
-from nac_gpu.experts import _one
-from nac_gpu.mixtures import find_mixtures
-from nac_gpu.trial import relative_error
+from nac_gpu.experts.merging import _one
+from nac_gpu.experts.mixtures import find_mixtures
+from nac_gpu.merging import refinement
+from nac_gpu.network.comparing import relative_error
 
 
 @pytest.mark.parametrize("kind", CLASSES)

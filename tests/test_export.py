@@ -55,7 +55,9 @@ def test_what_deviates_is_not_written(tmp_path: Path, monkeypatch: pytest.Monkey
     nac.export(small(), path, torch.randn(1, 3, 8, 8))
     before = path.read_bytes()
     monkeypatch.setattr(
-        sys.modules["nac_gpu.export"], "_program", lambda _: lambda args, kwargs: [torch.zeros(len(args[0]), 4)]
+        sys.modules["nac_gpu.files.exporting"],
+        "_program",
+        lambda _: lambda args, kwargs: [torch.zeros(len(args[0]), 4)],
     )
     with pytest.raises(ValueError, match=r"deviates by 1\.0e\+00 from the model, expected at most 1e-04"):
         nac.export(small(), path, torch.randn(1, 3, 8, 8))

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import nac_gpu as nac
-from nac_gpu.atomic import atomically, atomically_folder
-from nac_gpu.files import read
+from nac_gpu.files.atomic import atomically, atomically_folder
+from nac_gpu.files.models import read
 
 
 def factory() -> nn.Sequential:
@@ -136,7 +136,7 @@ def test_every_single_bit_counts(path: Path) -> None:
 
 def rewritten(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     """A file whose hash is right, with another manifest."""
-    from nac_gpu.files import _digest
+    from nac_gpu.files.models import _digest
 
     manifest, values = read(path)
     change(manifest)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nac_gpu as nac
-from nac_gpu.objective import Objective
+from nac_gpu.training.loss import Objective
 
 
 def data(count: int = 64) -> TensorDataset:

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import bench_linkage
-
-EXPERIMENTS = Path(bench_linkage.__file__).parent
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STEPS = ("machine", "smoke", "times", "neurons", "vgg16", "tests", "compress", "default", "large")
 
 

@@ -3,10 +3,9 @@
 import torch
 from grammar import SIZE_DEPENDENT, Block, build, kinds, networks
 from hypothesis import HealthCheck, Phase, given, settings
+from plans import prepared
 
-from common.checks import identity, randomise
-from nac_gpu.plan import prepare
-from nac_gpu.widths import Wanted
+from nac_gpu.testing import merge_copies, randomise
 
 DEFECT = "merging identical neurons changed"  # what the trial says where a rule of the record was wrong
 
@@ -17,14 +16,14 @@ def reasons(blocks: list[Block], head: str) -> list[str]:
     model = randomise(build(blocks, head)).eval()
     inputs = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     try:
-        prepared = prepare(model, inputs, Wanted(width=0.5))
+        plan = prepared(model, inputs)
     except ValueError as error:
         if not str(error).startswith("nothing to compress: "):
             raise
         return str(error).removeprefix("nothing to compress: ").split("; ")
     for seed in (1, 2):
-        assert identity(prepared.model, inputs, prepared.groups, list(prepared.plan.widths.values()), seed).error < 1e-8
-    return [alone.reason for alone in prepared.plan.left_alone]
+        assert merge_copies(plan.model, inputs, plan.choices, seed).error < 1e-8
+    return [alone.reason for alone in plan.plan.left_alone]
 
 
 @settings(

@@ -8,8 +8,8 @@ from networks import Conv1dNet, NormedMLP, Residual, Split, network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nac_gpu.forward import evaluating
-from nac_gpu.graph import record
+from nac_gpu.network.running import evaluating
+from nac_gpu.tracing.trace import record
 
 
 class Net(nn.Module):

@@ -7,13 +7,16 @@ from hypothesis import strategies as st
 from networks import LARGE, NETWORKS, network
 
 from nac_gpu import compress
-from nac_gpu.graph import record
-from nac_gpu.merge import Merger, Rule
-from nac_gpu.rebuild import rebuild, tensors
-from nac_gpu.trial import converted, copy_neurons, outputs, random_labels, relative_error
+from nac_gpu.merging.centroids import Deviation, Merger
+from nac_gpu.merging.copies import copy_neurons, random_labels
+from nac_gpu.network.comparing import outputs, relative_error
+from nac_gpu.network.copying import rebuild
+from nac_gpu.network.probes import converted
+from nac_gpu.network.state import tensors
+from nac_gpu.tracing.trace import record
 
 
-def check(name: str, seed: int, share: float, rule: Rule = "restored") -> None:
+def check(name: str, seed: int, share: float, deviation: Deviation = "restored") -> None:
     """Copies of random neurons, in every group at once, merge with no change; making the copies changed much."""
     model, inputs = converted(*network(name), torch.float64)
     groups = record(model, inputs).groups
@@ -23,7 +26,7 @@ def check(name: str, seed: int, share: float, rule: Rule = "restored") -> None:
     copies = tensors(model)
     for group, chosen in zip(groups, labels, strict=True):
         copies = copy_neurons(copies, group, chosen)
-    merger = Merger(copies, rule)
+    merger = Merger(copies, deviation)
     for group, chosen in zip(groups, labels, strict=True):
         merger.merge(group, chosen)
     expected = outputs(rebuild(model, copies), inputs)
@@ -43,10 +46,10 @@ def test_copies_merge_with_no_change(name: str) -> None:
     name=st.sampled_from(list(NETWORKS)),
     seed=st.integers(0, 2**31),
     share=st.floats(0.01, 0.95),
-    rule=st.sampled_from(["restored", "centroid"]),
+    deviation=st.sampled_from(["restored", "centroid"]),
 )
-def test_random_choices_of_copies(name: str, seed: int, share: float, rule: Rule) -> None:
-    check(name, seed, share, rule)
+def test_random_choices_of_copies(name: str, seed: int, share: float, deviation: Deviation) -> None:
+    check(name, seed, share, deviation)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "conv3d"])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nac_gpu.labels import CHANNELS, MEAN, NONE, SUM, Atoms, compact, varying
+from nac_gpu.tracing.atoms import CHANNELS, MEAN, NONE, SUM, Atoms, compact, varying
 
 
 @given(

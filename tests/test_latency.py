@@ -12,9 +12,9 @@ from networks import network
 from torch import nn
 
 import nac_gpu as nac
-from nac_gpu import latency
-from nac_gpu.latency import nearest
-from nac_gpu.timing import seconds_in_turn
+from nac_gpu.network.timing import seconds_in_turn
+from nac_gpu.planning import latency
+from nac_gpu.planning.latency import nearest
 
 
 @given(st.floats(0.05, 0.98), st.floats(0.001, 0.3), st.floats(0.0, 0.6), st.floats(0.5, 2.0))

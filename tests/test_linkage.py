@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.cluster import hierarchy
 
 from nac_gpu import Dendrogram, ward_linkage
-from nac_gpu.dendrogram import number_by_first_appearance
+from nac_gpu.clustering.labels import number_by_first_appearance
 
 properties = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -5,12 +5,13 @@ import torch
 from networks import network, randomised
 from torch import Tensor, nn
 
-from nac_gpu.graph import record
-from nac_gpu.groups import Group
-from nac_gpu.merge import Merger, Rule
-from nac_gpu.neurons import neuron_vectors
-from nac_gpu.rebuild import rebuild, tensors
-from nac_gpu.trial import outputs
+from nac_gpu.calibration.neurons import neuron_vectors
+from nac_gpu.merging.centroids import Deviation, Merger
+from nac_gpu.network.comparing import outputs
+from nac_gpu.network.copying import rebuild
+from nac_gpu.network.state import tensors
+from nac_gpu.tracing.graph import Group
+from nac_gpu.tracing.trace import record
 
 
 def two_layers() -> tuple[nn.Module, Tensor]:
@@ -18,9 +19,11 @@ def two_layers() -> tuple[nn.Module, Tensor]:
     return randomised(model), torch.randn(4, 5, dtype=torch.float64)
 
 
-def merged(model: nn.Module, inputs: Tensor, labels: Tensor, rule: Rule = "centroid") -> tuple[nn.Module, Group]:
+def merged(
+    model: nn.Module, inputs: Tensor, labels: Tensor, deviation: Deviation = "centroid"
+) -> tuple[nn.Module, Group]:
     group = record(model, inputs).groups[0]
-    merger = Merger(tensors(model), rule)
+    merger = Merger(tensors(model), deviation)
     merger.merge(group, labels)
     return rebuild(model, merger.finish()), group
 
@@ -50,11 +53,11 @@ def test_a_centroid_can_be_weighted_and_the_sum_stays_plain() -> None:
     assert torch.allclose(small[2].weight, torch.stack([v[:, [0, 2, 5]].sum(1), v[:, [1, 4]].sum(1)], 1), rtol=1e-14)
 
 
-@pytest.mark.parametrize("rule", ["restored", "centroid"])
-def test_clusters_of_one_are_bitwise_unchanged(rule: Rule) -> None:
+@pytest.mark.parametrize("deviation", ["restored", "centroid"])
+def test_clusters_of_one_are_bitwise_unchanged(deviation: Deviation) -> None:
     model, inputs = network("vgg16")
     labels = torch.tensor([0, 1, 0, 2, 3, 4, 5, 6])
-    small, group = merged(model, inputs, labels, rule)
+    small, group = merged(model, inputs, labels, deviation)
     alone = torch.tensor([3, 4, 5, 6, 7])
     for member in group.members:
         before = model.state_dict()[member.tensor].index_select(member.dim, alone)

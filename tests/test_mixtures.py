@@ -6,8 +6,8 @@ from mixtures import CLASSES, WIDTH, Listed, X, made
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from nac_gpu.mixtures import find_mixtures
-from nac_gpu.origin import origin_of
+from nac_gpu.experts.mixtures import find_mixtures
+from nac_gpu.files.origin import origin_of
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -11,6 +11,7 @@ from torch import nn
 import mnist_cnn
 import mnist_dbn
 from common.models import dbn
+from common.rbm import Rbm
 
 pytestmark = pytest.mark.usefixtures("short_dreams")
 
@@ -63,7 +64,7 @@ def test_a_restricted_boltzmann_machine_learns_its_data() -> None:
     generator = torch.Generator().manual_seed(0)
     patterns = (torch.rand(2, 20, generator=generator) < 0.5).float()
     data = patterns[torch.arange(200) % 2]
-    machine = mnist_dbn.Rbm(20, 8, torch.device("cpu"), generator)
+    machine = Rbm(20, 8, torch.device("cpu"), generator)
     assert machine.parameters[0].shape == (8, 20)
     torch.manual_seed(0)
     for _ in range(1000):

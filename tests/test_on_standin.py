@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import recurrent
 from cuda_standin import AVAILABLE, OnDevice, model_on_device, on_device, standin, to_host
 from torch import nn
 
 import nac_gpu as nac
-from nac_gpu import dream, refinement
+from common.architectures import recurrent
+from nac_gpu.calibration import dream
+from nac_gpu.merging import refinement
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no devices that Python stands in for")
 

@@ -5,11 +5,11 @@ import torch
 from networks import NETWORKS, network
 from torch import Tensor, nn
 
-import nac_gpu.graph
-from nac_gpu.forward import call, evaluating
-from nac_gpu.graph import record
-from nac_gpu.groups import Graph, Group
-from nac_gpu.outline import Outline, ValuesNeededError
+from nac_gpu.network.running import call, evaluating
+from nac_gpu.tracing import trace
+from nac_gpu.tracing.graph import Graph, Group
+from nac_gpu.tracing.shapes_only import Outline, ValuesNeededError
+from nac_gpu.tracing.trace import record
 
 
 class NoOutline(Outline):
@@ -31,7 +31,7 @@ class Watched(Outline):
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
     monkeypatch.setattr(Watched, "made", [])
-    monkeypatch.setattr(nac_gpu.graph, "Outline", Watched)
+    monkeypatch.setattr(trace, "Outline", Watched)
     return Watched.made
 
 
@@ -56,7 +56,7 @@ class Recurrent(nn.Module):
 
 def same_with_values(model: nn.Module, inputs: object, monkeypatch: pytest.MonkeyPatch) -> None:
     found = told(record(model, inputs))  # type: ignore[arg-type]
-    monkeypatch.setattr(nac_gpu.graph, "Outline", NoOutline)
+    monkeypatch.setattr(trace, "Outline", NoOutline)
     assert found == told(record(model, inputs))  # type: ignore[arg-type]
 
 

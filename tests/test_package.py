@@ -37,7 +37,8 @@ stub = types.ModuleType("torch.distributed")
 stub.is_available = lambda: False
 sys.modules["torch.distributed"] = torch.distributed = stub
 import nac_gpu
-with nac_gpu.distributed.joined(None, nn.Linear(1, 1)) as ranks:
+from nac_gpu.distributed.ranks import joined
+with joined(None, nn.Linear(1, 1)) as ranks:
     assert list(ranks.share("ab", str.upper)) == ["A", "B"]
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=tmp_path)
@@ -73,6 +74,7 @@ def test_wheel_and_sdist_hold_all_that_is_needed(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "__pycache__", "data")
     shutil.copytree(root, source, ignore=ignored)
     shutil.copytree(root / ".ci", source / ".ci")
+    shutil.copy(root / ".pre-commit-config.yaml", source)
     subprocess.run(
         [sys.executable, "-m", "build", "--outdir", tmp_path / "dist", source], check=True, capture_output=True
     )
@@ -90,7 +92,7 @@ from importlib.metadata import version
 from pathlib import Path
 here = Path(nac_gpu.__file__).parent
 assert here.parent.name == "installed", here
-assert (here / "py.typed").exists() and (here / "report" / "page.css").exists()
+assert (here / "py.typed").exists() and (here / "reporting" / "page.css").exists()
 assert version("nac-gpu") == nac_gpu.__version__
 assert nac_gpu.ward_linkage(torch.rand(5, 2)).cut(2).max() == 1
 """

@@ -33,12 +33,12 @@ def test_compressed_sizes_of_the_dbn(widths: tuple[int, int, int], parameters: i
 
 
 def test_the_papers_budget_for_vgg16() -> None:
-    import vgg_cifar
     from common.models import vgg16
+    from common.vgg import paper_widths
 
     model = vgg16(10)
     inputs = torch.zeros(1, 3, 32, 32)
-    plan = nac.plan(model, inputs, width=vgg_cifar.widths(model, inputs, "none", vgg_cifar.Options()))
+    plan = nac.plan(model, inputs, width=paper_widths(model))
     assert plan.after.parameters <= 2.37e6
     assert plan.after.flops <= 3.72e8
 
@@ -204,21 +204,21 @@ def test_example_inputs_of_zeros_hide_nothing(build: type[nn.Module]) -> None:
 
 def test_the_trial_is_not_vacuous_behind_a_head_of_zeros() -> None:
     """A wrong rule would be caught by the trial alone."""
-    from nac_gpu.graph import record
-    from nac_gpu.groups import Group, Member
-    from nac_gpu.trial import Trial, converted
+    from nac_gpu.network.probes import converted
+    from nac_gpu.planning.trial import Trial
+    from nac_gpu.tracing.graph import Choice, Group, Member
+    from nac_gpu.tracing.trace import record
 
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     nn.init.zeros_(model[2].weight)
     double, inputs = converted(model, torch.zeros(2, 6), torch.float64)
     (group,) = record(double, inputs).groups
     trial = Trial(double, inputs)
-    assert trial.failure([(group, 4)]) is None
+    assert not trial.run([Choice(group, 4)]).refused
     wrong = tuple(Member(m.tensor, m.dim, "mean", m.index) for m in group.members)
     broken = Group(group.name, group.size, wrong, group.producers, group.norms)
-    message = trial.failure([(broken, 4)])
-    assert message is not None
-    assert "changed the outputs" in message
+    (refused,) = Trial(double, inputs).run([Choice(broken, 4)]).refused
+    assert "changed the outputs" in refused.reason
 
 
 def test_only_and_skip_by_name_module_and_pattern() -> None:

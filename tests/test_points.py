@@ -8,7 +8,7 @@ import torch
 from scipy.cluster import hierarchy
 
 from nac_gpu import ward_linkage
-from nac_gpu.points import standardise
+from nac_gpu.clustering.points import standardise
 
 
 def normal(n, d, seed=0):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from nac_gpu import refinement
-from nac_gpu.rebuild import tensors
-from nac_gpu.refinement import BATCH, joined, looked_at
+from nac_gpu.merging import refinement
+from nac_gpu.merging.refinement import BATCH, joined, looked_at
+from nac_gpu.network.state import tensors
 
 
 def inputs(count: int, seed: int, size: int = 20) -> Tensor:
@@ -76,10 +76,10 @@ def test_what_makes_it_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(refined).values(), strict=True))
 
 
-def test_made_up_inputs_have_a_rate_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthetic_inputs_have_a_rate_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network(), inputs(1, 0)
     plain = nac.compress(model, x, width=0.5, refine=0)
-    monkeypatch.setattr(refinement, "_RATE_MADE_UP", float("inf"))
+    monkeypatch.setattr(refinement, "_RATE_SYNTHETIC", float("inf"))
     refined = nac.compress(model, x, width=0.5)
     assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(refined).values(), strict=True))
 

@@ -1,7 +1,6 @@
 """The report: its numbers, what it finds out by itself, and errors."""
 
 import io
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,11 @@ from reports import QUICK, Cnn, labelled
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from nac_gpu.plan import Prepared, prepare
-from nac_gpu.report.filters import Filters
-from nac_gpu.report.measure import accuracy, bytes_on_disk
-from nac_gpu.timing import batch_of, timings
+from nac_gpu.network.timing import batch_of, timings
+from nac_gpu.planning.prepare import Prepared, plan_for
+from nac_gpu.reporting import matching
+from nac_gpu.reporting.contents import Filters
+from nac_gpu.reporting.measuring import accuracy, bytes_on_disk
 
 
 def test_sizes_are_those_of_cost_and_of_the_file(made: Any, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_widths_are_found_without_the_plan(name: str) -> None:
     model, x = network(name)
     plan = nac.plan(model, x, width=0.4)
     small = nac.compress(model, x, plan, calibration="none")
-    found = nac.report(model, small, x, calibration="none", batch_sizes=())
+    found = nac.report(model, small, x, calibration="none", timed={})
     assert found.plan == plan
     assert found.timings == ()
 
@@ -93,13 +93,13 @@ def test_widths_that_the_sizes_leave_open_ask_for_the_plan(made: Any, monkeypatc
     model, small, x, _, _ = made
 
     def doubled(*options: Any) -> Prepared:
-        prepared = prepare(*options)
-        twice = prepared.groups[:1] * 2
-        return replace(prepared, graph=replace(prepared.graph, groups=twice))
+        prepared = plan_for(*options)
+        return replace(prepared, choices=prepared.choices[:1] * 2)
 
-    monkeypatch.setattr(sys.modules["nac_gpu.report.matching"], "prepare", doubled)
+    monkeypatch.setattr(matching, "plan_for", doubled)
+    monkeypatch.setattr(matching, "origin_of", lambda _: None)
     with pytest.raises(ValueError, match="do not tell how many neurons each group kept; give plan="):
-        nac.report(model, small, x, calibration="none", batch_sizes=())
+        nac.report(model, small, x, calibration="none", timed={})
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_widths_that_the_sizes_leave_open_ask_for_the_plan(made: Any, monkeypatc
 def test_a_layer_names_the_group_that_it_makes(model: str, layer: str | None, group: str) -> None:
     original, x = network(model)
     small = nac.compress(original, x, width=0.5, calibration="none")
-    found = nac.report(original, small, x, calibration="none", batch_sizes=(), layer=layer)
+    found = nac.report(original, small, x, calibration="none", timed={}, layer=layer)
     assert found.tree.group.name == group
 
 
@@ -137,7 +137,7 @@ def test_a_batch_at_which_the_model_does_not_run_is_noted(made: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.view(2, -1)
 
-    measured, failed = timings(Fixed(), Fixed(), torch.randn(1, 3), [3, 4], 0.01)
+    measured, failed = timings(Fixed(), Fixed(), torch.randn(1, 3), {3: 0.005, 4: 0.005})
     assert [timing.batch for timing in measured] == [4]
     assert len(failed) == 1
     assert failed[0].startswith("not timed at batch 3: RuntimeError: ")
@@ -163,8 +163,8 @@ def refused(message: str, **options: Any) -> Any:
     [
         refused(r"unknown layer 'nowhere'; expected layer= to be one of: layers\.first, ", layer="nowhere"),
         refused(r"layers\.head was left alone: model output; expected layer=", layer="layers.head"),
-        refused("batch size 0, expected whole numbers from 1", batch_sizes=(1, 0)),
-        refused("seconds=0, expected more than 0", seconds=0),
+        refused("batch size 0, expected whole numbers from 1", timed={1: 1.0, 0: 1.0}),
+        refused("0 seconds at batch size 1, expected more than 0", timed={1: 0}),
     ],
 )
 def test_wrong_options_are_errors(made: Any, options: dict[str, Any], message: str) -> None:

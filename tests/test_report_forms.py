@@ -18,9 +18,8 @@ from reports import QUICK
 from torch import nn
 
 import nac_gpu as nac
-from nac_gpu.report.contents import GroupCurve, Tree
-from nac_gpu.report.filters import Filters
-from nac_gpu.report.pictures import curve, dendrogram
+from nac_gpu.reporting.contents import Filters, GroupCurve, Tree
+from nac_gpu.reporting.pictures import curve, dendrogram
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from nac_gpu.shards import entries, write
+from nac_gpu.files.shards import entries, write
 
 
 @pytest.fixture

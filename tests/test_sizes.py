@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nac_gpu as nac
-from common.checks import difference, leaves, outputs, randomise, training_step
+from common.architectures import ARCHITECTURES
+from common.checks import training_step
+from nac_gpu.testing import difference, floating_outputs, leaves, randomise
 
 pytestmark = pytest.mark.usefixtures("short_dreams")
 
@@ -103,13 +104,13 @@ def test_the_result_can_do_what_modules_can(name: str) -> None:
     entry = ARCHITECTURES[name]
     whole, inputs = randomise(entry.build()).eval(), entry.inputs()
     small = nac.compress(whole, inputs, width=0.5, method="random")
-    expected = outputs(small, inputs)
+    expected = floating_outputs(small, inputs)
     assert repr(small).count("\n") == repr(whole).count("\n") or name == "weight_norm"
     copied = copy.deepcopy(small)
     for parameter in copied.parameters():
         nn.init.zeros_(parameter)
     copied.load_state_dict(small.state_dict())
-    assert difference(outputs(copied, inputs), expected) == 0
+    assert difference(floating_outputs(copied, inputs), expected) == 0
     exported = torch.export.export(small, *_arguments(inputs))
     arguments, named = _arguments(inputs)
     with torch.no_grad():

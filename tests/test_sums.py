@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nac_gpu.sums import _in_order, add_rows
+from nac_gpu.network.sums import _in_order, add_rows
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

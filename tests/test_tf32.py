@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import warnings, torch
 warnings.simplefilter("error")
-from nac_gpu.forward import without_tf32
+from nac_gpu.network.precision import without_tf32
 backends = torch.backends
 new = hasattr(backends.cuda.matmul, "fp32_precision")
 owners = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.cudnn, backends) if new else ()
@@ -57,7 +57,7 @@ def test_settings_are_put_back(setting):
 def test_outputs_that_are_compared_are_made_without_tf32():
     import torch
 
-    from nac_gpu.trial import outputs
+    from nac_gpu.network.comparing import outputs
 
     seen = []
 

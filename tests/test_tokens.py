@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from nac_gpu.tokens import POSITIONS, Speaker
+from nac_gpu.calibration.tokens import POSITIONS, Speaker
 
 
 class Counting(nn.Module):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nac_gpu.graph import record
-from nac_gpu.trial import Trial
+from nac_gpu.planning.trial import Trial
+from nac_gpu.tracing.graph import Choice
+from nac_gpu.tracing.trace import record
 
 
 class Amplifies(nn.Module):
@@ -28,7 +29,8 @@ def tried(model: Amplifies) -> tuple[str | None, list[torch.dtype]]:
     (group,) = record(model, inputs).groups
     types: list[torch.dtype] = []
     model.register_forward_pre_hook(lambda _, args: types.append(args[0].dtype))  # copies keep it
-    return Trial(model, inputs).failure([(group, 32)]), types
+    refused = Trial(model, inputs).run([Choice(group, 32)]).refused
+    return refused[0].reason if refused else None, types
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import nac_gpu as nac
-from nac_gpu.trial import relative_error
-from nac_gpu.unwrap import computed, unwrapped
+from nac_gpu.network.comparing import relative_error
+from nac_gpu.network.unwrapping import computed, unwrapped
 
 INPUTS = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 

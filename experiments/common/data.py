@@ -53,15 +53,23 @@ def _read_folder(path: Path) -> Images:
     return _from_arrays(np.stack(pixels), folder.targets, len(folder.classes))
 
 
-def _digits(seed: int = 0) -> tuple[Images, Images]:
-    """scikit-learn's 1,797 handwritten digits as 32x32 RGB; a fixed fifth is the test set."""
+def digits(side: int = 32, seed: int = 0) -> tuple[Images, Images]:
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels, as square RGB images of any size.
+
+    Args:
+        side: pixels.
+        seed: of what goes into the test set, a fifth.
+
+    Returns:
+        Images to learn from, and images to measure on.
+    """
     from sklearn.datasets import load_digits
 
-    digits: Any = load_digits()
-    small = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)
-    large = torch.nn.functional.interpolate(small, size=32, mode="bilinear")
+    loaded: Any = load_digits()
+    small = torch.from_numpy(loaded.images).float().unsqueeze(1) * (255 / 16)
+    large = torch.nn.functional.interpolate(small, size=side, mode="bilinear")
     pixels = large.round().to(torch.uint8).expand(-1, 3, -1, -1)
-    labels = torch.from_numpy(digits.target).long()
+    labels = torch.from_numpy(loaded.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
     return Images(pixels[train], labels[train], 10), Images(pixels[test], labels[test], 10)
@@ -81,7 +89,7 @@ def load(name: DatasetName, path: Path, download: bool = False) -> tuple[Images,
         FileNotFoundError: there is no data set at `path`.
     """
     if name == "digits":
-        return _digits()
+        return digits()
     if (path / "train").is_dir() and (path / "test").is_dir():
         train, test = _read_folder(path / "train"), _read_folder(path / "test")
         if train.classes != test.classes:

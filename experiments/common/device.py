@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nac_gpu.timing import synchronise
+from nac_gpu.network.timing import synchronise
 
 
 def reset_peak(device: torch.device) -> None:

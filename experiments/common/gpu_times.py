@@ -15,7 +15,7 @@ import nac_gpu as nac
 from common.device import copies_to_host, measure_rates
 from common.runner import Check
 from nac_gpu.kernels import Batch, Clusters, pad_points, products, squared_distances_batch, update_neighbours
-from nac_gpu.timing import synchronise
+from nac_gpu.network.timing import synchronise
 
 _REPETITIONS = 7
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.providers import PROVIDERS
-from nac_gpu.report.text import table
+from nac_gpu.reporting.text import table
 
 Row = dict[str, Any]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import nac_gpu as nac
 from common.data import Images, load, normalise
 from common.results import Measured, Results, mean_sd
-from common.training import Precision, Recipe, error_rate, fit
-from nac_gpu.report.text import table
+from common.training import Extras, Precision, Recipe, error_rate, fit
+from nac_gpu.reporting.text import table
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,10 @@ class Run:
 
     def fit(self, model: nn.Module, row: str, recipe: Recipe) -> float:
         """Train a model in place; its error in percent after the last epoch."""
-        errors = fit(
-            model,
-            self.train,
-            self.test,
-            recipe,
-            self.precision,
-            seed=self.seed,
-            label=f"seed {self.seed}, {row}",
-            checkpoint=self.folder
-            / f"{row.replace(': ', '-').replace(', ', '-').replace(',', '').replace(' ', '-')}.pt",
-            scale=self.scale(),
-        )
+        file = f"{row.replace(': ', '-').replace(', ', '-').replace(',', '').replace(' ', '-')}.pt"
+        extras = Extras(checkpoint=self.folder / file, scale=self.scale())
+        label = f"seed {self.seed}, {row}"
+        errors = fit(model, self.train, self.test, recipe, self.precision, seed=self.seed, label=label, extras=extras)
         return errors[-1]
 
     def size(self, model: nn.Module) -> Measured:

@@ -13,6 +13,7 @@ Network = Literal["vgg16", "vgg19", "resnet18", "resnet20", "resnet56"]
 #: Output channels of the 3x3 convolutions; 0 is a 2x2 max pooling (Simonyan & Zisserman 2015; Liu et al. 2017).
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 VGG19 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512)
+VGG8 = (32, 32, 0, 64, 64, 0, 128, 128, 0)  # the same in small
 
 
 def scaled(width: int, multiplier: float) -> int:
@@ -78,6 +79,14 @@ def vgg19(classes: int, multiplier: float = 1.0) -> nn.Module:
     """
     features, channels = _vgg_features(VGG19, multiplier, bias=False)
     return _assembled(nn.Sequential(*features, nn.AvgPool2d(2)), nn.Linear(channels, classes))
+
+
+def vgg8(classes: int, multiplier: float = 1.0) -> nn.Module:
+    """A VGG for 8x8 images: 6 convolutions with BatchNorm, a hidden layer of 128; 305,258 parameters for 10 classes."""
+    features, channels = _vgg_features(VGG8, multiplier, bias=False)
+    hidden = scaled(128, multiplier)
+    classifier = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, classes))
+    return _assembled(nn.Sequential(*features), classifier)
 
 
 class Residual(nn.Module):

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +13,9 @@ from torch import nn
 import nac_gpu as nac
 from common.zoo_measure import WIDTH, Row, built, heads_of, pruned, said, started
 from common.zoo_models import Case
-from nac_gpu.report.text import table
-from nac_gpu.trial import Trial
+from nac_gpu.planning import taking
+from nac_gpu.planning.trial import Trial
+from nac_gpu.reporting.text import table
 
 #: What is asked of a plan.
 ASKED: Mapping[str, dict[str, Any]] = {
@@ -46,8 +46,7 @@ def timed(owner: object, name: str, seconds: Seconds, part: str) -> Iterator[Non
 def plan_seconds(model: nn.Module, inputs: Any, asked: Mapping[str, Any]) -> Seconds:
     """Processor seconds of a plan: `all`, and of it `record` and `trial`; the rest are clustering and the budget."""
     seconds: Seconds = {"record": 0.0, "trial": 0.0, "all": 0.0}
-    planning = importlib.import_module("nac_gpu.plan")  # as an attribute of the package it is the function
-    with timed(planning, "record", seconds, "record"), timed(Trial, "passed", seconds, "trial"):
+    with timed(taking, "record", seconds, "record"), timed(Trial, "run", seconds, "trial"):
         start = time.process_time()
         nac.plan(model, inputs, **asked)
         seconds["all"] = time.process_time() - start

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from common import processes
-from nac_gpu.atomic import write_text
-from nac_gpu.report.machine import environment
+from nac_gpu.files.atomic import write_text
+from nac_gpu.network.machine import environment
 
 Measured = dict[str, Any]
 

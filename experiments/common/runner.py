@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from nac_gpu.report.machine import environment
-from nac_gpu.timing import synchronise
+from nac_gpu.network.machine import environment
+from nac_gpu.network.timing import synchronise
 
 #: What is checked: a name, and a function that raises, or gives what there is to say.
 Check = tuple[str, Callable[[], Any]]

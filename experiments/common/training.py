@@ -1,7 +1,7 @@
 """How every experiment trains: `nac_gpu.finetune` with a recipe, augmentation on tensors, the test error per epoch."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ import nac_gpu as nac
 from common import processes
 from common.data import Images, augment, normalise, statistics
 from common.fast_conv import fast_weight_gradients
-from nac_gpu.forward import multiplies_bfloat16
+from nac_gpu.network.precision import multiplies_bfloat16
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,30 @@ def remeasure(model: nn.Module, train: Images, recipe: Recipe, precision: Precis
     processes.share_buffers(model)
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a training may have besides its recipe.
+
+    Attributes:
+        checkpoint: a file kept after every epoch; a run that was stopped goes on from it, and one that is complete is
+            only loaded. All processes must see it.
+        scale: each channel's mean and deviation to take out of the pixels, in units of 0 to 1, [channels] each; by
+            default those of the training images.
+        teacher: for distillation.
+        sparsity: weight in the loss of the sum of BatchNorm's absolute scales (network slimming, Liu et al. 2017).
+        error_every: after how many epochs the test error is measured each time; it is after the last one in any case.
+    """
+
+    checkpoint: Path | None = None
+    scale: tuple[Tensor, Tensor] | None = None
+    teacher: Teacher | None = None
+    sparsity: float = 0.0
+    error_every: int = 1
+
+
+NO_EXTRAS = Extras()
+
+
 def fit(
     model: nn.Module,
     train: Images,
@@ -195,11 +219,7 @@ def fit(
     *,
     seed: int,
     label: str,
-    checkpoint: Path | None = None,
-    scale: tuple[Tensor, Tensor] | None = None,
-    teacher: Teacher | None = None,
-    sparsity: float = 0.0,
-    error_every: int = 1,
+    extras: Extras = NO_EXTRAS,
 ) -> list[float]:
     """Train a model in place; several processes train it together, and all have the same one in the end.
 
@@ -211,35 +231,24 @@ def fit(
         precision: where.
         seed: of the order of the images and the augmentation.
         label: shown beside the progress bar.
-        checkpoint: a file kept after every epoch; a run that was stopped goes on from it, and one that is
-            complete is only loaded. All processes must see it.
-        scale: each channel's mean and deviation to take out of the pixels, in units of 0 to 1, [channels] each;
-            by default those of the training images.
-        teacher: for distillation.
-        sparsity: weight in the loss of the sum of BatchNorm's absolute scales (network slimming, Liu et al. 2017).
-        error_every: after how many epochs the test error is measured each time; it is after the last one in any case.
+        extras: checkpoint, distillation and the like.
 
     Returns:
         The test error in percent after each epoch where it was measured.
     """
     precision.place(model)
     train, test = train.to(precision.device), test.to(precision.device)
-    mean, std = (value.to(precision.device) for value in scale or statistics(train))
+    mean, std = (value.to(precision.device) for value in extras.scale or statistics(train))
 
     def measure(_: nn.Module, epoch: nac.Epoch) -> dict[str, float]:
-        if epoch.number % error_every and epoch.number < recipe.epochs:
+        if epoch.number % extras.error_every and epoch.number < recipe.epochs:
             return {}
         processes.share_buffers(model)
         error = error_rate(model, test, (mean, std), precision)
         tqdm.write(f"{label}: epoch {epoch.number}/{recipe.epochs}, test error {error:.2f} %")
         return {"error": error}
 
-    of_targets = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    scales: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-
-    def sparse(outputs: Tensor, targets: Tensor) -> Tensor:
-        return of_targets(outputs, targets) + sparsity * torch.cat(scales).abs().sum()
-
+    teacher, sparsity = extras.teacher, extras.sparsity
     with fast_weight_gradients() if precision.bfloat16 else contextlib.nullcontext():
         epochs = nac.finetune(
             processes.parallel(model, precision.device),
@@ -249,11 +258,11 @@ def fit(
             warmup=recipe.warmup,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
-            loss=sparse if sparsity else of_targets,
+            loss=_loss(model, recipe, sparsity),
             teacher=teacher.model if teacher else None,
             distillation=teacher.share if teacher else 0.0,
             precision="bfloat16" if precision.bfloat16 else "float32",
-            checkpoint=checkpoint,
+            checkpoint=extras.checkpoint,
             settings=asdict(recipe) | ({"sparsity": sparsity} if sparsity else {}),
             callbacks=[measure],
             progress=processes.first(),
@@ -261,3 +270,12 @@ def fit(
         )
     model.eval()
     return [epoch.measured["error"] for epoch in epochs if "error" in epoch.measured]
+
+
+def _loss(model: nn.Module, recipe: Recipe, sparsity: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy, with the penalty on BatchNorm's scales if there is any."""
+    of_targets = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    if not sparsity:
+        return of_targets
+    scales: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    return lambda outputs, targets: of_targets(outputs, targets) + sparsity * torch.cat(scales).abs().sum()

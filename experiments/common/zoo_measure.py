@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 import nac_gpu as nac
-from common.checks import compressible_share, identity, outputs, randomise, training_step
+from common.checks import compressible_share, training_step
 from common.zoo_models import Case
-from nac_gpu.plan import prepare
-from nac_gpu.widths import Wanted
+from nac_gpu.planning.prepare import plan_for
+from nac_gpu.planning.request import Request
+from nac_gpu.planning.taking import take
+from nac_gpu.testing import floating_outputs, merge_copies, randomise
 
 Row = dict[str, Any]
 WIDTH = 0.5
@@ -64,7 +66,7 @@ def compression(case: Case, note: Callable[[Row], None], *, compensate: bool = F
         reached("planning", parameters=sum(p.numel() for p in model.parameters()))
         start = time.perf_counter()
         try:
-            prepared = prepare(model, inputs, Wanted(width=WIDTH))  # what nac.plan does
+            prepared = plan_for(take(model, inputs), Request(width=WIDTH))  # what nac.plan does
         except ValueError as error:
             if not str(error).startswith("nothing to compress"):
                 raise
@@ -83,7 +85,7 @@ def compression(case: Case, note: Callable[[Row], None], *, compensate: bool = F
             share=compressible_share(prepared.model, prepared.groups),
             left_alone=[[alone.layer, alone.size, alone.reason] for alone in prepared.plan.left_alone],
         )
-        found = identity(prepared.model, inputs, prepared.groups, list(prepared.plan.widths.values()))
+        found = merge_copies(prepared.model, inputs, prepared.choices)
         reached("compressing", identity=found.error, effect=found.effect, vacuous=found.vacuous)
         calibration = [inputs] if compensate else "none"
         small = nac.compress(model, inputs, width=WIDTH, method="random", calibration=calibration, refine=2)
@@ -159,7 +161,7 @@ def peer(case: Case, note: Callable[[Row], None]) -> None:
         start = time.perf_counter()
         pruned(model, inputs)
         reached("running", seconds=time.perf_counter() - start, after=sum(p.numel() for p in model.parameters()))
-        outputs(model, inputs)
+        floating_outputs(model, inputs)
         reached("done", outcome="ok")
     except Exception as error:  # whatever goes wrong is the result
         reached(row["stage"], outcome=f"fails: {said(error)}")

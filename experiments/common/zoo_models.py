@@ -2,17 +2,15 @@
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-TESTS = Path(__file__).parents[2] / "tests"
+from common.architectures import ARCHITECTURES
 
 #: Image sizes other than 64: what the model's code or tensors ask for.
 SIDES = {"vit": 224, "maxvit": 224, "inception_v3": 299, "alexnet": 96, "squeezenet": 96, "convnext": 96, "swin": 96}
@@ -200,11 +198,8 @@ def transformers_models() -> dict[str, Case]:
 
 
 def handwritten_models() -> dict[str, Case]:
-    """The architectures of the tests."""
-    if str(TESTS) not in sys.path:
-        sys.path.insert(0, str(TESTS))
-    found = importlib.import_module("architectures").ARCHITECTURES
-    return {name: Case(entry.build, entry.inputs) for name, entry in found.items()}
+    """Small networks of many kinds."""
+    return {name: Case(entry.build, entry.inputs) for name, entry in ARCHITECTURES.items()}
 
 
 #: Suite -> the package that it needs, and its models.

@@ -1,7 +1,7 @@
 """The commands of `nac`."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +11,12 @@ import tyro
 from torch import nn
 
 import nac_gpu as nac
-from nac_gpu.atomic import atomically, write_text
-from nac_gpu.cli.inputs import Images, example_inputs, read_tensors, to_device
+from nac_gpu.cli.inputs import Images, example_inputs, read_tensors
 from nac_gpu.cli.options import Compressed, Training, Widths, calibrated
-from nac_gpu.compress import Neurons, Rule
-from nac_gpu.forward import ExampleInputs
-from nac_gpu.origin import origin_of
-from nac_gpu.refinement import PASSES
+from nac_gpu.files.atomic import atomically, write_text
+from nac_gpu.files.origin import origin_of
+from nac_gpu.merging.refinement import PASSES
+from nac_gpu.network.moving import to_device
 
 
 @dataclass(kw_only=True)
@@ -48,11 +47,11 @@ class Compress(Training, Widths):
     """The file, .safetensors, which nac_gpu.load opens; a folder for models of transformers."""
     plan: Path | None = None
     """A plan that `nac plan --output` wrote, in place of --params, --flops, --latency and --width."""
-    method: Literal["ward", "kmeans", "random"] = "ward"
+    method: Literal["ward", "kmeans", "random", "l1"] = "ward"
     """How neurons are clustered."""
-    rule: Rule = "compensated"
+    rule: nac.Rule = "compensated"
     """How merged neurons and what reads them are chosen; "centroid" is the paper's rule."""
-    neurons: Neurons | None = None
+    neurons: nac.Neurons | None = None
     """How neurons are compared. Default: by activations, where they are compensated."""
     refine: int = PASSES
     """How often the smaller model looks at each calibration input to learn to answer as the original does; 0: never."""
@@ -85,7 +84,7 @@ class Compress(Training, Widths):
             print(f"written: {self.output} ({found['bytes']:,} bytes)")
 
     def smaller(
-        self, model: nn.Module, inputs: ExampleInputs, calibration: nac.Calibration
+        self, model: nn.Module, inputs: nac.ExampleInputs, calibration: nac.Calibration
     ) -> tuple[nn.Module, nac.Plan]:
         """The smaller model, and what was done to it."""
         if self.experts is not None:
@@ -243,11 +242,9 @@ class ReportCommand(Compressed):
             calibration=calibrated(self, self.calibration, self.images, source, inputs),
             data=data,
             layer=self.layer,
-            batch_sizes=self.batch_sizes,
-            seconds=self.seconds,
-            seed=self.seed,
-            title=f"{self.model}, compressed",
+            timed=dict.fromkeys(self.batch_sizes, self.seconds / len(self.batch_sizes)),
         )
+        report = replace(report, title=f"{self.model}, compressed")
         report.save(self.output)
         print(report.to_json() if self.json else report.to_text())
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from nac_gpu.cli.models import Scale, Source
-from nac_gpu.forward import ExampleInputs
+from nac_gpu.network.running import ExampleInputs
 
 _SHAPE = re.compile(r"(int:)?\d+(,\d+)*")
 
@@ -73,11 +72,6 @@ def read_tensors(path: Path) -> list[Tensor]:
     if not all(isinstance(value, Tensor) for value in values):
         raise ValueError(f"{path} holds other things than tensors")
     return list(values)
-
-
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """The inputs on a device."""
-    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
 
 
 def image_of(example: ExampleInputs) -> tuple[str | None, Tensor | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nac_gpu.forward import ExampleInputs
+from nac_gpu.network.running import ExampleInputs
 
 #: Mean and deviation of each channel, for pixels in [0, 1].
 Scale = tuple[tuple[float, ...], tuple[float, ...]]

@@ -10,10 +10,9 @@ import tyro
 from torch import nn
 
 import nac_gpu as nac
-from nac_gpu.cli.inputs import Images, calibration_images, example_inputs, image_of, to_device
+from nac_gpu.cli.inputs import Images, calibration_images, example_inputs, image_of
 from nac_gpu.cli.models import Scale, Source, find, load_weights
-from nac_gpu.forward import ExampleInputs
-from nac_gpu.widths import Width
+from nac_gpu.network.moving import to_device
 
 
 def note(text: str) -> None:
@@ -64,7 +63,7 @@ class Model:
         """How images are normalised."""
         return (self.mean, self.std) if self.mean else source.scale
 
-    def original(self, source: Source) -> tuple[nn.Module, ExampleInputs]:
+    def original(self, source: Source) -> tuple[nn.Module, nac.ExampleInputs]:
         """The model in eval mode, and its inputs, on the device.
 
         Raises:
@@ -112,7 +111,7 @@ class Widths(Model):
     images: int = 512
     """How many images of the calibration folder are looked at."""
 
-    def original(self, source: Source) -> tuple[nn.Module, ExampleInputs]:
+    def original(self, source: Source) -> tuple[nn.Module, nac.ExampleInputs]:
         """The model in eval mode, its weights in their files if that was asked for, and its inputs, on the device."""
         if not self.open:
             return super().original(source)
@@ -124,7 +123,7 @@ class Widths(Model):
         model = nac.open_model(source.untrained, weights, device=self.device)
         return model, to_device(example_inputs(self.inputs, source, model), torch.device(self.device))
 
-    def wanted(self) -> Width | None:
+    def wanted(self) -> nac.Width | None:
         """What --width says."""
         if not self.width:
             return None
@@ -139,7 +138,7 @@ class Widths(Model):
         """Whether anything here says how small."""
         return any(value is not None for value in (self.params, self.flops, self.latency)) or bool(self.width)
 
-    def planned(self, model: nn.Module, inputs: ExampleInputs, calibration: nac.Calibration) -> nac.Plan:
+    def planned(self, model: nn.Module, inputs: nac.ExampleInputs, calibration: nac.Calibration) -> nac.Plan:
         """The plan."""
         return nac.plan(
             model,
@@ -206,7 +205,9 @@ class Compressed(Model):
         return nac.load(self.file, source.build, device=self.device)
 
 
-def calibrated(options: Model, calibration: str, images: int, source: Source, inputs: ExampleInputs) -> nac.Calibration:
+def calibrated(
+    options: Model, calibration: str, images: int, source: Source, inputs: nac.ExampleInputs
+) -> nac.Calibration:
     """What --calibration says."""
     if calibration == "dream" or calibration == "none":
         return calibration

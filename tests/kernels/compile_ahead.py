@@ -18,7 +18,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nac_gpu.kernels import centroids, distances, finishing, merging, neighbours, packing, products, searching, seeding
+from nac_gpu.kernels import (
+    centroids,
+    clusters,
+    distances,
+    finishing,
+    merging,
+    neighbours,
+    packing,
+    products,
+    searching,
+    seeding,
+)
 
 CAPABILITIES = (80, 90)
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -26,18 +37,26 @@ MATRIX = dict.fromkeys(
     "points centroids costs packed wide norms distances masses draws scratch products".split(), "*{float}"
 )
 SLOTS = dict.fromkeys(
-    ("masses nearest_cost made_at merge_cost cost masses_after nearest_cost_after made_at_after").split(),
+    "masses nearest_cost made_at cost masses_after nearest_cost_after".split(),
     "*{float}",
 )
 NUMBERS = dict.fromkeys(
     (
-        "table padded_table nearest point size alive partner merge_round merge_size listed keep rows count slot "
-        "position nearest_after point_after size_after centres"
+        "table padded_table nearest point size alive partner round listed keep rows searched slot position "
+        "nearest_after centres"
     ).split(),
     "*i64",
 )
 SIZES = dict.fromkeys("m n d k left round_number first_round tiles first candidates".split(), "i32")
 KINDS = MATRIX | SLOTS | NUMBERS | SIZES | {"has_close": "*i32"}
+#: Arguments that are tuples of the tensors above.
+GROUPS = {
+    "clusters": clusters.Slots,
+    "after": clusters.Slots,
+    "merges": clusters.Merges,
+    "inputs": searching._Inputs,
+    "outputs": searching._Outputs,
+}
 
 
 def dots(panels: bool) -> dict[str, object]:
@@ -99,16 +118,29 @@ def compiled(work):
     (kernel, constants, options), dtype, rows = KERNELS[number], DTYPES[float_type], []
     own = {"CLOSE": products.close_share(dtype), "EXACT": searching._EXACT[dtype], "LARGEST": torch.finfo(dtype).max}
     constants = constants | {name: value for name, value in own.items() if name in kernel.arg_names}
-    signature = {
-        name: "constexpr" if name in constants else KINDS[name].format(float=float_type) for name in kernel.arg_names
-    }
-    pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if "*" in signature[n]}
+    signature = {name: "constexpr" if name in constants else kind(name, float_type) for name in kernel.arg_names}
+    places = [place for i, name in enumerate(kernel.arg_names) for place in pointers(signature[name], i)]
+    aligned = {place: [["tt.divisibility", 16]] for place in places}
     for capability in CAPABILITIES:
         row = {"kernel": kernel.__name__, "dtype": float_type, "sm": capability}
         if "PANELS" in constants:
             row["products"] = "panels" if constants["PANELS"] else "tiles"
-        rows.append(row | compile_one(kernel, signature, constants, pointers, options, capability))
+        rows.append(row | compile_one(kernel, signature, constants, aligned, options, capability))
     return rows
+
+
+def kind(name, float_type):
+    """The type of an argument, of a tuple those of its fields."""
+    if name in GROUPS:
+        return GROUPS[name](*(kind(field, float_type) for field in GROUPS[name]._fields))
+    return KINDS[name].format(float=float_type)
+
+
+def pointers(kind, *place):
+    """Where the pointers of an argument are: the number of the argument, and in a tuple that of the field."""
+    if isinstance(kind, tuple):
+        return [found for i, one in enumerate(kind) for found in pointers(one, *place, i)]
+    return [place] if "*" in kind else []
 
 
 def compile_one(kernel, signature, constants, attributes, options, capability):

@@ -35,8 +35,14 @@ class Launcher:
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
         arguments = rest[4:]  # behind metadata and hooks
-        noted = [["tensor", a.data_ptr() % 16] if isinstance(a, torch.Tensor) else a for a in arguments]
-        LAUNCHES.append({"grid": [x, y, z], "function": function, "arguments": noted})
+        LAUNCHES.append({"grid": [x, y, z], "function": function, "arguments": [noted(a) for a in arguments]})
+
+
+def noted(argument: Any) -> Any:
+    """An argument without its address."""
+    if isinstance(argument, tuple):
+        return [noted(each) for each in argument]
+    return ["tensor", argument.data_ptr() % 16] if isinstance(argument, torch.Tensor) else argument
 
 
 class Driver:

@@ -28,7 +28,7 @@ def test_equals_its_twin(made_at, place):
     finish_torch(other_costs, other, batch)
     made = torch.ones(len(clusters.point), dtype=torch.bool, device=place)
     made[torch.tensor(SIZES, device=place).cumsum(0) - 1] = False  # the last point of a problem is never merged away
-    for found, expected in zip(clusters.merges.fields(), other.merges.fields(), strict=True):
+    for found, expected in zip(clusters.merges, other.merges, strict=True):
         torch.testing.assert_close(found[made], expected[made], rtol=1e-12, atol=0)
     assert (clusters.merges.round[made] >= 5).all()
 

@@ -1,0 +1,1 @@
+"""What is known of neurons: inputs, real or synthetic, and how neurons act on them."""

@@ -1,0 +1,75 @@
+"""What is known of a model's neurons: how they act on inputs, or only what their weights are."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from nac_gpu.calibration.activity import Activity
+from nac_gpu.calibration.batches import Batches
+from nac_gpu.calibration.curves import Curve, error_curve, inertia_curve
+from nac_gpu.calibration.neurons import neuron_vectors
+from nac_gpu.clustering.dendrogram import Dendrogram
+from nac_gpu.clustering.linkage import ward_linkage
+from nac_gpu.distributed.ranks import ALONE, Ranks
+from nac_gpu.kernels import MOST_SLOTS
+from nac_gpu.tracing.graph import Group
+
+
+@dataclass
+class Evidence:
+    """What is known of a model's neurons.
+
+    Attributes:
+        state: the model's tensors by name.
+        batches: inputs on which they were observed; none if only the weights are known.
+        activities: by the name of a group, how it is read.
+        source: one line for people: where this is from.
+        comparable: neurons may be compared by their activities, not only be compensated by them.
+        synthetic: the inputs are not data.
+    """
+
+    state: Mapping[str, Tensor]
+    batches: Batches = ()
+    activities: Mapping[str, Activity] = field(default_factory=dict)
+    source: str = ""
+    comparable: bool = True
+    synthetic: bool = False
+    _trees: dict[str, Dendrogram] = field(default_factory=dict)
+
+    def points(self, group: Group) -> tuple[Tensor, Tensor | None]:
+        """The group's neurons for clustering: points [n, d], and masses [n] or None."""
+        activity = self.activities.get(group.name)
+        if activity is not None and self.comparable:
+            return activity.points()
+        return neuron_vectors(self.state, group), None
+
+    def tree(self, group: Group) -> Dendrogram:
+        """The group's dendrogram by Ward's method."""
+        self.cluster([group])
+        return self._trees[group.name]
+
+    def cluster(self, groups: Iterable[Group]) -> None:
+        """Make the dendrograms that are still missing, those of small groups in one call: a GPU is quick then."""
+        missing = [group for group in groups if group.name not in self._trees]
+        small = [group for group in missing if group.size <= MOST_SLOTS]
+        large = [[group] for group in missing if group.size > MOST_SLOTS]  # whose points take memory
+        for together in filter(None, [small, *large]):
+            points, masses = zip(*map(self.points, together), strict=True)
+            self._trees |= zip((group.name for group in together), ward_linkage(points, masses), strict=True)
+
+    def curves(self, groups: Sequence[Group], ranks: Ranks = ALONE) -> dict[str, Curve]:
+        """The curves of groups, which the ranks divide among them."""
+        found = {}
+        self.cluster(ranks.own(groups))
+        made = ranks.share(groups, lambda group: (self.curve(group), self.tree(group)))
+        for group, (curve, tree) in zip(groups, made, strict=True):
+            found[group.name], self._trees[group.name] = curve, tree
+        return found
+
+    def curve(self, group: Group) -> Curve:
+        """The error of merging the group, by the number of neurons that are kept."""
+        activity = self.activities.get(group.name)
+        if activity is not None:
+            return error_curve(self.tree(group).cut, group.size, activity)
+        return inertia_curve(self.tree(group))

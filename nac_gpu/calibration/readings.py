@@ -1,0 +1,65 @@
+"""The layers that read a group's neurons, and what they read of them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from nac_gpu.network.moving import sent
+from nac_gpu.tracing.graph import Group, Member
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A layer that reads a group's neurons.
+
+    Attributes:
+        layer: name of the module.
+        member: the columns of its weight.
+    """
+
+    layer: str
+    member: Member
+
+
+def readings(model: nn.Module, group: Group) -> tuple[Reading, ...]:
+    """The layers that read a group and can be looked at."""
+    modules = dict(model.named_modules())
+    found = []
+    for member in group.members:
+        layer = member.tensor.removesuffix(".weight")
+        module = modules.get(layer)
+        if member.role == "sum" and layer != member.tensor and module is not None and member.dim == _columns(module):
+            found.append(Reading(layer, member))
+    return tuple(found)
+
+
+def _columns(module: nn.Module) -> int | None:
+    """The dimension of its weight that a plain linear layer or convolution reads with; None for any other module."""
+    plain = type(module).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    if plain and getattr(module, "groups", 1) == 1:
+        return 1
+    return 0 if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None  # Hugging Face's
+
+
+def by_channel(module: nn.Module, inputs: Tensor) -> Tensor:
+    """A layer's input with its channels last: [..., channels]."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return inputs.movedim(-1 - len(module.kernel_size), -1)
+    return inputs
+
+
+def samples(module: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
+    """A layer's input as activations of neurons: [samples, n].
+
+    Args:
+        module: the layer.
+        inputs: what it was called with.
+        index: int64 [n, m], where each neuron's channels are; each of the m gives samples of its own.
+    """
+    channels = by_channel(module, inputs).flatten(0, -2)
+    return channels[:, sent(index, inputs.device)].transpose(1, 2).flatten(0, 1)
+
+
+def outgoing(weight: Tensor, member: Member) -> Tensor:
+    """The columns of a weight that read each neuron: [n, m, ...]."""
+    return weight.movedim(member.dim, 0)[sent(member.index, weight.device)]

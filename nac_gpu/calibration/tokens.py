@@ -1,0 +1,171 @@
+"""Tokens made up where no text is at hand: what a language model itself would say.
+
+A model that predicts the next token at each position can be asked for text (Liu et al., "LLM-QAT: Data-Free
+Quantization Aware Training", 2023). All positions are drawn in parallel and again and again, each from what the model
+expects after the tokens of the time before, by the same random number every time: after k passes the first k tokens
+are what drawing one after another gives (Jacobi decoding), and those behind come near. Other models of tokens, whose
+outputs say nothing of their inputs, get random tokens: enough to compensate with, not to compare neurons by.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nac_gpu.distributed.ranks import ALONE, Ranks
+from nac_gpu.network.running import ExampleInputs, call, evaluating, tensors_in
+
+POSITIONS = 8192  # of all tokens
+_MOST, _FEWEST = 256, 8  # sequences
+_BATCH = 4096  # tokens
+_PASSES = 16
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of tokens among the example inputs.
+
+    Attributes:
+        leaf: number of the tensor.
+        kinds: how many different tokens there are.
+    """
+
+    leaf: int
+    kinds: int
+
+
+class Speaker:
+    """A model that reads tokens, and may say which come next.
+
+    Attributes:
+        places: where tokens are in its inputs; none if it reads no tokens.
+
+    Args:
+        model: not changed.
+        example_inputs: what it is called with.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
+        self._model = model
+        self._leaves, self._structure = pytree.tree_flatten(example_inputs)
+        self.places = self._found()
+        self._speaking = [self._next(place) for place in self.places]
+
+    def speaks(self) -> bool:
+        """Whether it says which tokens come next."""
+        return any(self._speaking)
+
+    def batches(self, seed: int = 0, ranks: Ranks = ALONE) -> list[ExampleInputs]:
+        """Made-up inputs; everything but the tokens is as in the example, repeated.
+
+        Args:
+            seed: of the tokens; the global random state is not touched.
+            ranks: the processes that divide the batches among them.
+
+        Raises:
+            RankError: another rank failed, or was lost.
+        """
+        with evaluating(self._model):
+            size = self._fitting()
+            count = max(_FEWEST, min(_MOST, POSITIONS // self._length()))
+            numbers = range(-(-count // size))
+            return list(ranks.share(numbers, lambda number: self._made(size, seed * len(numbers) + number)))
+
+    def _found(self) -> list[_Place]:
+        """Integer tensors of the example that embeddings read as they are."""
+        kinds: dict[int, int] = {}
+        storages = {
+            leaf.untyped_storage().data_ptr(): number
+            for number, leaf in enumerate(self._leaves)
+            if isinstance(leaf, Tensor) and not leaf.is_floating_point() and leaf.ndim > 0 and leaf.numel()
+        }
+
+        def look(module: nn.Embedding, given: tuple[Any, ...]) -> None:
+            number = storages.get(given[0].untyped_storage().data_ptr()) if given else None
+            if number is not None:
+                kinds[number] = min(kinds.get(number, module.num_embeddings), module.num_embeddings)
+
+        hooks = [m.register_forward_pre_hook(look) for m in self._model.modules() if isinstance(m, nn.Embedding)]
+        try:
+            if hooks and storages:
+                with evaluating(self._model):
+                    call(self._model, pytree.tree_unflatten(self._leaves, self._structure))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [_Place(number, count) for number, count in sorted(kinds.items())]
+
+    def _with(self, tokens: Mapping[int, Tensor]) -> ExampleInputs:
+        """The inputs with other tokens, by the number of the tensor; what was as long as they were follows them."""
+        number, new = next(iter(tokens.items()))
+        old = len(self._leaves[number])
+
+        def repeated(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != old or len(new) == old:
+                return leaf
+            return leaf[torch.arange(len(new), device=leaf.device) % old]
+
+        leaves = [tokens[n] if n in tokens else repeated(leaf) for n, leaf in enumerate(self._leaves)]
+        return pytree.tree_unflatten(leaves, self._structure)
+
+    def _random(self, size: int, generator: torch.Generator) -> dict[int, Tensor]:
+        made = {}
+        for place in self.places:
+            leaf = self._leaves[place.leaf]
+            drawn = torch.randint(place.kinds, (size, *leaf.shape[1:]), generator=generator)
+            made[place.leaf] = drawn.to(leaf)
+        return made
+
+    def _fitting(self) -> int:
+        """Sequences a batch: as many as are usual, if the model takes another number than in the example."""
+        size = max(1, min(_MOST // _FEWEST, _BATCH // self._length()))
+        try:
+            call(self._model, self._with(self._random(size, torch.Generator().manual_seed(0))))
+        except Exception:  # whatever the user's code says of it
+            return len(self._leaves[self.places[0].leaf])
+        return size
+
+    def _length(self) -> int:
+        return max(self._leaves[place.leaf][0].numel() for place in self.places)
+
+    def _said(self, tokens: Mapping[int, Tensor], place: _Place) -> Tensor | None:
+        """Scores of the tokens that come next, [sequences, length, kinds]."""
+        wanted = tokens[place.leaf].shape
+        for value in tensors_in(call(self._model, self._with(tokens))):
+            if value.ndim == 3 and value.is_floating_point() and value.shape[:2] == wanted and value.shape[2] > 1:
+                return value[..., : place.kinds]
+        return None
+
+    def _next(self, place: _Place) -> bool:
+        """Whether the outputs at each position depend on no later token, but on the one there."""
+        if self._leaves[place.leaf].ndim != 2 or self._leaves[place.leaf].shape[1] < 2:
+            return False
+        with evaluating(self._model):
+            tokens = self._random(len(self._leaves[place.leaf]), torch.Generator().manual_seed(0))
+            changed = dict(tokens)
+            changed[place.leaf] = tokens[place.leaf].clone()
+            changed[place.leaf][:, -1] = (changed[place.leaf][:, -1] + 1) % place.kinds
+            before, after = self._said(tokens, place), self._said(changed, place)
+        if before is None or after is None or before.shape[2] < place.kinds:
+            return False
+        apart = (before - after).abs().amax(dim=(0, 2)) / before.abs().max().clamp_min(1e-12)
+        return float(apart[:-1].max()) < 1e-4 < float(apart[-1])
+
+    def _made(self, size: int, seed: int) -> ExampleInputs:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = self._random(size, generator)
+        for place, speaks in zip(self.places, self._speaking, strict=True):
+            if not speaks:
+                continue
+            length = tokens[place.leaf].shape[1]
+            luck = torch.rand(size, length, generator=generator).to(tokens[place.leaf].device)
+            for _ in range(min(length - 1, _PASSES)):
+                scores = self._said(tokens, place)
+                assert scores is not None, "it speaks"
+                summed = scores.float().softmax(2).cumsum(2)
+                drawn = torch.searchsorted(summed, (luck * summed[..., -1])[..., None]).squeeze(2)
+                tokens[place.leaf][:, 1:] = drawn[:, :-1].clamp_max(place.kinds - 1)
+        return self._with(tokens)

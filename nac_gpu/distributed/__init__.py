@@ -1,0 +1,1 @@
+"""Several processes that compress one model together."""

@@ -1,0 +1,108 @@
+"""Whether all ranks of a process group still live, and where each of them is.
+
+A collective cannot tell a rank that is slow from one that is dead: its timeout has to be longer than the longest piece
+of work. So a thread of each rank exchanges a few bytes with the others all the time, whatever the rank itself is doing.
+That takes no time of its own, so its timeout may be short, and ranks may work for as long as they need.
+"""
+
+import json
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+TIMEOUT = timedelta(seconds=20)  # until a rank that is not heard of is taken for dead
+_INTERVAL = 0.25  # seconds between exchanges while nobody waits
+_BYTES = 2048  # a message
+_LONGEST = 300  # characters of an error; JSON may need six bytes for one
+
+
+class RankError(RuntimeError):
+    """Another rank of the process group failed, or was lost."""
+
+
+class Pulse:
+    """The thread of one rank. It ends when all ranks have left, when one of them failed, or when one is lost.
+
+    Args:
+        group: a gloo group whose timeout is short, and which nothing else uses meanwhile.
+    """
+
+    def __init__(self, group: "ProcessGroup") -> None:
+        self._group, self._size = group, dist.get_world_size(group)
+        self._changed = threading.Condition()
+        self._arrived, self._slowest = 0, 0  # how often this rank has arrived, and the rank that did least often
+        self._leaving, self._error = False, ""
+        self._over, self._why = False, ""
+        self._thread = threading.Thread(target=self._run, name="nac_gpu pulse", daemon=True)
+        self._thread.start()
+
+    def arrive(self) -> None:
+        """Wait until every rank has arrived as often as this one.
+
+        Raises:
+            RankError: one of them failed, or was lost.
+        """
+        with self._changed:
+            self._arrived += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._over or self._slowest >= self._arrived)
+            if self._slowest < self._arrived:
+                raise RankError(self._why)
+
+    def leave(self, error: str = "") -> None:
+        """Wait until every rank leaves, or tell them all why this one fails.
+
+        Raises:
+            RankError: this rank did not fail, another one did, or was lost.
+        """
+        with self._changed:
+            self._leaving, self._error = True, error
+            self._changed.notify_all()
+        self._thread.join()
+        if self._why and not error:
+            raise RankError(self._why)
+
+    def why(self) -> str:
+        """Why an exchange with the others failed, as soon as it is known; empty if the pulse knows nothing of it."""
+        self._thread.join(TIMEOUT.total_seconds())
+        return self._why
+
+    def _run(self) -> None:
+        try:
+            while not self._over:
+                self._exchange()
+        except Exception as error:  # gloo says in many ways that it does not hear of a rank
+            with self._changed:
+                self._why = f"a rank of the process group was lost: it died or cannot be reached ({error})"
+                self._over = True
+                self._changed.notify_all()
+
+    def _exchange(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._leaving or self._arrived > self._slowest, _INTERVAL)
+            own = _message(self._arrived, self._leaving, self._error)
+        messages = [torch.empty_like(own) for _ in range(self._size)]
+        dist.all_gather(messages, own, group=self._group)
+        states = [json.loads(bytes(message.tolist())) for message in messages]
+        arrived = [state[0] for state in states]
+        errors = [f"rank {rank} failed: {state[2]}" for rank, state in enumerate(states) if state[2]]
+        if not errors and any(leaving and here < max(arrived) for here, leaving, _ in states):
+            errors = ["the ranks did not do the same, and one was done before the others; are their versions the same?"]
+        with self._changed:
+            self._slowest = min(arrived)
+            self._why = "; ".join(errors)
+            self._over = bool(errors) or all(state[1] for state in states)
+            self._changed.notify_all()
+
+
+def _message(arrived: int, leaving: bool, error: str) -> Tensor:
+    text = json.dumps([arrived, leaving, error[:_LONGEST]]).encode().ljust(_BYTES)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)

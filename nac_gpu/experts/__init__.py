@@ -1,0 +1,1 @@
+"""Fewer experts in mixtures of experts, on request."""

@@ -1,0 +1,1 @@
+"""Models as files: saved, loaded, left in their files, exported."""

@@ -1,0 +1,248 @@
+"""Compressed models as files: safetensors with a manifest, no pickle, damage is noticed.
+
+The tensors lie in the file as in any safetensors file, under the names of the model's state dict. The manifest in its
+header says from which shapes and by which plan they came, so that the code that built the original builds the
+compressed model; a hash tells whether a bit has changed.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nac_gpu.files.atomic import atomically, atomically_folder
+from nac_gpu.files.opening import built_without_parameters
+from nac_gpu.files.origin import Origin, origin_of, restore, shorten
+from nac_gpu.files.shards import file_entries, relabel, write
+from nac_gpu.network.copying import rebuild
+from nac_gpu.network.machine import package_version
+from nac_gpu.network.state import content, is_open, shapes_of, tensors
+from nac_gpu.network.unwrapping import computed, unwrapped
+from nac_gpu.planning.plans import Plan
+
+FORMAT = 1
+_MANIFEST, _HASH = "nac_gpu", "nac_gpu_sha256"
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a compressed model to a file, or a model of transformers to a folder that `from_pretrained` opens.
+
+    The file is either the old one or the whole new one, whenever the process is stopped.
+
+    Args:
+        model: made by `nac_gpu.compress`, and perhaps trained since; wrappers are taken off.
+        path: a file that ends in `.safetensors`; with any other name a folder, which must not exist: for models of
+            transformers whose configuration can say how wide their layers are.
+
+    Raises:
+        ValueError: the model was not compressed (or lost its memory of it, as when only its state dict was kept), or
+            its configuration cannot express its widths.
+        FileExistsError: there is such a folder.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    model, _ = unwrapped(model)
+    origin = origin_of(model)
+    if origin is None:
+        raise ValueError(
+            f"{type(model).__name__} was not made by nac_gpu.compress, expected a compressed model; save others with "
+            "safetensors.torch.save_model"
+        )
+    if path.suffix == ".safetensors":
+        _save_file(model, origin, path)
+    elif hasattr(model, "save_pretrained"):
+        _save_folder(model, path)
+    else:
+        raise ValueError(f"{path} does not end in .safetensors, and {type(model).__name__} has no save_pretrained")
+
+
+def load(path: str | Path, factory: Callable[[], nn.Module], *, device: torch.device | str | None = None) -> nn.Module:
+    """Read a compressed model.
+
+    Nothing in the file is executed.
+
+    Args:
+        path: a file written by `save`.
+        factory: builds the original architecture; its weights do not matter.
+        device: where to; by default the CPU.
+
+    Returns:
+        The compressed model in eval mode, with the dtypes of the file.
+
+    Raises:
+        ValueError: a file that is damaged, foreign, or made by a newer version; a factory of another network.
+        FileNotFoundError: no such file.
+        ImportError: safetensors is not installed.
+    """
+    path = Path(path)
+    manifest, stored = read(path)
+    model, _ = unwrapped(built_without_parameters(factory))
+    model, _ = computed(model)
+    try:
+        plan = Plan.from_json(json.dumps(manifest["plan"]))
+        shapes = {name: tuple(shape) for name, shape in manifest["original"]["shapes"].items()}
+        attributes, configs = ({m: _tuples(v) for m, v in manifest[part].items()} for part in ("attributes", "configs"))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: its manifest lacks or spoils {error}; expected what nac_gpu.save wrote") from error
+    _check_factory(path, shapes, shapes_of(model))
+    shortened = manifest.get("shortened", {})  # files of earlier versions have none
+    shorten(model, shortened)
+    own = tensors(model)
+    unknown = [name for name in stored if name not in own]
+    absent = [name for name in _names(model) if name not in stored]
+    if unknown or absent:
+        raise ValueError(f"{path}: expected the tensors of the original, but {(unknown + absent)[0]} is in one only")
+    state = {name: stored.get(name, tensor).to(device or "cpu") for name, tensor in own.items()}
+    small = rebuild(model, state)
+    restore(small, Origin(shapes, attributes, configs, plan, shortened, manifest.get("seed", 0)))
+    return small.eval()
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The manifest and the tensors of a file, on the CPU.
+
+    Raises:
+        ValueError: as `load`.
+        FileNotFoundError: no such file.
+    """
+    safetensors = _safetensors()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no mapping
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors file, or was cut off or damaged: {error}") from error
+    if _MANIFEST not in header or _HASH not in header:
+        raise ValueError(f"{path} has no manifest of nac_gpu, expected a file that nac_gpu.save wrote")
+    whole = header.get("format") == "pt" and len(header) == 3
+    if not whole or _digest(header[_MANIFEST], found) != header[_HASH]:
+        raise ValueError(f"{path} is damaged: its contents do not have the hash that they were saved with")
+    manifest = json.loads(header[_MANIFEST])
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has the format {manifest.get('format')}, written by nac_gpu {manifest.get('version')}; this "
+            f"version reads format {FORMAT}: upgrade nac_gpu"
+        )
+    return manifest, found
+
+
+def _save_file(model: nn.Module, origin: Origin, path: Path) -> None:
+    names = _names(model)
+    own = tensors(model)
+    changed = [
+        name
+        for name, shape in origin.shapes.items()
+        if name in own and tuple(own[name].shape) != shape and name not in names
+    ]
+    values = {name: own[name] for name in (*names, *changed)}
+    manifest = json.dumps(
+        {
+            "format": FORMAT,
+            "version": package_version(),
+            "torch": str(torch.__version__),
+            "class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "original": {"sha256": _fingerprint(origin.shapes), "shapes": origin.shapes},
+            "widths": origin.plan.widths,
+            "attributes": origin.attributes,
+            "configs": origin.configs,
+            "shortened": origin.shortened,
+            "seed": origin.seed,
+            "plan": asdict(origin.plan),
+        }
+    )
+    header = {"format": "pt", _MANIFEST: manifest, _HASH: "0" * 64}
+    with atomically(path) as partial:
+        _write(partial, values, header, path)
+        written = {name: entry.deferred(torch.device("cpu")) for name, entry in file_entries(partial).items()}
+        relabel(partial, values, {**header, _HASH: _digest(manifest, written)})
+
+
+def _write(partial: Path, values: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> None:
+    try:
+        write(partial, values, header)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def _save_folder(model: nn.Module, path: Path) -> None:
+    """By the model's own `save_pretrained`, if its configuration builds a network of these shapes."""
+    config: Any = model.config
+    with torch.device("meta"):
+        built = type(model)(copy.deepcopy(config))
+    expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    wrong = [
+        f"{name} {tuple(tensor.shape)} where the configuration gives {expected.get(name)}"
+        for name, tensor in model.state_dict().items()
+        if tuple(tensor.shape) != expected.get(name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"the configuration of {type(model).__name__} has one width for all layers and cannot express "
+            f"{len(wrong)} tensors, such as {wrong[0]}; give all layers of a kind the same width, or save to a file "
+            f"such as {path.name}.safetensors, which nac_gpu.load opens"
+        )
+    with atomically_folder(path) as partial:
+        if is_open(model):
+            for settings in (config, getattr(model, "generation_config", None)):
+                if settings is not None:
+                    settings.save_pretrained(partial)
+            own = tensors(model)
+            values = {name: own[name] for name in _names(model)}
+            _write(partial / "model.safetensors", values, {"format": "pt"}, path)
+            return
+        save_pretrained: Any = model.save_pretrained
+        save_pretrained(partial)
+
+
+def _names(model: nn.Module) -> list[str]:
+    """What a state dict holds, tied tensors once."""
+    kept = set(model.state_dict())
+    return [name for name in tensors(model) if name in kept]
+
+
+def _check_factory(path: Path, shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]) -> None:
+    for name in (*shapes, *own):
+        if shapes.get(name) != own.get(name):
+            raise ValueError(
+                f"{path} was made from a network with {name} of the shape {shapes.get(name)}, but the factory's has "
+                f"{own.get(name)}; give the factory of the original"
+            )
+
+
+def _fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Of an architecture: the names and shapes of its tensors."""
+    return hashlib.sha256(
+        json.dumps(sorted((name, list(shape)) for name, shape in shapes.items())).encode()
+    ).hexdigest()
+
+
+def _digest(manifest: str, values: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a manifest and of names, types, shapes and bytes of tensors."""
+    found = hashlib.sha256(manifest.encode())
+    for name, tensor in sorted(values.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(content(tensor))
+    return found.hexdigest()
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples; modules keep sizes in them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("files of models need safetensors: pip install safetensors") from error
+    return safetensors

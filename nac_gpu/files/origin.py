@@ -1,0 +1,124 @@
+"""What a compressed model remembers of its original: enough to build it anew from the code that built the original."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from nac_gpu.network.state import shapes_of
+from nac_gpu.planning.plans import Plan
+
+_KEPT_AS = "_nac_gpu_origin"
+_Lists = nn.ModuleList | nn.ModuleDict
+#: By the name of a module, its attributes.
+Changes = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a compressed model remembers.
+
+    Attributes:
+        shapes: of the original's tensors, by name.
+        attributes: of its modules, where they differ from the original's: whole numbers, tuples of them, names.
+        configs: the same of configurations that modules keep as `config`, as models of transformers do.
+        plan: what was done last.
+        shortened: by the name of a list or dictionary of modules that has fewer now, how many.
+        seed: of the compression.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    attributes: Changes
+    configs: Changes
+    plan: Plan
+    shortened: Mapping[str, int] = field(default_factory=dict)
+    seed: int = 0
+
+
+def remember(small: nn.Module, model: nn.Module, plan: Plan, seed: int) -> None:
+    """Keep with a compressed model what it was made from.
+
+    Args:
+        small: compressed; of the same modules as `model`, but that lists may be shorter.
+        model: the original, without wrappers and parametrisations; if it was made by compression itself, its own
+            origin is kept.
+        plan: what was done.
+        seed: of the compression.
+    """
+    first = origin_of(model)
+    shapes = shapes_of(model) if first is None else first.shapes
+    attributes = {name: dict(values) for name, values in (first.attributes if first else {}).items()}
+    configs = {name: dict(values) for name, values in (first.configs if first else {}).items()}
+    shortened = dict(first.shortened) if first else {}
+    seen: set[int] = set()
+    originals, there = dict(model.named_modules()), dict(small.named_modules())
+    for name, new in there.items():
+        old = originals[name]
+        if isinstance(new, _Lists) and isinstance(old, _Lists) and len(new) < len(old):
+            shortened[name] = len(new)
+        for attribute, value in _changed(vars(old), vars(new)):
+            attributes.setdefault(name, {})[attribute] = value
+        config = getattr(new, "config", None)
+        if config is not None and id(config) not in seen and hasattr(config, "to_dict"):
+            seen.add(id(config))
+            for attribute, value in _changed(vars(old.config), vars(config)):
+                configs.setdefault(name, {})[attribute] = value
+    attributes, configs = ({n: c for n, c in changes.items() if n in there} for changes in (attributes, configs))
+    setattr(small, _KEPT_AS, Origin(shapes, attributes, configs, replace(plan), shortened, seed))
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """What a model remembers, or None if it was not made by compression."""
+    return vars(model).get(_KEPT_AS)
+
+
+def attach(model: nn.Module, origin: Origin) -> None:
+    """Make a model remember."""
+    setattr(model, _KEPT_AS, origin)
+
+
+def shorten(model: nn.Module, lengths: Mapping[str, int]) -> None:
+    """Leave only the first modules of lists and dictionaries, by name; in place."""
+    for name, length in lengths.items():
+        modules = model.get_submodule(name)
+        assert isinstance(modules, _Lists), "only these are shortened"
+        for key in list(modules._modules)[length:]:
+            del modules._modules[key]
+
+
+def restore(small: nn.Module, origin: Origin) -> None:
+    """Give the modules of a rebuilt network the attributes that they had.
+
+    Raises:
+        ValueError: a module or an attribute that the network does not have, or has of another kind.
+    """
+    modules = dict(small.named_modules())
+    configs = {name: getattr(module, "config", None) for name, module in modules.items()}
+    for changes, holders in ((origin.attributes, modules), (origin.configs, configs)):
+        for name, values in changes.items():
+            known = vars(holders[name]) if holders.get(name) is not None else {}
+            for attribute, value in values.items():
+                if not known or not _same_kind(known.get(attribute, None if holders is configs else ...), value):
+                    raise ValueError(
+                        f"the module {name!r} has no attribute {attribute} like {value!r}, expected the original's "
+                        "code; give the factory that built the original"
+                    )
+                setattr(holders[name], attribute, value)
+    attach(small, origin)
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for attribute, value in new.items():
+        if _plain(value) and old.get(attribute) != value:
+            yield attribute, value
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, int) for item in value)
+    return isinstance(value, int | str)
+
+
+def _same_kind(old: Any, value: Any) -> bool:
+    return (_plain(old) and type(old) is type(value)) or (old is None and isinstance(value, int))

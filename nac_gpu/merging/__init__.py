@@ -1,0 +1,1 @@
+"""Groups of neurons made smaller, and what makes up for the loss."""

@@ -1,0 +1,265 @@
+"""Refinement: the merged network learns to answer as the original does, without labels.
+
+Compensation changes one layer at a time, and only the columns that read what was merged. Refinement then changes all
+that merging touched together, by gradient descent on the outputs: the smaller network is to give what the original
+gives on the same inputs (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; for few inputs without
+labels, Wang et al., "Compressing Models with Few Samples: Mimicking then Replacing", CVPR 2022). A few hundred inputs
+are enough because they are looked at in ever other ways: mixed in pairs (Zhang et al., "mixup", ICLR 2018) and, where
+they are images, shifted and mirrored. What such an input shows does not matter: the original is asked what it makes
+of it.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from nac_gpu.calibration.batches import Batches
+from nac_gpu.calibration.dream import COUNT, usual_count
+from nac_gpu.distributed.ranks import ALONE, RankError, Ranks
+from nac_gpu.network.comparing import change, mean_change
+from nac_gpu.network.moving import sent
+from nac_gpu.network.precision import multiplies_bfloat16
+from nac_gpu.network.running import ExampleInputs, arguments, call, evaluating, in_small_operations, tensors_in
+
+BATCH = 64  # inputs
+PASSES = 80  # over the inputs
+STEPS = 1280  # at most, for small inputs; fewer where they are large
+_RATE = 6e-4  # of Adam
+_RATE_SYNTHETIC = 3e-4  # inputs that were made up are like the true ones only in some respects
+_WARMUP = 20  # steps
+_NEAR = 1e-6  # of the outputs' variance: nothing is left to learn
+_SHIFT = 8  # images are shifted by up to this part of their side
+
+
+def learn(
+    small: nn.Module,
+    model: nn.Module,
+    touched: Collection[str],
+    batches: Batches,
+    passes: int = PASSES,
+    *,
+    synthetic: bool = False,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Let a merged network learn to answer as the original does; in place.
+
+    Only the parameters that merging touched change, whether or not they require gradients. What was learnt is kept if
+    it brings the outputs on the batches nearer to the original's.
+
+    Args:
+        small: the merged network.
+        model: the original; not changed.
+        touched: names of the tensors that merging touched.
+        batches: inputs of both; tensors are joined and divided into batches of 64.
+        passes: how often each input is looked at, at most: the steps are 1280 at most, and fewer for large images.
+        synthetic: the inputs are not data.
+        seed: of what is mixed, shifted and mirrored; the global random state is not touched.
+        ranks: the processes; rank 0 does the work.
+
+    Raises:
+        RankError: another rank failed, or was lost.
+    """
+    weights = {name: value for name, value in small.named_parameters() if name in touched}
+    if not weights or not passes:
+        return
+
+    def learnt(_: None) -> dict[str, Tensor]:
+        try:
+            _check_memory(weights)
+            rate = _RATE_SYNTHETIC if synthetic else _RATE
+            return _Learning(small, model, weights, batches).found(passes, rate, seed)
+        except RankError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:  # an operation that has no gradient, too little memory
+            warnings.warn(
+                f"merged and compensated, but not refined, for its training failed: {error}; refine=0 leaves it out",
+                stacklevel=2,
+            )
+            return {}
+
+    for found in ranks.share([None], learnt):
+        with torch.no_grad():
+            for name, value in found.items():
+                weights[name].copy_(value)
+
+
+def _check_memory(weights: Mapping[str, nn.Parameter]) -> None:
+    """Training takes four numbers a weight, and the system may end a process that takes too much.
+
+    Raises:
+        RuntimeError: it would take more than half of the memory that there is.
+    """
+    device = next(iter(weights.values())).device
+    needed = 16 * sum(value.numel() for value in weights.values())
+    there = needed * 2
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there / 2:
+        raise RuntimeError(
+            f"it takes {needed / 1e9:.1f} GB, expected at most half of the {there / 1e9:.1f} GB of {device}"
+        )
+
+
+class _Learning:
+    """The smaller network with other weights, and how far its outputs are from the original's."""
+
+    def __init__(
+        self, small: nn.Module, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Batches
+    ) -> None:
+        self._small, self._model = small, model
+        self._types = {name: value.dtype for name, value in weights.items()}
+        doubles = any(dtype == torch.float64 for dtype in self._types.values())
+        self._exact = torch.float64 if doubles else torch.float32
+        self._weights = {
+            name: value.detach().to(self._exact, copy=True).requires_grad_() for name, value in weights.items()
+        }
+        self._device = next(iter(weights.values())).device
+        self._inputs = joined(batches)
+
+    def found(self, passes: int, rate: float, seed: int) -> dict[str, Tensor]:
+        """The weights that were learnt, by name; none if they are no better."""
+        steps = self._steps(passes)
+        with evaluating(self._small), evaluating(self._model), self._recurrent():
+            before = self._distance()
+            if before is None or before < _NEAR:
+                return {}
+            self._autocast = self._fitting_autocast()
+            with torch.enable_grad():
+                self._descend(steps, rate, torch.Generator().manual_seed(seed))
+            after = self._distance()
+        better = after is not None and after < before  # not so if it is not finite
+        return {name: value.detach().to(self._types[name]) for name, value in self._weights.items()} if better else {}
+
+    def _fitting_autocast(self) -> contextlib.AbstractContextManager[object]:
+        """In bfloat16, where that is fast, and where the networks' code takes results in another type."""
+        fast = all(dtype == torch.float32 for dtype in self._types.values()) and multiplies_bfloat16(self._device)
+        autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=fast)
+        try:
+            with torch.no_grad(), autocast:
+                self._apart(self._inputs[0])
+        except RuntimeError:  # such as adding to a tensor of float32
+            return contextlib.nullcontext()
+        return autocast
+
+    def _recurrent(self) -> contextlib.AbstractContextManager[None]:
+        """Fused recurrent layers have gradients in training mode only."""
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self._small.modules())
+        return in_small_operations(self._small) if recurrent else contextlib.nullcontext()
+
+    def _steps(self, passes: int) -> int:
+        leaf = next((leaf for leaf in pytree.tree_leaves(self._inputs[0]) if isinstance(leaf, Tensor)), None)
+        most = STEPS if leaf is None else STEPS * usual_count(leaf) // COUNT
+        return max(1, min(most, passes * len(self._inputs)))
+
+    def _descend(self, steps: int, rate: float, generator: torch.Generator) -> None:
+        optimizer = torch.optim.Adam(self._weights.values(), lr=rate)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1, (step + 1) / _WARMUP) * (1 - step / steps)
+        )
+        for _, batch in zip(range(steps), looked_at(self._inputs, generator), strict=False):
+            with self._autocast:
+                distance = self._apart(batch)
+            if distance is None or not distance.requires_grad:
+                continue
+            slopes = torch.autograd.grad(distance, list(self._weights.values()), allow_unused=True)
+            for value, slope in zip(self._weights.values(), slopes, strict=True):
+                value.grad = slope
+            optimizer.step()
+            scheduler.step()
+
+    def _apart(self, batch: ExampleInputs) -> Tensor | None:
+        """The squared difference of the outputs as a share of their variance; None if there is nothing to compare."""
+        with torch.no_grad():
+            expected = list(tensors_in(call(self._model, batch)))
+        typed = {name: value.to(self._types[name]) for name, value in self._weights.items()}
+        return change(list(tensors_in(functional_call(self._small, typed, *arguments(batch)))), expected)
+
+    def _distance(self) -> float | None:
+        """The mean over the inputs as they are."""
+        with torch.no_grad():
+            return mean_change(self._apart(batch) for batch in self._inputs)
+
+
+def joined(batches: Batches) -> list[ExampleInputs]:
+    """Batches of 64 where they hold nothing but floating tensors of as many inputs; else as they are."""
+    if not all(_divisible(batch) for batch in batches):
+        return list(batches)
+    leaves, structures = zip(*(pytree.tree_flatten(batch) for batch in batches), strict=True)
+    if any(structure != structures[0] for structure in structures):
+        return list(batches)
+    if any(len({leaf.shape[1:] for leaf in alike}) > 1 for alike in zip(*leaves, strict=True)):
+        return list(batches)
+    parts = zip(*(torch.cat(alike).split(BATCH) for alike in zip(*leaves, strict=True)), strict=True)
+    return [pytree.tree_unflatten(list(part), structures[0]) for part in parts]
+
+
+def _divisible(batch: ExampleInputs) -> bool:
+    leaves = pytree.tree_leaves(batch)
+    floating = all(isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.is_floating_point() for leaf in leaves)
+    return bool(leaves) and floating and len({len(leaf) for leaf in leaves}) == 1
+
+
+def looked_at(inputs: Sequence[ExampleInputs], generator: torch.Generator) -> Iterator[ExampleInputs]:
+    """Batches of a list again and again without an end, every time looked at in other ways.
+
+    Args:
+        inputs: batches, as `joined` makes them.
+        generator: on the CPU.
+    """
+    mixable = all(_divisible(batch) for batch in inputs)
+    while True:
+        for at in torch.randperm(len(inputs), generator=generator).tolist():
+            batch = inputs[at]
+            if not mixable:
+                yield batch
+                continue
+            other = inputs[int(torch.randint(len(inputs), (), generator=generator))]
+            yield _mixed(_moved(batch, generator), _moved(other, generator), generator)
+
+
+def _mixed(batch: ExampleInputs, other: ExampleInputs, generator: torch.Generator) -> ExampleInputs:
+    """Half of the inputs mixed with some of another batch, in random shares."""
+    count, others = (len(pytree.tree_leaves(each)[0]) for each in (batch, other))
+    share = torch.rand(count, generator=generator)
+    share = torch.where(torch.rand(count, generator=generator) < 0.5, share, 1.0)
+    partners = torch.randint(others, (count,), generator=generator)
+    device = pytree.tree_leaves(batch)[0].device
+    share, partners = sent(share, device), sent(partners, device)
+
+    def mixed(a: Tensor, b: Tensor) -> Tensor:
+        part = share.view(-1, *[1] * (a.ndim - 1)).to(a)
+        return part * a + (1 - part) * b[partners]
+
+    return pytree.tree_map(mixed, batch, other)
+
+
+def _moved(batch: ExampleInputs, generator: torch.Generator) -> ExampleInputs:
+    """Images shifted by up to an eighth of their sides, edges reflected, and half of them mirrored."""
+
+    def moved(images: Tensor) -> Tensor:
+        if images.ndim != 4:
+            return images
+        count, device = len(images), images.device
+        most = [size // _SHIFT for size in images.shape[2:]]
+        padded = nn.functional.pad(images, (most[1], most[1], most[0], most[0]), mode="reflect")
+        shifts = [torch.randint(2 * length + 1, (count, 1), generator=generator) for length in most]
+        rows, columns = (s + torch.arange(size) for s, size in zip(shifts, images.shape[2:], strict=True))
+        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+        found = padded.permute(0, 2, 3, 1)[  # pixels, with all their channels
+            torch.arange(count, device=device)[:, None, None],
+            sent(rows[:, :, None], device),
+            sent(columns[:, None], device),
+        ]
+        return found.permute(0, 3, 1, 2).contiguous()
+
+    return pytree.tree_map(moved, batch)

@@ -1,0 +1,31 @@
+"""Whether the weights of a model are such that it can be compressed."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    pass
+
+
+def check_weights(model: nn.Module) -> None:
+    """Every parameter must be floating and finite: Ward's distances mean nothing otherwise.
+
+    Raises:
+        TypeError: integer or complex parameters, naming the first.
+        ValueError: NaN or infinity, naming the first.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise TypeError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, expected a floating type; "
+                "compress the model before it is quantised, or convert it"
+            )
+        # One bad value makes the sum bad, in one pass over the memory; a good sum may still overflow.
+        if not bool(torch.isfinite(parameter.sum())) and not bool(torch.isfinite(parameter).all()):
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise ValueError(
+                f"{name} has {bad} values that are NaN or infinite, expected finite weights; "
+                "the training that made them has diverged, take an earlier checkpoint"
+            )

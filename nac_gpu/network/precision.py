@@ -1,0 +1,74 @@
+"""In how many digits products and sums are taken."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products and convolutions of float32 on CUDA with all their digits; what the user allows is put back.
+
+    TF32 leaves three digits, and is on for convolutions by default: outputs that must agree to five would not.
+    """
+    before = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch 2.9 warns whoever uses the older settings
+        for owner, name, precise in (*_OLDER_TF32, *_NEWER_TF32):
+            # An older one cannot be read where the user has set a newer one, and PyTorch 2.8 has no newer ones.
+            with contextlib.suppress(RuntimeError, AttributeError):
+                before.append((owner, name, getattr(owner, name), precise))
+        for owner, name, _, precise in before:
+            setattr(owner, name, precise)
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for owner, name, value, _ in before:
+                setattr(owner, name, value)
+
+
+class _Products:
+    """The older setting of matrix products as an attribute, so that all settings are alike."""
+
+    @property
+    def precision(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        torch.set_float32_matmul_precision(value)
+
+
+# Owner, name, and the value without TF32.
+_OLDER_TF32 = ((torch.backends.cudnn, "allow_tf32", False), (_Products(), "precision", "highest"))
+_NEWER_TF32 = tuple(  # since PyTorch 2.9
+    (owner, "fp32_precision", "ieee")
+    for owner in (
+        getattr(torch.backends.cudnn, "conv", None),
+        getattr(torch.backends.cudnn, "rnn", None),
+        torch.backends.cuda.matmul,
+    )
+)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16: a GPU since Ampere, or a CPU with AMX or AVX-512's instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and supported
+
+
+def floating(tensor: Tensor) -> Tensor:
+    """The tensor in the type in which products are taken: float64 stays, everything else is float32."""
+    return tensor.to(working_dtype(tensor))
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """The type in which sums are taken: at least float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

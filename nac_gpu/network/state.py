@@ -1,0 +1,85 @@
+"""A model's tensors by name: parameters and buffers, their shapes, their bytes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nac_gpu.network.deferred import Deferred, loaded
+from nac_gpu.network.moving import sent
+
+_CHUNK = 1 << 20  # numbers that are summed at once, to save memory
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters and buffers by name (a tied one under its first name), detached."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def selected(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
+    """The positions of a tensor along one dimension that are kept (bool [size]), in the layout that it has.
+
+    A network in channels_last that became smaller is to be as quick as one.
+    """
+    small = tensor.index_select(dim, sent(kept.nonzero().flatten(), tensor.device))
+    layout = _CHANNELS_LAST.get(tensor.ndim)
+    if layout is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout):
+        small = small.contiguous(memory_format=layout)
+    return small
+
+
+def content(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values."""
+    return loaded(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def is_open(model: nn.Module) -> bool:
+    """Whether tensors of a model are in files."""
+    return any(isinstance(tensor, Deferred) for tensor in tensors(model).values())
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters and buffers by name, tied ones once."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
+
+
+def fingerprint(model: nn.Module, inputs: Any) -> tuple[object, ...]:
+    """What tells whether a model and its inputs are still what they were: equal as long as no bit has changed.
+
+    Modules count with their classes, their plain attributes and the number of their hooks; tensors with their form, and
+    a checksum of their bits. The mode (training or not) and the values of tensors in files do not count.
+    """
+    leaves, structure = pytree.tree_flatten(inputs)
+    found = [*tensors(model).items(), *((str(place), leaf) for place, leaf in enumerate(leaves))]
+    forms = [
+        (name, str(value.dtype), tuple(value.shape), str(value.device)) if isinstance(value, Tensor) else (name, value)
+        for name, value in found
+    ]
+    sums = [_checksum(value) for _, value in found if isinstance(value, Tensor) and not isinstance(value, Deferred)]
+    bits = torch.stack([value.cpu() for value in sums]).tolist() if sums else []
+    modules = [(name, type(module).__qualname__, _plain(module)) for name, module in model.named_modules()]
+    return repr(structure), repr(forms), tuple(bits), repr(modules)
+
+
+def _plain(module: nn.Module) -> dict[str, object]:
+    """A module's attributes that are numbers or words, and how many hooks it has."""
+    own: dict[str, object] = {
+        name: value for name, value in vars(module).items() if isinstance(value, int | float | str | tuple)
+    }
+    own.pop("training", None)
+    hooks = {name: len(value) for name, value in vars(module).items() if name.endswith("_hooks")}
+    return own | hooks
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """A number, int64 [], that changes with every single bit, and nearly surely with any set of bits."""
+    flat = tensor.detach().contiguous().flatten()
+    words = flat.view(torch.uint8) if flat.numel() * flat.element_size() % 4 else flat.view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for number, part in enumerate(words.split(_CHUNK)):
+        odd = torch.arange(1, 2 * len(part), 2, device=part.device)  # which loses no bit of a sum that wraps around
+        total += (part.long() * odd).sum() * (2 * number + 1)
+    return total

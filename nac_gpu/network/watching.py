@@ -1,0 +1,62 @@
+"""What layers are called with in a forward pass."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nac_gpu.network.running import ExampleInputs, call
+
+
+class _EnoughError(Exception):
+    """All that was looked for has been seen: the rest of the pass is not needed."""
+
+
+def look(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int], take: Callable[[str, Tensor], None]) -> None:
+    """Show what layers are called with in a forward pass, up to the last of these calls.
+
+    Args:
+        model: in eval mode, without gradients (see `evaluating`).
+        batch: its inputs.
+        calls: names of the layers, and how many times each is called.
+        take: is given a layer's name and its input, which may change once it returns.
+    """
+    modules = dict(model.named_modules())
+    missing = sum(calls.values())
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            nonlocal missing
+            take(name, inputs[0] if inputs else next(iter(keywords.values())))
+            missing -= 1
+            if not missing:
+                raise _EnoughError
+
+        return modules[name].register_forward_pre_hook(hook, with_kwargs=True)
+
+    hooks = [watch(name) for name in calls]
+    try:
+        call(model, batch)
+    except _EnoughError:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def captured(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int]) -> dict[str, list[Tensor]]:
+    """Copies of what layers are called with: see `look`."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in calls}
+    look(model, batch, calls, lambda name, value: seen[name].append(value.clone()))
+    return seen
+
+
+def count_calls(model: nn.Module, batch: ExampleInputs, layers: Iterable[str]) -> dict[str, int]:
+    """How many times each of these layers is called in a forward pass; those that are not called are left out."""
+    counts = dict.fromkeys(layers, 0)
+
+    def take(name: str, _: Tensor) -> None:
+        counts[name] += 1
+
+    look(model, batch, dict.fromkeys(counts, 1 << 30), take)
+    return {name: count for name, count in counts.items() if count}

@@ -1,0 +1,96 @@
+"""Budgets of time. Widths do not tell how long a pass takes, so networks are built and timed.
+
+For a share of the operations, widths are chosen as for any budget (see `nac_gpu.budget`). Which share takes the time
+that may be spent is searched for: a network of the right shapes is built for each guess and timed in turn with the
+model, on its device, in eval mode, on the example inputs. What merging does to the weights changes no times.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from nac_gpu.distributed.ranks import Ranks
+from nac_gpu.merging.attributes import attributes
+from nac_gpu.merging.copies import merged_copies, random_assignments
+from nac_gpu.network.copying import rebuild
+from nac_gpu.network.running import ExampleInputs, device_of
+from nac_gpu.network.state import tensors
+from nac_gpu.network.timing import seconds_in_turn, spread
+from nac_gpu.tracing.graph import Choice
+
+_SECONDS = 2.0  # for each guess
+_GUESSES = 8
+_TOLERANCE = 0.03  # below what may be spent
+_CLOSE = 0.01  # shares of operations that need not be told apart
+
+
+class Stopwatch:
+    """Times smaller networks in turn with the model that they are made from.
+
+    Args:
+        model: the original; not changed.
+        example_inputs: what it is called with.
+        ranks: the processes that work together; rank 0 measures for all.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, ranks: Ranks) -> None:
+        self._model, self._inputs, self._ranks = model, example_inputs, ranks
+        self._state = tensors(model)
+
+    def measure(self, choices: Sequence[Choice]) -> tuple[float, str]:
+        """The share of the model's time that a network of these widths takes, and a line about it for people."""
+        return self._ranks.sent(self._measured(choices) if self._ranks.rank == 0 else (0.0, ""))
+
+    def _measured(self, choices: Sequence[Choice]) -> tuple[float, str]:
+        merged = merged_copies(self._state, [choice.group for choice in choices], random_assignments(choices, 0))
+        small = rebuild(self._model, merged, attributes(self._model, choices), share=True)
+        before, after = seconds_in_turn(self._model, small, self._inputs, _SECONDS)
+        share = spread(after / before).median
+        old, new = (f"{1000 * spread(seconds).median:.3g} ms" for seconds in (before, after))
+        where = f"on {device_of(self._model).type}, median of {len(before)} passes in turn"
+        return share, f"latency on the example inputs: {old} -> {new} ({100 * share:.1f} %), measured {where}"
+
+
+def nearest(wanted: float, least: float, timed: Callable[[float], float]) -> float:
+    """The largest share of the operations, of those tried, at which the time is no more than wanted.
+
+    Args:
+        wanted: share of the time, less than 1.
+        least: share of the operations that cannot be saved.
+        timed: the share of the time that a share of the operations takes.
+
+    Returns:
+        A share that was tried: the last one that was in time.
+
+    Raises:
+        ValueError: even the least takes longer.
+    """
+    slow, quick = (1.0, 1.0), None  # shares of operations and of time
+    share, found = max(wanted, least), 1.0
+    aim = (1 - _TOLERANCE / 2) * wanted
+    for guess in range(1, _GUESSES + 1):
+        if quick is None and guess == _GUESSES:
+            share = least
+        found = timed(share)
+        if found <= wanted:
+            quick = share, found
+            if found >= (1 - _TOLERANCE) * wanted or slow[0] - share < _CLOSE:
+                break
+        elif share <= least:
+            break
+        else:
+            slow = share, found
+        if quick is None:
+            slope = max((1 - found) / (1 - share), 1e-6)  # part of the time does not depend on the operations
+            share = max(min(max(share - (found - aim) / slope, 0.3 * share), 0.97 * share), least)
+        else:
+            if slow[0] - quick[0] < _CLOSE:
+                break
+            part = (aim - quick[1]) / max(slow[1] - quick[1], 1e-6)
+            share = quick[0] + min(max(part, 0.1), 0.9) * (slow[0] - quick[0])
+    if quick is None:
+        raise ValueError(
+            f"latency={wanted!r} cannot be met: with {100 * share:.1f} % of its operations a pass still takes "
+            f"{100 * found:.0f} % of the time; larger batches in the example inputs leave more to save"
+        )
+    return quick[0]

@@ -1,0 +1,211 @@
+"""From a network and what is asked of it to a plan that was tried, with what it takes to carry it out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from nac_gpu.calibration.batches import Calibration
+from nac_gpu.calibration.evidence import Evidence
+from nac_gpu.calibration.gathering import gather
+from nac_gpu.distributed.consistency import check_same
+from nac_gpu.network.state import fingerprint, tensors
+from nac_gpu.planning.budget import choose
+from nac_gpu.planning.layers import filtered, kept_of, nothing_to_compress, widths_of, with_groups
+from nac_gpu.planning.plans import GroupPlan, Plan
+from nac_gpu.planning.request import Request
+from nac_gpu.planning.subject import Network, Subject
+from nac_gpu.planning.taking import recorded
+from nac_gpu.planning.trial import Measured, Trial
+from nac_gpu.tracing.graph import Choice, Graph, Group
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with what it takes to carry it out.
+
+    Attributes:
+        plan: the plan.
+        subject: the network, with its record.
+        choices: the groups with their widths, in the order of the plan.
+        evidence: what its neurons were judged by, if they had to be.
+    """
+
+    plan: Plan
+    subject: Subject
+    choices: tuple[Choice, ...]
+    evidence: Evidence | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.subject.model
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups, in the order of the plan."""
+        return tuple(choice.group for choice in self.choices)
+
+    def known(self, request: Request) -> Evidence:
+        """What is known of the neurons: what the plan was judged by, or else found out now."""
+        if self.evidence is not None:
+            return self.evidence
+        subject = self.subject
+        return gather(subject.model, subject.inputs, self.groups, request.calibration, request.seed, subject.ranks)
+
+
+def plan_for(network: Network, request: Request) -> Prepared:
+    """Make a plan.
+
+    Raises:
+        ValueError: an unknown layer, a width that is not possible, nothing to compress, a budget that cannot be met.
+        RuntimeError: the forward pass fails, or another rank made another plan.
+    """
+    subject = recorded(network)
+    trial = Trial(subject.model, subject.inputs, auxiliary=subject.graph.auxiliary)
+    graph = filtered(subject.graph, request.only, request.skip)
+    if not graph.groups:
+        raise nothing_to_compress(graph)
+    subject, evidence, lines = replace(subject, graph=graph), None, ()
+    if request.budget:
+        chosen = choose(subject, request, trial)
+        outcome, evidence, refused, lines = chosen.outcome, chosen.evidence, chosen.refused, chosen.lines
+    else:
+        assert request.width is not None, "checked"
+        widths = widths_of(graph, request.width)
+        outcome = trial.run([Choice(group, width) for group, width in zip(graph.groups, widths, strict=True)])
+        refused = outcome.refused
+    graph = replace(
+        graph, groups=tuple(choice.group for choice in outcome.choices), left_alone=(*graph.left_alone, *refused)
+    )
+    if outcome.measured is None:
+        raise nothing_to_compress(graph)
+    subject = replace(subject, graph=graph, changes=(*subject.changes, *lines))
+    return Prepared(_plan(subject, outcome.choices, outcome.measured), subject, outcome.choices, evidence)
+
+
+def replay(network: Network, plan: Plan, request: Request) -> Prepared:
+    """The groups of a plan that was made for this model.
+
+    What was found out when the plan was made is not found out again, if the model and its inputs are still the same.
+
+    Args:
+        network: the network.
+        plan: the plan.
+        request: says on what neurons are observed.
+
+    Raises:
+        ValueError: the plan was made for another model, or cannot be carried out on these inputs.
+        RuntimeError: the forward pass fails, or another rank made another plan.
+    """
+    memory = _memory_of(plan)
+    fits = memory is not None and memory.fingerprint == fingerprint(network.model, network.inputs)
+    if all(network.ranks.gathered(fits)) and memory is not None:
+        subject = Subject(**vars(network), graph=memory.graph, cost=plan.before)
+        return Prepared(plan, subject, memory.choices, memory.evidence_for(network, request))
+    subject = recorded(network)
+    graph = with_groups(subject.graph, [(planned.name, planned.before) for planned in plan.groups])
+    widths = [kept_of(planned.name, planned.before, planned.after) for planned in plan.groups]
+    trial = Trial(subject.model, subject.inputs, auxiliary=graph.auxiliary)
+    outcome = trial.run([Choice(group, width) for group, width in zip(graph.groups, widths, strict=True)])
+    if outcome.refused:
+        alone = outcome.refused[0]
+        why = f"{alone.layer} ({alone.size}): {alone.reason}; make it again"
+        raise ValueError(f"the plan cannot be carried out: {why}")
+    graph = replace(graph, groups=tuple(choice.group for choice in outcome.choices), left_alone=plan.left_alone)
+    if outcome.measured is None:
+        raise nothing_to_compress(graph)
+    subject = replace(subject, graph=graph)
+    return Prepared(_plan(subject, outcome.choices, outcome.measured), subject, outcome.choices)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What was found out when a plan was made.
+
+    Attributes:
+        fingerprint: of the network and its inputs.
+        graph: its record, with the groups of the plan.
+        choices: the groups with their widths.
+        evidence: what the neurons were judged by, without the tensors of the network.
+        calibration: the calibration data that the evidence is from, or the word.
+        seed: of synthetic inputs.
+    """
+
+    fingerprint: tuple[object, ...]
+    graph: Graph
+    choices: tuple[Choice, ...]
+    evidence: Evidence | None
+    calibration: Calibration
+    seed: int
+
+    def evidence_for(self, network: Network, request: Request) -> Evidence | None:
+        """The evidence, if it is what the request would find out."""
+        if self.evidence is None:
+            return None
+        words = isinstance(request.calibration, str) and isinstance(self.calibration, str)
+        same = self.calibration == request.calibration if words else self.calibration is request.calibration
+        fits = same and (self.seed == request.seed or not self.evidence.synthetic)
+        return replace(self.evidence, state=tensors(network.model)) if all(network.ranks.gathered(fits)) else None
+
+
+_KEPT_AS = "_memory"
+
+
+def keep(prepared: Prepared, request: Request) -> Plan:
+    """The plan, which remembers what was found out, so that `replay` need not find it out again."""
+    subject, evidence = prepared.subject, prepared.evidence
+    memory = _Memory(
+        fingerprint(subject.model, subject.inputs),
+        subject.graph,
+        prepared.choices,
+        None if evidence is None else replace(evidence, state={}),
+        request.calibration,
+        request.seed,
+    )
+    object.__setattr__(prepared.plan, _KEPT_AS, memory)  # no field: it is neither compared nor saved
+    return prepared.plan
+
+
+def forget(plan: Plan) -> None:
+    """Free what the plan remembers: it was carried out."""
+    vars(plan).pop(_KEPT_AS, None)
+
+
+def _memory_of(plan: Plan) -> _Memory | None:
+    return vars(plan).get(_KEPT_AS)
+
+
+def _plan(subject: Subject, choices: tuple[Choice, ...], measured: Measured) -> Plan:
+    """The plan, the same on every rank."""
+    parameters = {name: parameter.shape for name, parameter in subject.model.named_parameters()}
+    groups = tuple(
+        GroupPlan(
+            choice.group.name,
+            choice.group.layers,
+            choice.group.size,
+            choice.width,
+            bool(choice.group.units),
+            *_parameters_of(choice, parameters, measured.shapes),
+        )
+        for choice in choices
+    )
+    plan = Plan(groups, subject.graph.left_alone, subject.cost, measured.cost, subject.changes)
+    check_same("plan", plan.to_json(), subject.ranks)
+    return plan
+
+
+def _parameters_of(
+    choice: Choice, parameters: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]
+) -> tuple[int, int]:
+    """How many parameters belong to a group's neurons, before and after."""
+    counts = []
+    for share, sizes in ((1.0, parameters), (choice.width / choice.group.size, shapes)):
+        others: dict[str, float] = {}  # the share of each tensor that belongs to other neurons
+        for member in choice.group.members:
+            if member.tensor in parameters:
+                own = member.index.numel() * share / sizes[member.tensor][member.dim]
+                others[member.tensor] = others.get(member.tensor, 1.0) * (1 - own)
+        counts.append(round(sum(sizes[name].numel() * (1 - left) for name, left in others.items())))
+    return counts[0], counts[1]

@@ -1,0 +1,124 @@
+"""How much the model's outputs change when one group alone is merged: what a budget adds up over the groups.
+
+The error e(k) of a group (see `nac_gpu.budget`) does not say how much the layers that follow make of it. So a few
+errors are tried out, compensated for, and the change of the outputs is measured, as a share of their variance over the
+inputs. In between it grows like a power of e.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from nac_gpu.calibration.batches import Batches
+from nac_gpu.calibration.curves import Curve
+from nac_gpu.calibration.evidence import Evidence
+from nac_gpu.distributed.ranks import ALONE, Ranks
+from nac_gpu.merging.compensation import Compensator
+from nac_gpu.network.comparing import change, mean_change
+from nac_gpu.network.running import call, evaluating, tensors_in
+from nac_gpu.tracing.graph import Graph, Group
+
+_TRIED = (0.03, 0.1, 0.3)  # errors
+_INPUTS = 256  # at most so many, where batches are tensors
+_STEEPEST, _FLATTEST = 4.0, 0.5  # powers of e
+_MOST = 12.0
+
+
+def losses(
+    model: nn.Module, graph: Graph, groups: Sequence[Group], evidence: Evidence, ranks: Ranks = ALONE
+) -> dict[str, Curve]:
+    """What merging each group to k neurons costs, by name and k; comparable between groups.
+
+    Without activations, or where the outputs cannot be compared, `-log(1 - e)` of the group's own error.
+
+    Args:
+        model: not changed.
+        graph: its record.
+        groups: groups.
+        evidence: what is known of their neurons.
+        ranks: the processes that divide the groups among them.
+
+    Raises:
+        RankError: another rank failed, or was lost.
+    """
+    curves = evidence.curves(groups, ranks)
+    plain: dict[str, Curve] = {
+        name: {k: -math.log1p(-error) for k, error in curve.items()} for name, curve in curves.items()
+    }
+    batches = _some(evidence.batches)
+    if not batches:
+        return plain
+    compensator = Compensator(model, graph, batches, evidence.activities)
+    with evaluating(model):
+        expected = [_outputs(model, batch) for batch in batches]
+
+    def measured(group: Group) -> dict[float, float] | None:
+        """Changes of the outputs by the error; None where the outputs cannot be compared."""
+        curve = curves[group.name]
+        points: dict[float, float] = {}
+        for error in _TRIED if group.name in evidence.activities else ():
+            kept = min(curve, key=lambda k: abs(math.log(max(curve[k], 1e-9) / error)))
+            if kept < group.size and curve[kept] > 0 and curve[kept] not in points:
+                compensator.start()
+                compensator.merge(group, evidence.tree(group).cut(kept))
+                changed = _changed(compensator.network(), batches, expected)
+                if changed is None:
+                    return None
+                points[curve[kept]] = max(changed, 1e-9)
+        return points
+
+    result: dict[str, Curve] = {}
+    for group, points in zip(groups, ranks.share(groups, measured), strict=True):
+        if points is None:
+            return plain
+        result[group.name] = _through(points, curves[group.name]) if points else plain[group.name]
+    return result
+
+
+def _some(batches: Batches) -> Batches:
+    """The first few batches."""
+    chosen: list[Any] = []
+    count = 0
+    for batch in batches:
+        chosen.append(batch)
+        count += len(batch) if isinstance(batch, Tensor) else 1
+        if count >= _INPUTS:
+            break
+    return chosen
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    return [value.double() if value.is_floating_point() else value for value in tensors_in(call(model, batch))]
+
+
+def _changed(model: nn.Module, batches: Batches, expected: Sequence[Sequence[Tensor]]) -> float | None:
+    """The mean change of the outputs over the batches; None if they cannot be compared."""
+    with evaluating(model):
+        pairs = zip(batches, expected, strict=True)
+        return mean_change(change(_outputs(model, batch), wanted) for batch, wanted in pairs)
+
+
+def _through(points: dict[float, float], curve: Curve) -> Curve:
+    """Losses at all widths: straight lines through the logarithms of the measured points."""
+    known = sorted((math.log(error), math.log(change)) for error, change in points.items())
+    errors, changes = [x for x, _ in known], [y for _, y in known]
+
+    def loss(error: float) -> float:
+        if error <= 0:
+            return 0.0
+        x = math.log(error)
+        left = max(0, min(sum(e <= x for e in errors) - 1, len(known) - 2))
+        slope = 1.5
+        if len(known) > 1:
+            slope = (changes[left + 1] - changes[left]) / (errors[left + 1] - errors[left])
+            slope = min(max(slope, _FLATTEST), _STEEPEST)
+        near = left if x < errors[min(left + 1, len(known) - 1)] else min(left + 1, len(known) - 1)
+        return min(math.exp(min(changes[near] + slope * (x - errors[near]), 50.0)), _MOST)
+
+    result, worst = {}, 0.0
+    for kept in sorted(curve, reverse=True):
+        worst = max(worst, loss(curve[kept]))
+        result[kept] = worst
+    return result

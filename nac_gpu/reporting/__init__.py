@@ -1,0 +1,1 @@
+"""What a compression did, measured: as a page, as text, as JSON."""

@@ -1,0 +1,1 @@
+"""One recorded forward pass, and the groups of neurons that follow from it."""

@@ -1,0 +1,309 @@
+"""What the record notes down while it watches a forward pass: the words in which the rules speak.
+
+A rule is a function `(notes, call) -> labels of the outputs`. It reads the labels of what the operation reads, and
+notes equations, roles, productions and freezes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from nac_gpu.tracing.atoms import BOTH, CHANNELS, MEAN, UNITS, Atoms, Labels, Separation, varying
+
+
+@dataclass(frozen=True)
+class Production:
+    """One use of a parameter that makes channels: a matrix product, a convolution, an embedding.
+
+    Attributes:
+        atoms: int64 [channels], the atoms of the weight that name the channels.
+        bias: int64 [channels] atoms of the bias added in the same operation, or None.
+    """
+
+    atoms: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """One BatchNorm in eval mode.
+
+    Attributes:
+        channels: int64 [channels] atoms that it normalises.
+        tensors: names of weight, bias, running mean and running variance (None where there is none).
+        eps: added to the variance.
+        source: number of the production whose bare result it normalises, or None.
+    """
+
+    channels: Tensor
+    tensors: tuple[str | None, str | None, str | None, str | None]
+    eps: float
+    source: int | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation of the pass.
+
+    Attributes:
+        func: the ATen operation.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        outputs: the tensors that it returned, flattened.
+    """
+
+    func: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Tensor]
+
+    @property
+    def name(self) -> str:
+        """Its name, see `name_of`."""
+        return name_of(self.func)
+
+    @property
+    def in_place(self) -> bool:
+        """It writes into one of its arguments."""
+        return self.func._schema.is_mutable
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that it reads, flattened."""
+        return [value for value in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(value, Tensor)]
+
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """All arguments by name."""
+        names = [argument.name for argument in self.func._schema.arguments]
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+    def each(self, labels: Labels) -> list[Labels]:
+        """The same labels for every output."""
+        return [labels] * len(self.outputs)
+
+
+@dataclass
+class Notes:
+    """Everything noted so far.
+
+    Attributes:
+        atoms: filled by the rules.
+        name_of: the name of a parameter or buffer of the model, None for other tensors.
+        labels_of: the labels of a tensor that an operation reads.
+        module: the name of the module that is running.
+        productions: in the order of the pass.
+        normalisations: in the order of the pass.
+        uses: how often a production's bare result is read by anything but movement.
+    """
+
+    atoms: Atoms
+    name_of: Callable[[Tensor], str | None]
+    labels_of: Callable[[Tensor], Labels]
+    module: Callable[[], str]
+    productions: list[Production] = field(default_factory=list)
+    normalisations: list[Normalisation] = field(default_factory=list)
+    uses: dict[int, int] = field(default_factory=dict)
+
+    def planes(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The planes of a tensor."""
+        return self.labels_of(tensor).planes
+
+    def freeze(self, tensors: Iterable[Tensor], reason: str) -> None:
+        """Freeze every label of these tensors, with the running module's name in the reason."""
+        for tensor in tensors:
+            self.freeze_planes(self.planes(tensor), reason)
+
+    def freeze_planes(self, planes: Iterable[Tensor], reason: str, level: int = BOTH) -> None:
+        """Freeze these atoms, with the running module's name in the reason."""
+        for plane in planes:
+            self.atoms.freeze(plane, f"{reason} in {self.module()}", level)
+
+    def separate(self, plane: Tensor, dims: Sequence[int], reason: str, level: int = BOTH) -> None:
+        """Keep atoms apart along these dimensions, with the running module's name in the reason."""
+        self.atoms.separate(plane, dims, f"{reason} in {self.module()}", level)
+
+    def count_use(self, tensors: Iterable[Tensor]) -> None:
+        """These tensors are read by an operation that does more than move them."""
+        for source in {self.labels_of(tensor).source for tensor in tensors}:
+            if source is not None:
+                self.uses[source] = self.uses.get(source, 0) + 1
+
+    def along(self, tensor: Tensor, dim: int) -> Tensor | None:
+        """The atoms along one dimension, int64 [size]; None if unlabelled.
+
+        Where they vary elsewhere too, all that stand at one position are united.
+        """
+        dim %= tensor.ndim
+        for plane in self.planes(tensor):
+            dims = varying(plane)
+            if dims == (dim,) or (not dims and tensor.shape[dim] == 1 and self._home(plane, tensor) == dim):
+                return plane.flatten()
+            if dim in dims:
+                first = plane
+                for other in set(dims) - {dim}:
+                    first = first.narrow(other, 0, 1)
+                self.atoms.unite(plane, first, CHANNELS)
+                self.freeze_planes([plane], "channels are laid out in a way that is not known", UNITS)
+                return first.flatten()
+        return None
+
+    def _home(self, plane: Tensor, tensor: Tensor) -> int:
+        """Where a plane of a single atom belongs: a parameter's own dimension, else the channel dimension 1."""
+        if self.labels_of(tensor).parameter:
+            return self.atoms.slot_at(int(plane.flatten()[0])).dim
+        return min(1, tensor.ndim - 1)
+
+    def mix(
+        self,
+        planes: Iterable[Tensor],
+        dims: Iterable[int],
+        reason: str,
+        level: int = BOTH,
+        pending: list[Separation] | None = None,
+    ) -> list[Tensor]:
+        """An operation lets values meet along these dimensions: what varies there stays apart there.
+
+        Rows of such values are units: where a plane varies along other dimensions too, whole rows can be merged.
+
+        Args:
+            planes: of one tensor.
+            dims: along which values meet.
+            reason: shown to the user.
+            level: `UNITS` where the equations of the channels are known to the caller.
+            pending: takes the separations, where they are to hold only once the result is read.
+
+        Returns:
+            What is left once these dimensions are gone: planes that do not vary along them, and planes of units.
+        """
+        mixed, left = set(dims), []
+        for plane in planes:
+            own = [dim for dim in varying(plane) if dim in mixed]
+            if not own:
+                left.append(plane)
+                continue
+            if pending is None:
+                self.separate(plane, own, reason, level)
+            else:
+                pending.append(self.atoms.separation(plane, own, f"{reason} in {self.module()}", level))
+            if len(own) == len(varying(plane)):
+                continue
+            first = plane
+            for dim in own:
+                first = first.narrow(dim, 0, 1)
+            known, row = torch.unique(first, return_inverse=True)
+            units = self.atoms.units(len(known), self.module())[row]
+            self.atoms.unite(plane, units, UNITS)
+            left.append(units)
+        return left
+
+    def meet(self, left: Tensor, right: Tensor) -> Tensor:
+        """One plane for two of the same layout; channels that meet are united."""
+        left, right = torch.broadcast_tensors(left, right)
+        both = (left >= 0) & (right >= 0)
+        self.atoms.unite(left[both], right[both])
+        self.freeze_planes([left[~both], right[~both]], "channels meet values that are not channels")
+        return torch.where(left >= 0, left, right)
+
+    def join(self, planes: Iterable[Tensor]) -> list[Tensor]:
+        """The planes of a result from those of all operands, aligned to its dimensions."""
+        found: dict[tuple[int, ...], Tensor] = {}
+        for plane in planes:
+            dims = varying(plane)
+            found[dims] = self.meet(found[dims], plane) if dims in found else plane
+        for dims in sorted(found, key=len):
+            if dims not in found:
+                continue
+            plane = found[dims]
+            over = [other for other in found if other != dims and set(other) & set(dims)]
+            if not over:
+                continue
+            del found[dims]
+            larger = next((other for other in over if set(other) > set(dims)), None)
+            if larger is None:
+                self.freeze_planes([plane, *(found.pop(other) for other in over)], "layouts of channels differ")
+            else:
+                self._absorb(plane, found[larger])
+        return list(found.values())
+
+    def _absorb(self, small: Tensor, large: Tensor) -> None:
+        """A plane meets one that varies along more dimensions.
+
+        Along the axis that channels merge along, they share an assignment; along the others, units do.
+        """
+        dims, reason = varying(small), "channels meet values that are laid out in another way"
+        if self.is_units(small):
+            self.atoms.unite(small, large, UNITS)
+            return
+        level = CHANNELS if inner_axis(large) in dims else UNITS
+        self.atoms.unite(small, large, level)
+        self.freeze_planes([small], reason, BOTH - level)
+        self.separate(large, dims, reason, BOTH - level)
+
+    def is_units(self, plane: Tensor) -> bool:
+        """The plane's atoms are units, not channels."""
+        return not self.atoms.slot_at(int(plane.max())).tensor
+
+    def check_context(self, tensor: Tensor, plane: Tensor) -> list[int]:
+        """An unlabelled operand that differs along labelled channels keeps them from being merged.
+
+        Args:
+            tensor: the operand.
+            plane: of the channels, with as many dimensions as the result.
+
+        Returns:
+            The dimensions of the plane along which it differs.
+        """
+        labels, offset = self.labels_of(tensor), plane.ndim - tensor.ndim
+        if labels.uniform:
+            return []
+        labelled = {dim + offset for own in labels.planes for dim in varying(own)}
+        differs = [
+            dim
+            for dim in varying(plane)
+            # stride 0: one value, expanded
+            if dim not in labelled and dim >= offset and tensor.shape[dim - offset] > 1 and tensor.stride(dim - offset)
+        ]
+        if differs:
+            self.separate(plane, differs, "channels meet values that differ between them and are not channels")
+        return differs
+
+    def per_channel(self, atoms: Tensor, channels: Tensor) -> None:
+        """A parameter with one value (or kernel) for each channel: both int64 [channels]."""
+        self.atoms.role(atoms, MEAN)
+        self.atoms.unite(atoms, channels)
+        self.freeze_planes([atoms[channels < 0]], "acts on values that are not channels")
+
+    def produce(self, atoms: Tensor, bias: Tensor | None) -> int:
+        """Channels are made, named by these atoms [channels]; gives the production's number."""
+        atoms = atoms.flatten()
+        self.atoms.role(atoms, MEAN)
+        bias_atoms = self.along(bias, -1) if bias is not None and self.labels_of(bias).parameter else None
+        self.productions.append(Production(atoms[atoms >= 0], bias_atoms))
+        return len(self.productions) - 1
+
+
+@cache
+def name_of(func: torch._ops.OpOverload) -> str:
+    """An operation's name, the same for the in-place form (`relu_` is `relu`)."""
+    name = func.overloadpacket.__name__
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def aligned(plane: Tensor, ndim: int) -> Tensor:
+    """The plane with as many dimensions as a result that it is broadcast to."""
+    return plane.reshape((1,) * (ndim - plane.ndim) + plane.shape)
+
+
+def inner_axis(plane: Tensor) -> int:
+    """The axis along which channels merge, where a plane varies along several: the one whose atoms lie nearest."""
+
+    def step(dim: int) -> int:
+        return abs(int(plane.select(dim, 1).flatten()[0] - plane.flatten()[0])) or plane.numel()
+
+    return min(varying(plane), key=step)

@@ -1,0 +1,88 @@
+"""Rules for operations that act on each value, or reduce values along dimensions."""
+
+from collections.abc import Sequence
+
+from nac_gpu.tracing.atoms import MEAN, Labels, Separation, varying
+from nac_gpu.tracing.recorder import Call, Notes, aligned
+
+#: Elementwise operations that lack the pointwise tag.
+ELEMENTWISE = frozenset("hardswish _prelu_kernel prelu rrelu celu masked_fill threshold".split())
+REDUCTIONS = frozenset(
+    "sum mean amax amin max min var std var_mean std_mean logsumexp prod linalg_vector_norm norm".split()
+)
+#: Values meet along a dimension, and every one of them gives a result.
+ALONG_DIM = frozenset("_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod sort".split())
+WINDOWS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample", "grid_sampler")
+
+
+def fill(notes: Notes, call: Call) -> list[Labels]:
+    """A constant in place of values, in some channels perhaps and not in others."""
+    labels = notes.labels_of(call.args[0])
+    for plane in labels.planes:
+        notes.separate(plane, [], "only some channels are overwritten")
+    return [Labels(labels.planes)]
+
+
+def glu(notes: Notes, call: Call) -> list[Labels]:
+    """One half gates the other: they are one."""
+    tensor, dim = call.args[0], call.given.get("dim", -1) % call.args[0].ndim
+    half, planes = tensor.shape[dim] // 2, []
+    for plane in notes.planes(tensor):
+        if dim in varying(plane):
+            plane = notes.meet(plane.narrow(dim, 0, half), plane.narrow(dim, half, half))
+        planes.append(plane)
+    return [Labels(tuple(planes))]
+
+
+def elementwise(notes: Notes, call: Call) -> list[Labels]:
+    """An operation on each value: what meets shares an assignment, constants that differ keep channels apart."""
+    operands, ndim = call.tensors, call.outputs[0].ndim
+    own = {id(tensor): [aligned(plane, ndim) for plane in notes.planes(tensor)] for tensor in operands}
+    before = {varying(plane) for plane in own[id(call.args[0])]} if call.in_place else set()
+    planes = notes.join(plane for tensor in operands for plane in own[id(tensor)])
+    parameters = [tensor for tensor in operands if notes.labels_of(tensor).parameter]
+    for plane in (plane for tensor in parameters for plane in own[id(tensor)]):
+        notes.atoms.role(plane, MEAN)
+    made = {varying(p) for tensor in operands if not notes.labels_of(tensor).parameter for p in own[id(tensor)]}
+    for plane in list(planes):
+        apart = [notes.check_context(tensor, plane) for tensor in operands]
+        if any(apart) and varying(plane) not in made and set(varying(plane)) <= {dim for dims in apart for dim in dims}:
+            planes = [other for other in planes if other is not plane]  # positions, say: nothing more to learn from it
+    if call.in_place and call.args[0]._is_view() and before != {varying(plane) for plane in planes}:
+        notes.freeze(operands, "values are written in place")  # what it is a view of goes on without the new labels
+        return call.each(Labels())
+    parameter = all(notes.labels_of(tensor).parameter for tensor in operands)
+    return call.each(Labels(tuple(planes), parameter))
+
+
+def reduction(notes: Notes, call: Call) -> list[Labels]:
+    """A sum, mean, maximum and the like over some dimensions, which are gone from the result."""
+    given = call.given
+    if "other" in given:  # torch.max(a, b)
+        return elementwise(notes, call)
+    tensor, dims = call.args[0], given.get("dim")
+    if dims is None or dims == []:
+        dims = range(tensor.ndim)
+    reduced = {dim % tensor.ndim for dim in (dims if isinstance(dims, Sequence) else [dims])}
+    pending: list[Separation] = []
+    kept = notes.mix(notes.planes(tensor), reduced, f"{call.name.strip('_')} is taken over channels", pending=pending)
+    if not given.get("keepdim", False):
+        kept = [plane.reshape([s for dim, s in enumerate(plane.shape) if dim not in reduced]) for plane in kept]
+    return call.each(Labels(tuple(kept), pending=tuple(pending)))
+
+
+def along_dim(notes: Notes, call: Call) -> list[Labels]:
+    """Softmax and the like: channels keep their places."""
+    tensor, planes = call.args[0], notes.planes(call.args[0])
+    dim = call.given.get("dim", -1) % tensor.ndim
+    notes.mix(planes, {dim}, f"{call.name.strip('_')} is taken over channels")
+    return call.each(Labels(planes))
+
+
+def windows(notes: Notes, call: Call) -> list[Labels]:
+    """Pooling and resampling: windows over the last one, two or three dimensions."""
+    windows = next(size for size in (1, 2, 3) if f"{size}d" in call.name)
+    ndim = call.args[0].ndim
+    notes.freeze(call.tensors[1:], f"{call.name} is taken at values that are channels")
+    dims = set(range(ndim - windows, ndim))
+    return call.each(Labels(tuple(notes.mix(notes.planes(call.args[0]), dims, f"{call.name} is taken over channels"))))

@@ -1,0 +1,225 @@
+"""Rules for operations that move values: views, parts, joins, indices."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from nac_gpu.tracing.atoms import BOTH, CHANNELS, MEAN, NONE, UNITS, Labels, compact, varying
+from nac_gpu.tracing.recorder import Call, Notes, aligned, inner_axis
+
+MOVEMENT = frozenset(
+    """view _unsafe_view reshape _reshape_alias permute transpose t squeeze unsqueeze expand slice select narrow split
+    split_with_sizes chunk unbind flip roll repeat repeat_interleave index index_select constant_pad_nd unfold
+    movedim swapaxes tile unsafe_split unsafe_chunk pixel_shuffle pixel_unshuffle channel_shuffle reflection_pad1d
+    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d gather""".split()
+)
+#: Movement that works on a plane as it is: the plane need not be expanded to the tensor's shape.
+PERMUTATION = frozenset("permute transpose t unsqueeze movedim swapaxes".split())
+RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias".split())
+#: Equal parts stay in step: the code that reads them expects them to be equal.
+PARTS = frozenset("split split_with_sizes chunk unbind unsafe_split unsafe_chunk".split())
+#: Rows are added to, or written into, a tensor at indices along one dimension.
+SCATTERED = frozenset("index_add index_copy scatter_add".split())
+
+
+def identity(notes: Notes, call: Call) -> list[Labels]:
+    """The values stay where they are."""
+    return call.each(notes.labels_of(call.args[0]))
+
+
+def constant(notes: Notes, call: Call) -> list[Labels]:
+    """One constant in the shape of what is read."""
+    return call.each(Labels(notes.planes(call.args[0])))
+
+
+def movement(notes: Notes, call: Call) -> list[Labels]:
+    """Values change places: the same operation is applied to the planes."""
+    tensor = call.args[0]
+    rest, named = pytree.tree_map(_on_cpu, (call.args[1:], call.kwargs))
+    notes.freeze([t for t in call.tensors if t is not tensor], "channels are used as indices")
+    labels = notes.labels_of(tensor)
+    if call.name == "constant_pad_nd":
+        return _padded(notes, call)
+    per_output: list[list[Tensor]] = [[] for _ in call.outputs]
+    for plane in labels.planes:
+        full = plane.clone() if call.name in PERMUTATION else plane.expand(tensor.shape)
+        _check_order(notes, call, plane)
+        if call.name in RESHAPES:
+            moved = [full.reshape(call.outputs[0].shape)]  # copies nothing where the plane is expanded
+        else:
+            moved = [v for v in pytree.tree_leaves(call.func(full, *rest, **named)) if isinstance(v, Tensor)]
+        small = [compact(result) for result in moved]
+        for target, result in zip(per_output, small, strict=True):
+            if result is not None:
+                target.append(result)
+                _regrouped(notes, plane, result)
+        if call.name in PARTS and len(small) > 1 and len({result.shape for result in moved}) == 1:
+            for result in small[1:]:
+                if small[0] is not None and result is not None and varying(plane) == varying(result):
+                    notes.atoms.unite(small[0], result, CHANNELS)
+    for planes in per_output:
+        dims = [dim for plane in planes for dim in varying(plane)]
+        if len(dims) > len(set(dims)):
+            notes.freeze_planes(planes, "several dimensions of channels are flattened into one")
+            planes.clear()
+    return [Labels(tuple(planes), labels.parameter, labels.source) for planes in per_output]
+
+
+def _on_cpu(value: object) -> object:
+    """Planes are on the CPU, and so must be the indices that move them."""
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
+    """Parts of channels are cut out, or channels change places: what holds for fewer channels, too, and what does not.
+
+    A part stays a part if no channel inside is merged with one outside. One of every few channels stays one of as many
+    if those few are merged in step. A fixed number of places or a list of channels means others once there are fewer.
+    """
+    given, tensor = call.given, call.args[0]
+    dims = given.get("dim", given.get("dims") or (range(tensor.ndim) if call.name == "roll" else 0))
+    dims = [dim % max(1, tensor.ndim) for dim in (dims if isinstance(dims, Sequence) else [dims])]
+    if call.name in ("index", "index_select", "gather"):
+        if call.name == "gather" and set(varying(plane)) & set(dims):
+            notes.freeze_planes([plane], "channels are picked by index")
+        indices = given["indices"] if call.name == "index" else [None] * dims[0] + [given["index"]]
+        for dim, index in enumerate(indices):
+            if (
+                index is not None
+                and dim in varying(plane)
+                and not (index.ndim == 1 and _in_order(index, tensor.shape[dim]))
+            ):
+                notes.freeze_planes([plane], "channels are picked by index")
+        return
+    own = [dim for dim in dims if dim in varying(plane)]
+    if not own:
+        return
+    level = CHANNELS if len(varying(plane)) > 1 and own == [inner_axis(plane)] else BOTH
+    step = given.get("step", 1) if call.name == "slice" else 1
+    if step != 1 and _every(given, tensor.shape[own[0]]):
+        blocks = plane.movedim(own[0], -1).unflatten(-1, (-1, step))
+        notes.atoms.unite(blocks, blocks[..., :1], level)
+    elif call.name == "roll" or step != 1:
+        notes.freeze_planes([plane], "channels are moved by a fixed number of places", level)
+    elif call.name in PARTS or call.name in ("slice", "narrow", "select"):
+        parts = pytree.tree_leaves(call.func(plane.expand(tensor.shape), *call.args[1:], **call.kwargs))
+        equal = len({part.shape for part in parts}) == 1 and len(parts) > 1
+        for part in parts:
+            if part.numel() and part.numel() < tensor.numel():
+                small = compact(part)
+                if small is not None:  # channels of equal parts are kept in step, which is more
+                    notes.separate(small, [], "channels are cut into parts", UNITS if equal else BOTH)
+
+
+def _every(given: Mapping[str, Any], size: int) -> bool:
+    """A slice takes one of each block of `step`, of all blocks."""
+    start, end, step = given.get("start") or 0, given.get("end"), given["step"]
+    return size % step == 0 and 0 <= start < step and (end is None or end >= size)
+
+
+def _in_order(index: Tensor, size: int) -> bool:
+    """All of a dimension, forwards or backwards."""
+    if index.dtype == torch.bool or len(index) != size:
+        return False
+    forwards = torch.arange(size, device=index.device)
+    return bool((index == forwards).all()) or bool((index == forwards.flip(0)).all())
+
+
+def _padded(notes: Notes, call: Call) -> list[Labels]:
+    """One constant beside the values: without a label where channels are added, the same for all of them elsewhere."""
+    labels, pads = notes.labels_of(call.args[0]), list(call.args[1])
+    planes = []
+    for plane in labels.planes:
+        own = [n if plane.shape[-1 - i // 2] > 1 else 0 for i, n in enumerate(pads)]
+        planes.append(torch.nn.functional.pad(plane, own, value=NONE))
+    return [Labels(tuple(planes), labels.parameter, labels.source)]
+
+
+def _regrouped(notes: Notes, before: Tensor, after: Tensor) -> None:
+    """Channels C seen as (h, d): d merges in step over h, because the code that regroups them keeps h."""
+    dims = varying(after)
+    if len(dims) > max(1, len(varying(before))):
+        first = after
+        for dim in dims[:-1]:
+            first = first.narrow(dim, 0, 1)
+        notes.atoms.unite(first, after, CHANNELS)
+
+
+def pixel_shuffle(notes: Notes, call: Call) -> list[Labels]:
+    """Blocks of r^2 channels become pixels of one channel: the channels merge, the pixels stay in step."""
+    tensor, times = call.args[0], call.args[1] ** 2
+    channels = notes.along(tensor, tensor.ndim - 3)
+    if channels is None or len(notes.planes(tensor)) > 1:
+        notes.freeze([tensor], "operation pixel_shuffle moves other dimensions than channels")
+        return [Labels()]
+    rows = channels.reshape(-1, times)
+    notes.atoms.unite(rows, rows[:, :1])
+    return [Labels((rows[:, 0].reshape(-1, 1, 1),))]
+
+
+def join(notes: Notes, call: Call) -> list[Labels]:
+    """Concatenation: labels stand side by side along the joined dimension, and meet along the others."""
+    ndim, stacked = call.outputs[0].ndim, call.name == "stack"
+    tensors = [t for t in call.args[0] if stacked or t.ndim == ndim]  # cat skips empty 1-D
+    dim = (call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)) % ndim
+    all_planes = [[p.unsqueeze(dim) if stacked else p for p in notes.planes(tensor)] for tensor in tensors]
+    shapes = [(*t.shape[:dim], 1, *t.shape[dim:]) if stacked else tuple(t.shape) for t in tensors]
+    nothing = torch.full((1,) * ndim, NONE)
+    side_by_side = [next((p for p in planes if dim in varying(p)), nothing) for planes in all_planes]
+    joined = compact(torch.cat([p.expand(shape) for p, shape in zip(side_by_side, shapes, strict=True)], dim))
+    others = [p for planes in all_planes for p in planes if dim not in varying(p)]
+    planes = notes.join([*([joined] if joined is not None else []), *others])
+    parameter = all(notes.labels_of(tensor).parameter for tensor in tensors)
+    for tensor in tensors:
+        if notes.labels_of(tensor).parameter and not parameter:
+            for plane in notes.planes(tensor):
+                notes.atoms.role(plane, MEAN)
+        seen = tensor.unsqueeze(dim) if stacked else tensor
+        own = {d for p in notes.planes(tensor) for d in varying(p.unsqueeze(dim) if stacked else p)}
+        for plane in planes:
+            differs = [d for d in varying(plane) if d not in own and d != dim and seen.shape[d] > 1 and seen.stride(d)]
+            if differs and not notes.labels_of(tensor).uniform:
+                notes.separate(plane, differs, "channels are joined with values that are not channels")
+    return [Labels(tuple(planes), parameter)]
+
+
+def copy(notes: Notes, call: Call) -> list[Labels]:
+    """Writing into an existing tensor: a whole one takes the labels; of a view, the rest goes on without them."""
+    target, source = call.args[:2]
+    if target._is_view() or notes.labels_of(target).parameter:
+        notes.freeze(call.args[:2], "values are written in place")
+        return [Labels()]
+    return [Labels(tuple(aligned(plane, target.ndim) for plane in notes.planes(source)))]
+
+
+def scattered(notes: Notes, call: Call) -> list[Labels]:
+    """Rows at indices along one dimension: labels along the others meet."""
+    given = call.given
+    target, index, dim = given["self"], given["index"], given["dim"] % given["self"].ndim
+    source = given["source"] if "source" in given else given["src"]
+    if any(dim in varying(plane) for t in (target, source) for plane in notes.planes(t)) or notes.planes(index):
+        notes.freeze(call.tensors, f"operation {call.name} writes along channels")
+        return [Labels()]
+    planes = notes.join([*notes.planes(target), *notes.planes(source)])
+    for plane in planes:
+        for tensor in (target, source):
+            notes.check_context(tensor, plane)
+    return [Labels(tuple(planes))]
+
+
+def lookup(notes: Notes, call: Call) -> list[Labels]:
+    """Indexing moves what it reads; rows of a parameter that are looked up are no channels."""
+    tensor = call.args[0]
+    if not notes.labels_of(tensor).parameter:
+        return movement(notes, call)
+    indices = call.args[1] if call.name == "index" else [None] * call.args[1] + [call.args[2]]
+    looked_up = {dim for dim, index in enumerate(indices) if index is not None and index.ndim}
+    found = movement(notes, call)[0]
+    dead = {int(plane.max()) for plane in notes.planes(tensor) if set(varying(plane)) & looked_up}
+    notes.freeze_planes([p for p in notes.planes(tensor) if int(p.max()) in dead], "rows are looked up by index")
+    slots = {notes.atoms.slot_at(atom).first for atom in dead}
+    kept = tuple(p for p in found.planes if notes.atoms.slot_at(int(p.max())).first not in slots)
+    return [Labels(kept, parameter=True)]

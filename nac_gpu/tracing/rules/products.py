@@ -1,0 +1,225 @@
+"""Rules for operations with weights: matrix products, convolutions, embeddings."""
+
+import torch
+from torch import Tensor
+
+from nac_gpu.tracing.atoms import BOTH, CHANNELS, MEAN, SUM, UNITS, Labels, varying
+from nac_gpu.tracing.recorder import Call, Notes, aligned
+
+#: Matrix products, and the position of the first factor among the arguments.
+MATRIX_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1, "matmul": 0, "_grouped_mm": 0}
+#: Where the summed dimension is once both factors are laid out over (batch, rows, shared, columns).
+SHARED = 2
+
+
+def plane_along(atoms: Tensor, dim: int, ndim: int) -> Tensor:
+    """Atoms [size] as a plane that varies along one dimension."""
+    shape = [1] * ndim
+    shape[dim] = len(atoms)
+    return atoms.reshape(shape)
+
+
+def matrix_product(notes: Notes, call: Call) -> list[Labels]:
+    """`a @ b`, or `bias + a @ b`: the shared dimension is summed, the others make the result's.
+
+    The planes of both factors are laid out over (batch, rows, shared, columns).
+    """
+    first = MATRIX_PRODUCTS[call.name]
+    a, b = call.args[first], call.args[first + 1]
+    bias = call.args[0] if first else None
+    out = call.outputs[0]
+    of_a = [plane.reshape((1,) * (3 - a.ndim) + plane.shape).unsqueeze(3) for plane in notes.planes(a)]
+    of_b = [_over_product(plane) for plane in _of_second(notes, call, b)]
+    weights = [notes.labels_of(tensor).parameter for tensor in (a, b)]
+    if weights == [False, True]:
+        of_a = _consume(notes, of_b, of_a, a)
+        of_b = [plane for plane in of_b if SHARED not in varying(plane)]
+    elif weights == [True, False]:
+        of_b = _consume(notes, of_a, of_b, b)
+        of_a = [plane for plane in of_a if SHARED not in varying(plane)]
+    else:
+        reason = "multiplied by values that are not a parameter"
+        of_a, of_b = (notes.mix(planes, [SHARED], reason) for planes in (of_a, of_b))
+    source = None
+    for parameter, planes in zip(weights, (of_a, of_b), strict=True):
+        if not parameter or weights == [True, True]:
+            continue
+        for plane in planes:
+            if set(varying(plane)) & {1, 3}:
+                source = notes.produce(plane, bias)
+            else:
+                notes.atoms.role(plane, MEAN)
+    for tensor, own, others in ((a, of_a, of_b), (b, of_b, of_a)):
+        alone = call.name == "_grouped_mm" or tensor.ndim < 3 or tensor.shape[0] == 1
+        if not alone and not any(0 in varying(plane) for plane in own):
+            for plane in others:
+                if 0 in varying(plane):
+                    notes.separate(plane, [0], "multiplied by values that differ between them and are not channels")
+    planes = [plane.squeeze(SHARED) for plane in notes.join([*of_a, *of_b])]
+    if b.ndim == 1:
+        planes = [plane.squeeze(-1) for plane in planes]
+    planes = [plane.reshape(plane.shape[plane.ndim - out.ndim :]) for plane in planes]
+    if bias is not None:
+        planes = _add_bias(notes, bias, planes, out.ndim)
+    return [Labels(tuple(planes), source=source)]
+
+
+def _of_second(notes: Notes, call: Call, b: Tensor) -> list[Tensor]:
+    """The planes of the second factor; a grouped product takes one of several weights for each row (experts)."""
+    planes = list(notes.planes(b))
+    if call.name == "_grouped_mm":
+        notes.freeze_planes([plane for plane in planes if varying(plane) == (0,)], "rows choose among weights")
+        planes = [plane.select(0, 0) for plane in planes if 0 not in varying(plane)]
+    return planes
+
+
+def _over_product(plane: Tensor) -> Tensor:
+    """A plane of the second factor, [batch, shared, columns], [shared, columns] or [shared], over the product."""
+    if plane.ndim == 1:
+        plane = plane.unsqueeze(1)
+    return plane.reshape((1,) * (3 - plane.ndim) + plane.shape).unsqueeze(1)
+
+
+def _consume(notes: Notes, weight: list[Tensor], values: list[Tensor], tensor: Tensor) -> list[Tensor]:
+    """A weight sums values over the shared dimension: its columns meet their labels.
+
+    Args:
+        notes: what is noted.
+        weight: planes of the weight.
+        values: planes of what it reads.
+        tensor: what it reads.
+
+    Returns:
+        The planes of what it reads that the result still has.
+    """
+    columns = [plane for plane in weight if SHARED in varying(plane)]
+    summed = [plane for plane in values if SHARED in varying(plane)]
+    for plane in columns:
+        notes.atoms.role(plane, SUM)
+        if not summed and not notes.labels_of(tensor).uniform:
+            notes.freeze_planes([plane], "reads values that are not channels")
+    kept = [plane for plane in values if SHARED not in varying(plane)]
+    for plane in summed:
+        if not columns:
+            notes.freeze_planes([plane], "read by values that are not a parameter")
+        for own in columns:
+            dims, others = set(varying(own)), set(varying(plane))
+            if not dims <= others:
+                notes.freeze_planes([own, plane], "layouts of channels differ")
+                continue
+            level = BOTH if dims == others else CHANNELS
+            left, right = torch.broadcast_tensors(own, plane)
+            notes.atoms.unite(left, right, level)
+            notes.freeze_planes([left[right < 0]], "reads values that are not channels")
+        if len(varying(plane)) > 1:  # (heads, channels): the result still has its heads
+            kept += notes.mix([plane], [SHARED], "summed by a weight", UNITS)
+    return kept
+
+
+def _add_bias(notes: Notes, bias: Tensor, planes: list[Tensor], ndim: int) -> list[Tensor]:
+    if not bias.ndim:
+        return planes
+    dims = [set(varying(plane)) for plane in planes]
+    own = [aligned(plane, ndim) for plane in notes.planes(bias)]
+    for plane in own:
+        if not any(set(varying(plane)) <= other for other in dims):
+            notes.freeze_planes([plane], "a bias is added to values that are not channels")
+        elif notes.labels_of(bias).parameter:
+            notes.atoms.role(plane, MEAN)
+    for plane in planes:
+        notes.check_context(bias, plane)
+    return notes.join([*planes, *own])
+
+
+def convolution(notes: Notes, call: Call) -> list[Labels]:
+    """Convolutions: dense, grouped and depthwise, transposed ones too."""
+    images, weight, bias = call.args[:3]
+    transposed, groups = call.args[6], call.args[8]
+    out = call.outputs[0]
+    if not notes.labels_of(weight).parameter:
+        notes.freeze(call.tensors, "a convolution's kernel is not a parameter")
+        return [Labels()]
+    if bias is not None and not notes.labels_of(bias).parameter:
+        notes.freeze(call.tensors, "a convolution's bias is not a parameter")
+        return [Labels()]
+    if any(varying(plane) and 1 not in varying(plane) for plane in notes.planes(images)):
+        notes.freeze(call.tensors, "labels are spread over other dimensions of a convolution's input")
+        return [Labels()]
+    channels = notes.along(images, 1)
+    rows, columns = notes.along(weight, 0), notes.along(weight, 1)
+    assert rows is not None, "a parameter's dimensions are labelled"
+    assert columns is not None, "a parameter's dimensions are labelled"
+    if transposed:
+        rows, columns = columns, rows
+    if groups == 1:
+        _read(notes, columns, channels, images)
+        made = rows
+    elif channels is None:
+        notes.freeze([weight], "a grouped convolution reads values that are not channels")
+        made = rows.repeat(groups) if transposed else rows
+    elif weight.shape[0 if transposed else 1] == (groups if transposed else 1):  # depthwise
+        made = _depthwise(notes, columns if transposed else rows, channels, transposed, out.shape[1])
+    else:
+        made = _grouped(notes, rows, columns, channels, groups, transposed)
+    source = notes.produce(made, bias)
+    if bias is not None:
+        atoms = notes.along(bias, 0)
+        assert atoms is not None, "a parameter's dimensions are labelled"
+        notes.per_channel(atoms, made)
+    return [Labels((plane_along(made, 1, out.ndim),), source=source)]
+
+
+def _read(notes: Notes, columns: Tensor, channels: Tensor | None, values: Tensor) -> None:
+    """A weight's columns, int64 [m], read channels [m]."""
+    notes.atoms.role(columns, SUM)
+    if channels is not None:
+        notes.atoms.unite(columns, channels)
+        notes.freeze_planes([columns[channels < 0]], "reads values that are not channels")
+    elif not notes.labels_of(values).uniform:
+        notes.freeze_planes([columns], "reads values that are not channels")
+
+
+def _depthwise(notes: Notes, kernels: Tensor, channels: Tensor, transposed: bool, size: int) -> Tensor:
+    """A kernel, or several, for each channel: the atoms of the `size` channels that are made."""
+    times = size // len(channels)
+    made = kernels.repeat_interleave(times) if transposed else kernels
+    notes.per_channel(made, channels.repeat_interleave(times))
+    return made
+
+
+def _grouped(notes: Notes, rows: Tensor, columns: Tensor, channels: Tensor, groups: int, transposed: bool) -> Tensor:
+    """A convolution in groups: its channels are (group, channel); merged in step over the groups, or group by group."""
+    reason = "each group of a convolution reads its own channels"
+    read = channels.reshape(groups, -1)
+    notes.atoms.role(columns, SUM)
+    notes.freeze_planes([channels[channels < 0]], reason)
+    units = notes.atoms.units(groups, notes.module())[:, None]
+    if transposed:  # columns are (group, channel), rows are shared by all groups
+        made = rows.repeat(groups)
+        notes.atoms.unite(columns.reshape(groups, -1), read)
+        notes.atoms.unite(read[:1], read, CHANNELS)
+        notes.freeze_planes([rows, columns], reason, UNITS)
+        return made
+    made = rows.reshape(groups, -1)
+    notes.atoms.unite(columns, read, CHANNELS)
+    notes.freeze_planes([columns], reason, UNITS)
+    notes.atoms.unite(made[:1], made, CHANNELS)
+    for plane in (read, made):
+        notes.atoms.unite(plane, units, UNITS)
+        notes.separate(plane, [1], reason, UNITS)
+    return rows
+
+
+def embedding(notes: Notes, call: Call) -> list[Labels]:
+    """Rows of a table, looked up by index: the columns are the channels."""
+    weight, out = call.args[0], call.outputs[0]
+    if not notes.labels_of(weight).parameter:
+        notes.freeze(call.tensors, "rows are looked up in values that are not a parameter")
+        return [Labels()]
+    notes.freeze(call.tensors[1:], "channels are used as indices")
+    notes.freeze_planes(
+        [plane for plane in notes.labels_of(weight).planes if varying(plane) == (0,)], "rows are looked up by index"
+    )
+    atoms = notes.along(weight, 1)
+    assert atoms is not None, "a parameter's dimensions are labelled"
+    return [Labels((plane_along(atoms, out.ndim - 1, out.ndim),), source=notes.produce(atoms, None))]

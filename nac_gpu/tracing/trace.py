@@ -1,0 +1,187 @@
+"""One recorded forward pass of a model: which channels belong together, and which must be left alone.
+
+The pass runs on example inputs, in eval mode and without gradients, under a `TorchDispatchMode`: every ATen operation
+is seen, however the model is written. `nac_gpu.rules` says what each operation does to channels; `nac_gpu.groups` turns
+the equations into groups.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nac_gpu.network.costs import flop_counter
+from nac_gpu.network.running import ExampleInputs, call, describe, evaluating, in_small_operations, tensors_in
+from nac_gpu.tracing.atoms import Atoms, Labels
+from nac_gpu.tracing.cells import CELLS
+from nac_gpu.tracing.graph import Graph, LeftAlone
+from nac_gpu.tracing.grouping import find_groups
+from nac_gpu.tracing.recorder import Call, Notes
+from nac_gpu.tracing.rules.dispatch import apply
+from nac_gpu.tracing.shapes_only import Outline
+
+
+class _Labelled:
+    """The labels of the tensors of a pass that are still there."""
+
+    def __init__(self, model: nn.Module, atoms: Atoms) -> None:
+        self.names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self._own = {id(tensor) for tensor in model.parameters()}
+        statistics = ("running_mean", "running_var")  # per channel, as weights are
+        self._own |= {id(tensor) for name, tensor in model.named_buffers() if name.endswith(statistics)}
+        self._atoms = atoms
+        self._known = WeakTensorKeyDictionary()
+
+    def of(self, tensor: Tensor) -> Labels:
+        """The labels of a tensor; those of parameters and statistics are made when it is first read."""
+        if tensor not in self._known and id(tensor) in self._own:
+            planes = []
+            for dim, size in enumerate(tensor.shape):
+                shape = [1] * tensor.ndim
+                shape[dim] = size
+                planes.append(self._atoms.of(self.names[id(tensor)], dim, size).reshape(shape))
+            self._known[tensor] = Labels(tuple(planes), parameter=True)
+        return self._known[tensor] if tensor in self._known else Labels()
+
+    def put(self, tensor: Tensor, labels: Labels) -> None:
+        """Note down the labels of a result, or of what was written into."""
+        if labels.planes or labels.uniform or labels.pending or tensor in self._known:
+            self._known[tensor] = labels
+
+
+class _Record(TorchDispatchMode):
+    """Carries labels along with every tensor of the pass."""
+
+    def __init__(self, model: nn.Module, run: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self._run = run  # an operation
+        self.flops = 0
+        self.operations: dict[str, int] = {}  # by the name of the parameter that they multiply with
+        self.modules: list[str] = [type(model).__name__]  # that are running, the innermost last
+        self._sizes = {name: len(tensor) for name, tensor in model.named_parameters() if tensor.ndim > 1}
+        atoms, modules = Atoms(), self.modules
+        self.labelled = labelled = _Labelled(model, atoms)
+        self.notes = Notes(  # none of these holds the record, whose memory is given back as soon as it is done with
+            atoms,
+            name_of=lambda tensor: labelled.names.get(id(tensor)),
+            labels_of=labelled.of,
+            module=lambda: modules[-1],
+        )
+
+    def unread(self) -> dict[str, int]:
+        """Weights that nothing has read, and how many neurons each makes."""
+        seen = {slot.tensor for slot in self.notes.atoms.slots}
+        return {name: size for name, size in self._sizes.items() if name not in seen}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in CELLS:
+            with self:
+                return CELLS[func](*args, **kwargs)
+        out = self._run(func, args, kwargs)
+        with _disable_current_modes():
+            outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
+            labels = apply(self.notes, Call(func, args, kwargs, outputs))
+            for tensor, found in zip(outputs, labels, strict=True):
+                self.labelled.put(tensor, found)
+            self._count(func, args, kwargs, out)
+        return out
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note down the operations that multiply with a parameter."""
+        counted = flop_registry.get(func._overloadpacket)
+        if counted is None:
+            return
+        for value in args:
+            labels = self.labelled.of(value) if isinstance(value, Tensor) and value.ndim > 1 else Labels()  # no biases
+            if not labels.parameter or not labels.planes:
+                continue
+            name = self.notes.atoms.slot_at(int(labels.planes[0].max())).tensor
+            self.operations[name] = self.operations.get(name, 0) + counted(*args, **kwargs, out_val=out)
+            return
+
+
+def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
+    """Run the model on example inputs and find its groups.
+
+    Layers that do not run in eval mode are looked for in a second pass (see `evaluating`).
+
+    Args:
+        model: left exactly as it was.
+        example_inputs: as for a call: a tensor, a sequence of arguments, or a mapping of keyword arguments.
+
+    Raises:
+        RuntimeError: the forward pass failed; names the module, with the original error as its cause.
+    """
+    seen = _pass(model, example_inputs, auxiliary=False)
+    auxiliary, flops, operations = False, seen.flops, seen.operations
+    if seen.unread():
+        with contextlib.suppress(RuntimeError):  # training may need targets, say
+            again = _pass(model, example_inputs, auxiliary=True)
+            auxiliary = set(again.unread()) < set(seen.unread())
+            seen = again if auxiliary else seen
+    unread = [LeftAlone(name.removesuffix(".weight"), size, NOT_RUN) for name, size in seen.unread().items()]
+    graph = find_groups(seen.notes)
+    alone = (*graph.left_alone, *unread)
+    return replace(graph, left_alone=alone, auxiliary=auxiliary, flops=flops, operations=operations)
+
+
+NOT_RUN = "it does not run on these example inputs"
+
+
+def _pass(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool) -> _Record:
+    """A recorded pass: in outline where that can be done.
+
+    What the model keeps of the outline (a cache, the last activations) is kept by a copy that shares its tensors.
+    """
+    outline = Outline()
+    with contextlib.suppress(Exception):  # of which the pass with values tells
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        seen = _Record(model, outline)
+        _run(copy.deepcopy(model, dict(shared)), example_inputs, seen, auxiliary=auxiliary)
+        if not outline.failed:
+            return seen
+    seen = _Record(model, lambda func, args, kwargs: func(*args, **kwargs))
+    try:
+        _run(model, example_inputs, seen, auxiliary=auxiliary)
+    except Exception as error:
+        raise RuntimeError(
+            f"the example inputs do not fit the forward pass: {seen.modules[-1]} raised {type(error).__name__}: "
+            f"{error}; expected inputs with which model(...) runs, got {describe(example_inputs)}"
+        ) from error
+    return seen
+
+
+def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxiliary: bool) -> None:
+    """One recorded pass; what the model returns is frozen."""
+    names = {module: name for name, module in model.named_modules() if module is not model}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if module in names:
+            mode.modules.append(names[module])
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        if module in names:
+            mode.modules.pop()
+
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        counter = flop_counter()
+        with evaluating(model, auxiliary=auxiliary), in_small_operations(model), counter, mode:
+            output = call(model, example_inputs)
+        mode.flops = counter.get_total_flops()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for tensor in tensors_in(output):
+        mode.notes.atoms.separations.extend(mode.labelled.of(tensor).pending)
+        for plane in mode.labelled.of(tensor).planes:
+            mode.notes.atoms.freeze(plane, "model output")

@@ -1,9 +1,0 @@
-"""Hand-written networks of many kinds, with example inputs: what a user might compress.
-
-Sizes are taken from tensors wherever a user would reasonably do so; no network says how it must be compressed.
-"""
-
-from architectures import attention, images, norms, recurrent, vectors
-from architectures.registry import ARCHITECTURES, Architecture
-
-__all__ = ["ARCHITECTURES", "Architecture", "attention", "images", "norms", "recurrent", "vectors"]

@@ -1,8 +1,8 @@
 """Old names, which keep working through this release: of pickled models, and of this package.
 
-A model that version 0.2 compressed and `torch.save` wrote names the modules in which its plan was defined then. Each of
-them is a stand-in here that warns once and looks in the new place. It is registered, not imported, because importing
-`nac_gpu.plan` would put the module in the place of the function.
+A pickled model names the modules in which the classes of its plan were defined when it was written. Each of these modules
+is a stand-in here that looks in the new place; the first one that is asked warns. They are registered, not imported,
+because importing `nac_gpu.plan` would put the module in the place of the function.
 """
 
 import importlib
@@ -14,6 +14,9 @@ import warnings
 _CLASSES = {
     "attention": {"MultiheadAttention": "network.attention"},
     "cost": {"Cost": "network.costs"},
+    "dendrogram": {"Dendrogram": "clustering.dendrogram"},
+    "estimator": {"WardClustering": "clustering.estimator"},
+    "finetune": {"Epoch": "training.finetuning"},
     "groups": {"LeftAlone": "tracing.graph"},
     "origin": {"Origin": "files.origin"},
     "plan": {"GroupPlan": "planning.plans", "Plan": "planning.plans"},
@@ -22,18 +25,27 @@ _CLASSES = {
 _METHODS = ("METHODS", "kmeans", "random", "ward")
 
 
+_warned = False
+
+
 class _Moved(types.ModuleType):
     """A module that is not there any more."""
 
     def __getattr__(self, name: str) -> object:
+        global _warned
         old = self.__name__.rpartition(".")[2]
         place = _CLASSES[old].get(name)
         if place is None:
             raise AttributeError(f"{self.__name__} is gone, and {name!r} with it; expected public names of nac_gpu")
-        _warn(f"{self.__name__}.{name} is now nac_gpu.{place}.{name}; save the model again")
-        found = getattr(importlib.import_module(f"nac_gpu.{place}"), name)
-        setattr(self, name, found)  # the next time without a warning
-        return found
+        if not _warned:
+            _warned = True
+            warnings.warn(
+                f"{self.__name__}.{name} is now nac_gpu.{place}.{name}: this was pickled by an earlier version of "
+                "nac_gpu; save it again, the next release cannot read it",
+                FutureWarning,
+                stacklevel=2,
+            )
+        return getattr(importlib.import_module(f"nac_gpu.{place}"), name)
 
 
 def register() -> None:
@@ -50,9 +62,6 @@ def public(name: str) -> object:
     """
     if name not in _METHODS:
         raise AttributeError(f"module 'nac_gpu' has no attribute {name!r}")
-    _warn(f"nac_gpu.{name} is now nac_gpu.methods.{name}")
+    text = f"nac_gpu.{name} is now nac_gpu.methods.{name}; the old name goes with the next release"
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
     return getattr(importlib.import_module("nac_gpu.clustering.methods"), name)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text + "; the old name goes with the next release", DeprecationWarning, stacklevel=3)

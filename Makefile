@@ -9,8 +9,7 @@ WORKERS ?= 2
 .PHONY: demo test lint docs clean
 
 demo: $(VENV)/.experiments
-	$(BIN)/python experiments/vgg_cifar.py --dataset digits --multiplier 0.25 --width 0.4 --epochs 12 --finetune-epochs 6 --finetune-rate 0.02 \
-		--batch-size 64 --methods random l1 kmeans ward --finetune ward --output $(OUTPUT)
+	$(BIN)/python experiments/demo.py --output $(OUTPUT)
 
 test: $(VENV)/.test # one thread for each worker: most tests are too small for more
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term --cov-fail-under=90

@@ -61,7 +61,7 @@ def measure(name: str, asked: dict[str, Any], batch: int, options: Options) -> d
     small = nac.compress(model, images, **asked, multiple_of=8, calibration="none")
     small = small.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     before, after = nac.cost(model, images), nac.cost(small, images)
-    found, failed = timings(model, small, images, [batch], options.seconds)
+    found, failed = timings(model, small, images, {batch: options.seconds})
     if failed:
         raise RuntimeError("; ".join(failed))
     shares = {"flops": after.flops / before.flops, "parameters": after.parameters / before.parameters}

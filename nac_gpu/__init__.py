@@ -64,5 +64,5 @@ moved.register()
 
 
 def __getattr__(name: str) -> object:
-    """Names of this package that moved since version 0.2, with a warning."""
+    """Names that moved since version 0.2, with a deprecation warning: see `nac_gpu.moved`."""
     return moved.public(name)

@@ -1,7 +1,8 @@
 """`plan` and `compress`, from the user's model to a smaller one.
 
-The story of a compression: `take` the network, `plan_for` what was asked (or `replay` a plan that was made before),
-then group by group find the `assignments` of neurons to clusters and `merge` them, and at last `refine` the result.
+The steps of a compression: `take` the network; make a plan with `plan_for`, or prepare an existing one with `replay`;
+compute the `assignments` of neurons to clusters and merge them, group by group (`merged`); train the result
+(`refined`).
 """
 
 from collections.abc import Iterator
@@ -35,9 +36,9 @@ from nac_gpu.tracing.graph import Choice
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: How a merged neuron and what reads it are chosen: see `compress`.
+#: How merged neurons and the weights of their consumers are computed: see `compress`.
 Rule = Literal["compensated", "restored", "centroid"]
-#: What neurons are compared by: see `compress`.
+#: How neurons are compared: see `compress`.
 Neurons = Literal["activations", "folded", "weights"]
 
 
@@ -57,40 +58,40 @@ def plan(
     seed: int = 0,
     process_group: "ProcessGroup | None" = None,
 ) -> Plan:
-    """Work out what a compression would do, and try it on the example inputs. The model is not changed.
+    """Plan a compression, and test the plan on the example inputs. The model is not changed.
 
-    Give widths, or what the whole model may cost: then widths are chosen so that least is lost (see
-    `nac_gpu.planning.allocation`). The plan remembers what was found out about the model, so that `compress` carries
-    it out without finding it out again; once it is carried out (or no longer used), that memory is freed.
+    Give either widths or a budget for the whole model; for a budget, widths are chosen for the least loss (see
+    `nac_gpu.planning.allocation`). The plan keeps the record of the model and the evidence about its neurons, which
+    `compress` reuses and then frees.
 
     Args:
         model: any module whose forward pass runs on the example inputs.
         example_inputs: what the model is called with: a tensor, a sequence of arguments, or a mapping of keyword
-            arguments. Values hardly matter, shapes do; no data is learnt from them.
-        width: how many neurons to keep; this and all that follows as in `nac_gpu.planning.request.Request`.
-        params: what share (float) or number (int) of the whole model's parameters to keep.
-        flops: the same for the operations of a forward pass on the example inputs.
+            arguments. Their shapes matter, their values hardly do: nothing is fitted to them.
+        width: how many neurons to keep. `nac_gpu.planning.request.Request` describes this and the following arguments
+            in detail.
+        params: budget for the parameters of the whole model, a share (float) or a number (int).
+        flops: the same for the FLOPs of a forward pass on the example inputs.
         latency: the same for the time of that pass, a share (float).
-        calibration: by what a budget judges neurons: batches of unlabelled inputs, `"dream"` or `"none"`.
+        calibration: inputs for choosing widths: batches of unlabelled inputs, `"dream"` or `"none"`.
         limits: for a budget, the fewest and most neurons of layers.
         multiple_of: for a budget, widths are multiples of this.
-        only: names of layers, of modules that hold layers, or patterns: nothing else is compressed.
-        skip: the same, of what is not compressed.
+        only: names of layers or of modules that contain layers, or patterns; nothing else is compressed.
+        skip: the same for layers that are not compressed.
         seed: of synthetic inputs; the global random state is not touched.
-        process_group: processes that work together, all of which call this: they divide the work, and all get the same
-            plan. Each holds the same model; calibration data may be each one's own part. Without it nothing is
-            communicated.
+        process_group: processes that divide the work and get the same plan; all of them have to call this with the
+            same model. Each may hold its own part of the calibration data. By default nothing is communicated.
 
     Raises:
-        ValueError: weights that are not finite, a width outside of what is possible, an unknown layer, a model with
-            nothing to compress, a budget that cannot be met (with the least that can be); another model or other
-            arguments than on rank 0; parameters divided among ranks without a process group.
-        TypeError: integer or complex weights, calibration data of another kind than the example inputs.
-        RuntimeError: the forward pass fails on the example inputs or the calibration data; another rank failed, or was
+        ValueError: weights are not finite, a width is out of range, a layer is unknown, nothing can be compressed, or a
+            budget cannot be met (with the smallest possible); the model or the arguments differ from those of rank 0;
+            parameters are sharded, but there is no process group.
+        TypeError: integer or complex weights, calibration data of another type than the example inputs.
+        RuntimeError: the forward pass fails on the example inputs or the calibration data; another rank failed or was
             lost.
 
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
-    >>> plan(model, torch.zeros(1, 8), width=0.25).widths
+    >>> nac_gpu.plan(model, torch.zeros(1, 8), width=0.25).widths
     {'0': 8}
     """
     request = Request(width, params, flops, latency, limits, multiple_of, only, skip, calibration, seed)
@@ -121,59 +122,59 @@ def compress(
     seed: int = 0,
     process_group: "ProcessGroup | None" = None,
 ) -> nn.Module:
-    """A smaller copy of a trained model: similar neurons of every layer become one.
+    """A smaller copy of a trained model, in which similar neurons of every layer are merged.
 
-    Layer by layer, in the order of the forward pass: the neurons are clustered, each cluster becomes its centroid, the
-    outgoing connections are summed (Algorithm 1 of Wang et al. 2020) and then changed to make up for what was lost
-    (see `nac_gpu.merging.compensation`). No training data is needed; some unlabelled inputs make the result better. The
-    copy is dense and of the same classes (but for `nn.MultiheadAttention`, see `nac_gpu.network.attention`); fine-tune
-    it as any model. The original is not changed.
+    Groups are merged in the order of the forward pass: the neurons are clustered, each cluster is replaced by its
+    centroid, and the outgoing weights are summed (Algorithm 1 of Wang et al. 2020). The consumers are then refitted to
+    reproduce their original outputs (see `nac_gpu.merging.compensation`). No training data is needed, but some
+    unlabelled inputs improve the result. The copy is dense and has the same classes (except for
+    `nn.MultiheadAttention`, see `nac_gpu.network.attention`); fine-tune it like any model. The original is not changed.
 
     Args:
         model: any module whose forward pass runs on the example inputs.
         example_inputs: what the model is called with: a tensor, a sequence of arguments, or a mapping of keyword
             arguments.
         plan: made by `nac_gpu.plan` for this model; else give `width`, `params`, `flops` or `latency`. With the same
-            `calibration`, what the plan was judged by is used again.
-        width: as for `nac_gpu.plan`, and so are the next three.
-        params: a share or number of parameters to keep.
-        flops: a share or number of operations to keep.
-        latency: a share of the time to keep.
-        calibration: on what activations are compared and compensated: batches of unlabelled inputs, such as a list of
-            tensors or a DataLoader (a few hundred inputs; labels beside them are not used); `"dream"` for synthetic
-            inputs (see `nac_gpu.calibration.dream` and `nac_gpu.calibration.tokens`); with `"none"`, or where the model
-            cannot make any, neurons are compared by their weights and the rule is `"restored"`.
-        limits: as for `nac_gpu.plan`, and so are the next three.
-        multiple_of: of what chosen widths are multiples.
-        only: what alone is compressed.
-        skip: what is not compressed.
+            `calibration`, the evidence that the plan keeps is reused.
+        width: how many neurons to keep; this and the next three as for `nac_gpu.plan`.
+        params: budget for parameters.
+        flops: budget for FLOPs.
+        latency: budget for the time of a forward pass.
+        calibration: inputs for comparing neurons and compensation: batches of unlabelled inputs, such as a list of
+            tensors or a DataLoader (a few hundred inputs; labels are ignored); or `"dream"` for synthetic inputs (see
+            `nac_gpu.calibration.dream` and `nac_gpu.calibration.tokens`). With `"none"`, or if no inputs can be made
+            from the model, neurons are compared by their weights and the rule is `"restored"`.
+        limits: fewest and most neurons of layers; this and the next three as for `nac_gpu.plan`.
+        multiple_of: chosen widths are multiples of this.
+        only: names or patterns; nothing else is compressed.
+        skip: names or patterns of layers that are not compressed.
         method: `"ward"` (agglomerative clustering), `"kmeans"`, `"random"`, `"l1"` (filter pruning by bare weights), or
-            a function of the same signature (see `nac_gpu.AssignmentMethod`); a label of -1 removes a neuron instead of
-            merging it.
-        rule: how a merged neuron and what reads it are chosen: `"compensated"`; `"restored"`, without compensation: a
-            merged channel with BatchNorm deviates as the merged ones did in the mean; or `"centroid"`, the paper's
-            rule: it deviates as their mean does.
-        neurons: how they are compared: by their `"activations"` (the default where they are compensated), by their
-            weights with BatchNorm `"folded"` in (else the default), or by their bare `"weights"`.
-        refine: how often, after compensation, the smaller network sees each calibration input to learn to answer as the
-            original does (see `nac_gpu.merging.refinement`): about as long as the rest takes. 0 leaves it out.
-        seed: of synthetic inputs and of methods that draw numbers; the global random state is not touched.
-        process_group: processes that work together, all of which call this: they divide the work, and all get the same
-            model, which is checked. Each holds the same model; calibration data may be each one's own part: the result
-            is that of one process with all parts, rank 0's first. Without it nothing is communicated.
+            a function (see `nac_gpu.AssignmentMethod`); a label of -1 removes a neuron instead of merging it.
+        rule: how merged neurons and their consumers are computed: `"compensated"` (consumers are refitted);
+            `"restored"` (no compensation; a merged channel with BatchNorm gets the mean standard deviation of its
+            members); or `"centroid"` (the paper's rule; it gets the smaller standard deviation of their mean).
+        neurons: how they are compared: by `"activations"` (the default with compensation), by weights with BatchNorm
+            `"folded"` in (the default without), or by bare `"weights"`.
+        refine: passes over the calibration inputs after compensation, in which the smaller network is trained to
+            reproduce the original's outputs (see `nac_gpu.merging.refinement`). Takes about as long as everything
+            else; 0 skips it.
+        seed: of synthetic inputs and of random methods; the global random state is not touched.
+        process_group: processes that divide the work and get the same model, which is checked; all of them have to
+            call this with the same model. Each may hold its own part of the calibration data: the result equals that
+            of one process with all parts, in the order of ranks. By default nothing is communicated.
 
     Returns:
-        A new module: the original's device, dtype, mode, `requires_grad` and hooks, smaller tensors.
+        A new module with smaller tensors, and the original's device, dtype, mode, `requires_grad` and hooks.
 
     Raises:
-        ValueError: as `nac_gpu.plan`; also an unknown method or rule, a plan beside what makes one, or a plan that was
-            made for another model.
+        ValueError: as `nac_gpu.plan`; also an unknown method or rule, a plan together with arguments that define one,
+            or a plan that was made for another model.
         TypeError: as `nac_gpu.plan`.
-        RuntimeError: the forward pass fails on the example inputs or the calibration data; another rank failed, or was
-            lost, or made another model.
+        RuntimeError: the forward pass fails on the example inputs or the calibration data; another rank failed, was
+            lost, or got another model.
 
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
-    >>> compress(model, torch.zeros(1, 8), width=0.25)[0]
+    >>> nac_gpu.compress(model, torch.zeros(1, 8), width=0.25)[0]
     Linear(in_features=8, out_features=8, bias=True)
     """
     request = Request(width, params, flops, latency, limits, multiple_of, only, skip, calibration, seed)
@@ -193,14 +194,14 @@ def compress(
 
 @dataclass(frozen=True)
 class Way:
-    """How neurons are merged, as `compress` is told.
+    """How neurons are merged: the arguments of `compress` that a plan does not contain.
 
     Attributes:
-        assign: which neurons become one.
-        rule: what they become.
-        neurons: what they are compared by; None for what suits the evidence.
-        refine: how often the smaller network sees each calibration input afterwards.
-        seed: of methods that draw numbers, and of refinement.
+        assign: assigns neurons to clusters.
+        rule: how merged neurons and their consumers are computed.
+        neurons: how neurons are compared; None to decide by the evidence.
+        refine: passes of refinement over the calibration inputs.
+        seed: of random methods and of refinement.
     """
 
     assign: AssignmentMethod
@@ -211,10 +212,10 @@ class Way:
 
     @staticmethod
     def of(method: str | AssignmentMethod, rule: Rule, neurons: Neurons | None, refine: int, seed: int) -> "Way":
-        """The way that a user names.
+        """From the arguments of `compress`.
 
         Raises:
-            ValueError: an unknown name, or a number of passes below 0.
+            ValueError: an unknown name, or a negative number of passes.
         """
         if isinstance(method, str) and method not in METHODS:
             raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}, or a function")
@@ -230,17 +231,17 @@ class Way:
 
     @property
     def looks_at_activations(self) -> bool:
-        """Whether it has to be known how neurons act."""
+        """Whether activations have to be observed."""
         return self.rule == "compensated" or self.neurons == "activations"
 
     def arguments(self) -> dict[str, object]:
-        """What can be compared between ranks."""
+        """The arguments that must be equal on all ranks."""
         method = getattr(self.assign, "__qualname__", type(self.assign).__qualname__)
         return {"method": method, **{name: value for name, value in vars(self).items() if name != "assign"}}
 
 
 def merged(prepared: Prepared, evidence: Evidence | None, way: Way) -> nn.Module:
-    """The smaller network of a plan, with what reads merged neurons compensated if the way asks for it."""
+    """The smaller network of a plan, with compensated consumers if the rule asks for them."""
     merger = _merger(prepared, evidence, way)
     for choice, labels in assignments(prepared, evidence, way, merger):
         merger.merge(choice.group, labels)
@@ -255,12 +256,12 @@ def _compensates(evidence: Evidence | None, way: Way) -> bool:
 
 
 def _merger(prepared: Prepared, evidence: Evidence | None, way: Way) -> Merger | Compensator:
-    """What merges groups, one after another."""
+    """The merger, with compensation if the rule asks for it and there are inputs."""
     model, subject = prepared.model, prepared.subject
     if not _compensates(evidence, way):
         return Merger(tensors(model), "centroid" if way.rule == "centroid" else "restored")
-    assert evidence is not None, "there is none else to compensate by"
-    # Sums over a batch have many columns squared: a GPU makes them in less time than it takes to send them.
+    assert evidence is not None, "_compensates() checks this"
+    # The sums of a batch are large matrices: a GPU computes them faster than ranks can exchange them.
     ranks = ALONE if subject.on_cuda else subject.ranks
     return Compensator(model, subject.graph, evidence.batches, evidence.activities, ranks)
 
@@ -268,10 +269,10 @@ def _merger(prepared: Prepared, evidence: Evidence | None, way: Way) -> Merger |
 def assignments(
     prepared: Prepared, evidence: Evidence | None, way: Way, merger: Merger | Compensator
 ) -> Iterator[tuple[Choice, Tensor]]:
-    """The clusters of each group's neurons, int64 [n], in the order of the plan; merge each before asking for the next.
+    """The clusters of each group's neurons, int64 [n], in the order of the plan; merge each before taking the next.
 
-    Clusters by activations are those of the original network, so ranks divide the groups. Clusters by weights depend on
-    the groups that were merged before: every rank works them out.
+    Clusters by activations belong to the original network, so the ranks divide the groups. Clusters by weights depend
+    on the groups merged before, so every rank computes all of them.
     """
     comparable = _compensates(evidence, way) and evidence is not None and evidence.comparable
     acting: list[Choice] = []
@@ -290,7 +291,7 @@ def assignments(
 
 
 def _by_activations(choices: list[Choice], evidence: Evidence, way: Way, ranks: Ranks) -> Iterator[Tensor]:
-    """Clusters of neurons by how they act."""
+    """Clusters of neurons by their activations."""
 
     def assigned(choice: Choice) -> Tensor:
         if way.assign is ward:
@@ -304,7 +305,7 @@ def _by_activations(choices: list[Choice], evidence: Evidence, way: Way, ranks: 
 
 
 def refined(small: nn.Module, prepared: Prepared, evidence: Evidence | None, way: Way) -> nn.Module:
-    """The smaller network after it has learnt to answer as the original does, if it was compensated."""
+    """The smaller network after refinement; unchanged if it was not compensated."""
     if _compensates(evidence, way) and evidence is not None:
         touched = {m.tensor for choice in prepared.choices if choice.merges for m in choice.group.members}
         learn(

@@ -1,8 +1,8 @@
-"""Old names, which keep working through this release: of pickled models, and of this package.
+"""Old names of this package and of pickled models, which keep working through this release.
 
-A pickled model names the modules in which the classes of its plan were defined when it was written. Each of these modules
-is a stand-in here that looks in the new place; the first one that is asked warns. They are registered, not imported,
-because importing `nac_gpu.plan` would put the module in the place of the function.
+A pickled model contains the old names of the modules that defined its classes. For each of them there is a stand-in
+module that forwards to the new place; the first one that is used warns. They are registered in `sys.modules` and not
+imported as submodules, because the module `nac_gpu.plan` would replace the function of that name.
 """
 
 import importlib
@@ -29,7 +29,7 @@ _warned = False
 
 
 class _Moved(types.ModuleType):
-    """A module that is not there any more."""
+    """A stand-in for a module that was moved."""
 
     def __getattr__(self, name: str) -> object:
         global _warned
@@ -49,16 +49,16 @@ class _Moved(types.ModuleType):
 
 
 def register() -> None:
-    """Let pickled models find the old modules."""
+    """Register the stand-ins, so that pickled models find the old modules."""
     for name in _CLASSES:
         sys.modules.setdefault(f"nac_gpu.{name}", _Moved(f"nac_gpu.{name}"))
 
 
 def public(name: str) -> object:
-    """What an old name of the package stands for.
+    """The object that an old name of the package refers to.
 
     Raises:
-        AttributeError: it is no old name.
+        AttributeError: it is not an old name.
     """
     if name not in _METHODS:
         raise AttributeError(f"module 'nac_gpu' has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""Is a compression of your model right? The test that every network has to pass, for use in your own tests.
+"""The copies test as a public tool: use it in your own tests to check that your model is compressed correctly.
 
-Neurons that are copies of others must merge without changing the outputs at all. The library tries each plan in this
-way before it promises anything; this test is independent of that trial: other copies, other input values, the merging
-of `nac_gpu.compress`, and outputs that are found in containers of any kind.
+Neurons that are copies of others must merge without changing the outputs. `nac_gpu.plan` tests every plan in this way,
+too. This test is independent of that trial: it uses other copies, other input values, the merging code of
+`nac_gpu.compress`, and its own search for outputs in nested containers.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nac_gpu.merging.attributes import attributes
 from nac_gpu.merging.centroids import Merger
 from nac_gpu.merging.copies import copy_neurons, random_assignments
+from nac_gpu.network.comparing import relative_error
 from nac_gpu.network.copying import rebuild
 from nac_gpu.network.probes import converted
 from nac_gpu.network.running import ExampleInputs, call, evaluating
@@ -25,11 +26,11 @@ from nac_gpu.planning.request import Request, Width
 from nac_gpu.planning.taking import take
 from nac_gpu.tracing.graph import Choice
 
-VACUOUS = 1e-6  # copies of neurons that change the outputs by less than this test nothing
+VACUOUS = 1e-6  # if the copies change the outputs by less than this, the test is meaningless
 
 
 def leaves(value: object) -> list[Tensor]:
-    """All tensors in a value: in sequences, mappings, dataclasses, in their order."""
+    """All tensors in nested sequences, mappings and dataclasses, in their order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -45,7 +46,7 @@ def floating_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     """All floating tensors that the model returns in eval mode.
 
     Raises:
-        ValueError: there is none, so that nothing could be compared.
+        ValueError: there is none to compare.
     """
     with evaluating(model):
         found = [tensor for tensor in leaves(call(model, inputs)) if tensor.is_floating_point()]
@@ -54,27 +55,18 @@ def floating_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     return found
 
 
-def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest deviation of several tensors, each relative to its own largest value; NaN counts as infinite."""
-    worst = 0.0
-    for a, b in zip(found, expected, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if b.numel():
-            same = (a == b) | (a.isnan() & b.isnan())  # infinities too
-            error = float((a - b).masked_fill(same, 0).abs().max()) / (float(b.nan_to_num(0, 0, 0).abs().max()) or 1.0)
-            worst = max(worst, error if error == error else float("inf"))
-    return worst
-
-
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """As after some training: no BatchNorm statistics of a fresh model, and no parameter that holds one constant.
+    """Randomise the initial values that would hide errors: BatchNorm statistics, and parameters that are constant.
 
-    Constants of zero (biases, heads, layer scales) become numbers around zero, all others numbers around themselves.
+    Constant parameters (zero biases, layer scales) become random numbers around their constant.
 
     Args:
-        model: changed in place, and given back.
-        seed: of the numbers.
+        model: changed in place and returned.
+        seed: of the random numbers.
+
+    >>> model = nac_gpu.testing.randomise(nn.BatchNorm1d(8))
+    >>> bool((model.bias != 0).all())
+    True
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -98,12 +90,13 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def other_values(inputs: Any, seed: int) -> Any:
-    """Inputs of the same shapes with other values: floating tensors drawn anew, all else as it was."""
+    """Inputs of the same shapes with other values: floating tensors are drawn again, all else is unchanged."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(value: Any) -> Any:
         if isinstance(value, Tensor):
-            if value.is_floating_point() and bool((value < 0).any()):  # else a mask, an adjacency matrix, a share
+            # Without negative values it may be a mask or an adjacency matrix.
+            if value.is_floating_point() and bool((value < 0).any()):
                 return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
             return value
         if isinstance(value, Mapping):
@@ -117,11 +110,11 @@ def other_values(inputs: Any, seed: int) -> Any:
 
 @dataclass(frozen=True)
 class Copies:
-    """What merging copies of neurons did to the outputs of a network.
+    """The result of a copies test.
 
     Attributes:
-        error: how far the outputs are from those before the merge, relative; infinite if shapes differ.
-        effect: how far making the copies had moved the outputs, relative: little means that nothing was tested.
+        error: relative change of the outputs by merging the copies; infinite if shapes differ.
+        effect: relative change of the outputs by making the copies; if it is tiny, nothing was tested.
     """
 
     error: float
@@ -129,32 +122,32 @@ class Copies:
 
     @property
     def vacuous(self) -> bool:
-        """Whether the copies changed next to nothing."""
+        """Whether making the copies hardly changed the outputs, so that nothing was tested."""
         return not self.effect > VACUOUS
 
 
 def check_copies(
     model: nn.Module, example_inputs: ExampleInputs, *, width: Width = 0.5, seed: int = 0, tolerance: float = 1e-8
 ) -> Copies:
-    """Whether copies of neurons merge without changing what a model returns, in float64.
+    """Check in float64 that copies of neurons merge without changing the outputs of a model.
 
     Args:
         model: as for `nac_gpu.plan`; not changed.
-        example_inputs: as for `nac_gpu.plan`; their shapes matter, other values are used.
-        width: as for `nac_gpu.plan`: how many neurons of each group stay different, the others become copies of them.
+        example_inputs: as for `nac_gpu.plan`; only their shapes are used.
+        width: as for `nac_gpu.plan`: how many neurons of each group stay distinct; the others become copies of them.
         seed: of the choice of copies.
-        tolerance: how far the outputs may move, relative to their largest value.
+        tolerance: largest allowed change of the outputs, relative to their largest value.
 
     Returns:
-        By how much the outputs moved, and how far making the copies had moved them.
+        The changes of the outputs by merging and by making the copies.
 
     Raises:
-        AssertionError: the outputs moved by more than `tolerance`, or the copies changed next to nothing, so that
-            nothing was tested (`randomise` helps where weights are zero).
+        AssertionError: the outputs changed by more than `tolerance`, or making the copies hardly changed them, so that
+            nothing was tested (`randomise` helps if weights are zero).
         ValueError: as `nac_gpu.plan`.
 
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
-    >>> check_copies(model, torch.zeros(2, 8)).error < 1e-8
+    >>> nac_gpu.testing.check_copies(model, torch.zeros(2, 8)).error < 1e-8
     True
     """
     prepared = plan_for(take(model, example_inputs), Request(width=width))
@@ -173,12 +166,12 @@ def check_copies(
 
 
 def merge_copies(model: nn.Module, inputs: ExampleInputs, choices: Sequence[Choice], seed: int = 1) -> Copies:
-    """Make copies of random neurons in every group at once, merge them, and compare, in float64.
+    """Make copies of random neurons in all groups, merge them, and compare the outputs, in float64.
 
     Args:
-        model: the network itself, as `nac_gpu.planning.prepare.plan_for` gives it; not changed.
-        inputs: their shapes matter; other values are used.
-        choices: groups, and how many neurons of each stay different.
+        model: the network without wrappers, as `nac_gpu.planning.prepare.plan_for` returns it; not changed.
+        inputs: only their shapes are used.
+        choices: groups, and how many neurons of each stay distinct.
         seed: of the choice of copies.
     """
     double, inputs = converted(model, other_values(inputs, seed), torch.float64)
@@ -192,4 +185,4 @@ def merge_copies(model: nn.Module, inputs: ExampleInputs, choices: Sequence[Choi
     before = floating_outputs(double, inputs)
     expected = floating_outputs(rebuild(double, copies), inputs)
     found = floating_outputs(rebuild(double, merger.finish(), attributes(double, choices)), inputs)
-    return Copies(difference(found, expected), difference(before, expected))
+    return Copies(relative_error(found, expected), relative_error(before, expected))

@@ -12,8 +12,9 @@ from torch import nn
 import nac_gpu as nac
 from common.architectures import ARCHITECTURES
 from common.checks import compressible_share, training_step
+from nac_gpu.network.comparing import relative_error
 from nac_gpu.network.unwrapping import computed
-from nac_gpu.testing import difference, floating_outputs, merge_copies, randomise
+from nac_gpu.testing import floating_outputs, merge_copies, randomise
 from nac_gpu.tracing.trace import record
 
 pytestmark = pytest.mark.usefixtures("short_dreams")
@@ -49,9 +50,9 @@ def test_plans_hold(name: str, tmp_path: Path) -> None:
     nac.save(small, tmp_path / "small.safetensors")
     loaded = nac.load(tmp_path / "small.safetensors", ARCHITECTURES[name].build)
     assert repr(loaded) == repr(small)
-    assert difference(floating_outputs(loaded, inputs), floating_outputs(small, inputs)) == 0
+    assert relative_error(floating_outputs(loaded, inputs), floating_outputs(small, inputs)) == 0
     training_step(small, inputs)
-    assert difference(floating_outputs(model, inputs), before) == 0
+    assert relative_error(floating_outputs(model, inputs), before) == 0
 
 
 #: Added to channels that other weights make, or normalisation's: of those nothing is told.

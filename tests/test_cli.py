@@ -255,7 +255,7 @@ def test_points_are_clustered(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("plan", *TINY), "expected width=, params=, flops= or latency="),
         (("plan", *TINY, "--latency", "2.0"), "latency=2.0, expected the share of the model's own time"),
         (("plan", "tinymodels:small", "--inputs", "1,x"), "no such file, and it is no shape"),
-        (("plan", *TINY, "--width", "0.5", "0=3"), "--width: expected one share, or layer=neurons"),
+        (("plan", *TINY, "--width", "0.5", "0=3"), "--width: expected one share, or layer=number"),
         (("plan", *TINY, "--params", "0.5", "--calibration", "nowhere"), "nowhere is no tree <class>/<image>"),
         (("plan", *TINY, "--calibration", "x", "--mean", "0.5"), "--mean and --std belong together"),
         (("plan", *TINY, "--mean", "0.5", "0.5", "--std", "1"), "--mean and --std belong together"),

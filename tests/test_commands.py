@@ -141,14 +141,26 @@ def make(target: str, folder: Path, *variables: str) -> str:
 
 
 def test_the_demo_trains_compresses_and_fine_tunes(tmp_path: Path) -> None:
-    printed = make("demo", tmp_path, f"OUTPUT={tmp_path / 'runs'}")
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    printed = make("demo", tmp_path, f"OUTPUT={tmp_path / 'runs'}").splitlines()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed if line.startswith("| ")]
+    assert lines[0] == ["network", "parameters", "FLOPs", "error %", "fine-tuned %"]
     rows = {name: cells for name, *cells in lines[2:]}
-    assert list(rows) == ["baseline", "random", "l1", "kmeans", "ward"]
-    assert float(rows["baseline"][2]) < 10
-    assert float(rows["ward"][3]) < 10
-    assert float(rows["ward"][0].split()[0]) < 0.2 * float(rows["baseline"][0].split()[0])
-    assert (tmp_path / "runs" / "vgg16-x0.25-digits.png").exists()
+    assert list(rows) == ["original", "default, without data", "with unlabelled images", "the paper's rule"]
+    parameters = {name: int(cells[0].replace(",", "")) for name, cells in rows.items()}
+    error = {name: float(cells[2]) for name, cells in rows.items()}
+    tuned = {name: float(cells[3]) for name, cells in rows.items() if cells[3] != "-"}
+    assert set(rows) - set(tuned) == {"original"}
+    assert error["original"] < 4
+    assert error["default, without data"] <= error["original"] + 2
+    assert error["with unlabelled images"] <= error["original"] + 2
+    assert all(found < 6 for found in tuned.values())
+    assert all(8 * parameters[name] <= parameters["original"] for name in tuned)
+    assert parameters["the paper's rule"] == parameters["default, without data"]
+    last = r"gained: 8\.\d\d. fewer parameters, \d\.\d\d. fewer FLOPs, test error (\S+) % -> (\S+) % without data .*"
+    gained = re.fullmatch(last, printed[-1])
+    assert gained is not None
+    assert [float(figure) for figure in gained.groups()] == [error["original"], error["default, without data"]]
+    assert (tmp_path / "runs" / "demo.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_reference_has_every_public_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

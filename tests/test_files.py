@@ -229,7 +229,7 @@ def test_writing_that_fails_leaves_what_was(tmp_path: Path) -> None:
     with pytest.raises(TypeError), atomically(file) as partial:
         partial.write_bytes("new")  # type: ignore[arg-type]
     assert file.read_text() == "old"
-    with pytest.raises(FileExistsError, match="is there already"), atomically_folder(file.parent):
+    with pytest.raises(FileExistsError, match="exists already"), atomically_folder(file.parent):
         pass
     with atomically_folder(tmp_path / "other") as partial:
         (partial / "file").write_text("x")

@@ -114,7 +114,7 @@ def test_the_loss_is_what_it_says() -> None:
         assert torch.allclose(
             Objective(None, None, 0, 1)(outputs, None, labels), nn.functional.cross_entropy(found, labels)
         )
-    with pytest.raises(TypeError, match="gives str, expected a tensor"):
+    with pytest.raises(TypeError, match="returns str, expected a tensor"):
         Objective(None, None, 0, 1)("scores", None, labels)
     with pytest.raises(ValueError, match=r"shape \(5, 2\), expected that of the model's, \(5, 3\)"):
         Objective(None, teacher, share, temperature)(found, wanted[:, :2], labels)

@@ -131,7 +131,7 @@ def test_what_only_looks_like_a_mixture_is_told_from_one() -> None:
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=r"blocks: in another order its 3 parts and head\.weight"):
         nac.merge_experts(Layers(), X, 2)
-    with pytest.raises(ValueError, match="no mixture of experts was found, expected modules of equal form"):
+    with pytest.raises(ValueError, match="no mixture of experts was found, expected modules of equal shapes"):
         nac.merge_experts(nn.Linear(6, 2), X, 2)
 
 

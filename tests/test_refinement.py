@@ -96,7 +96,7 @@ class Ungraded(nn.Sequential):
 def test_a_network_that_cannot_be_trained_is_left_unrefined_and_that_is_said() -> None:
     model, x = Ungraded(*network()), inputs(128, 1)
     plain = nac.compress(model, x[:1], width=0.5, calibration=[x], refine=0)
-    with pytest.warns(UserWarning, match="not refined, for its training failed: no gradient for this; refine=0"):
+    with pytest.warns(UserWarning, match="not refined, because training failed: no gradient for this; refine=0"):
         small = nac.compress(model, x[:1], width=0.5, calibration=[x])
     assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(small).values(), strict=True))
 
@@ -126,7 +126,7 @@ def test_a_network_that_does_not_take_bfloat16_learns_without(monkeypatch: pytes
 def test_a_network_too_large_for_the_memory_is_left_unrefined_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(refinement.os, "sysconf", lambda name: pages[name])
-    with pytest.warns(UserWarning, match=r"it takes 0\.0 GB, expected at most half of the 0\.0 GB of cpu"):
+    with pytest.warns(UserWarning, match=r"it needs 0\.0 GB, expected at most half of the 0\.0 GB of cpu"):
         nac.compress(network(), inputs(1, 0), width=0.5, calibration=[inputs(128, 1)])
 
 

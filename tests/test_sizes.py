@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import nac_gpu as nac
 from common.architectures import ARCHITECTURES
 from common.checks import training_step
-from nac_gpu.testing import difference, floating_outputs, leaves, randomise
+from nac_gpu.network.comparing import relative_error
+from nac_gpu.testing import floating_outputs, leaves, randomise
 
 pytestmark = pytest.mark.usefixtures("short_dreams")
 
@@ -110,12 +111,12 @@ def test_the_result_can_do_what_modules_can(name: str) -> None:
     for parameter in copied.parameters():
         nn.init.zeros_(parameter)
     copied.load_state_dict(small.state_dict())
-    assert difference(floating_outputs(copied, inputs), expected) == 0
+    assert relative_error(floating_outputs(copied, inputs), expected) == 0
     exported = torch.export.export(small, *_arguments(inputs))
     arguments, named = _arguments(inputs)
     with torch.no_grad():
         found = [t for t in leaves(exported.module(check_guards=False)(*arguments, **named)) if t.is_floating_point()]
-    assert difference(found, expected) < 1e-5
+    assert relative_error(found, expected) < 1e-5
     training_step(copied, inputs)
 
 
@@ -130,4 +131,4 @@ def test_the_result_compiles(build: Callable[[], nn.Module]) -> None:
     small = nac.compress(build(), INPUTS, width=0.5)
     compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        assert difference([compiled(INPUTS)], [small(INPUTS)]) < 1e-6
+        assert relative_error([compiled(INPUTS)], [small(INPUTS)]) < 1e-6

@@ -70,3 +70,22 @@ def test_models_in_float64_are_tried_in_float64() -> None:
     why, types = tried(Amplifies(1.0, flaw=1e-9).double())
     assert why is not None
     assert set(types) == {torch.float64}
+
+
+class TurnsIntoNaN(nn.Module):
+    """Divides zero by zero as soon as it has fewer channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        flaw = x.new_tensor(float(x.shape[1] // 64))
+        return self.last(x) * (flaw / flaw)
+
+
+def test_outputs_that_become_nan_are_a_difference() -> None:
+    why, _ = tried(TurnsIntoNaN())  # type: ignore[arg-type]
+    assert why is not None
+    assert "changed the outputs (relative error inf)" in why

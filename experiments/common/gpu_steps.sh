@@ -46,7 +46,7 @@ finish() { # say what failed; the exit status
 # without a network lacks), and the current folder, which has no nac_gpu.kernels, does not (Python 3.11 and later).
 site=$(mktemp -d) || exit
 trap 'rm -rf "$site"' EXIT
-mkdir "$site/nac_gpu" && ln -s "$PWD"/nac_gpu/{*.py,cli,report} "$site/nac_gpu/" && ln -s "$PWD/kernels" "$site/nac_gpu/kernels" || exit
+mkdir "$site/nac_gpu" && ln -s "$PWD"/nac_gpu/[!_]* "$PWD/nac_gpu/__init__.py" "$site/nac_gpu/" && ln -s "$PWD/kernels" "$site/nac_gpu/kernels" || exit
 for wheel in wheels/*.whl; do
     [ -e "$wheel" ] && { "$python" -m zipfile -e "$wheel" "$site" || echo "$wheel was not unpacked"; }
 done

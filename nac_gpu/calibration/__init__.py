@@ -1,1 +1,1 @@
-"""What is known of neurons: inputs, real or synthetic, and how neurons act on them."""
+"""Calibration: real or synthetic inputs, and the activations of neurons on them."""

@@ -1,7 +1,7 @@
-"""What the neurons of a group do: their activations where other layers read them, as second moments.
+"""The activations of a group's neurons, observed at the inputs of its consumers and summed up as second moments.
 
-Layers that read are linear layers and convolutions without groups, whose columns the moments can be turned into; other
-readers (recurrent layers, raw parameters in products) are not looked at.
+Only linear layers and convolutions without groups are observed, because compensation can refit the columns of their
+weights. Other consumers (recurrent layers, parameters used directly in products) are skipped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,18 +27,18 @@ def observe(
     batches: Batches,
     ranks: Ranks = ALONE,
 ) -> dict[str, Activity]:
-    """Run the model on batches, and see how the neurons of each group are read: by the name of the group.
+    """Run the model on batches and observe the activations of each group that has observable consumers, by its name.
 
     Args:
         model: the original.
         state: its tensors by name.
-        groups: groups; those that nothing reads that can be looked at are left out.
+        groups: the groups to observe.
         batches: inputs.
         ranks: the processes that divide the batches among them.
 
     Raises:
-        ValueError: activations that are not finite.
-        RankError: another rank failed, or was lost.
+        ValueError: activations are not finite.
+        RankError: another rank failed or was lost.
     """
     read = {group.name: readings(model, group) for group in groups}
     layers = list(dict.fromkeys(reading.layer for found in read.values() for reading in found))
@@ -74,7 +74,7 @@ def observe(
             if not bool(torch.isfinite(covariance).all()):
                 raise ValueError(
                     f"{reading.layer} reads activations that are not finite on the calibration data, expected finite "
-                    "ones; check the inputs"
+                    "ones; check the calibration inputs"
                 )
         flat = [outgoing(state[reading.member.tensor], reading.member).flatten(1).double() for reading in called]
         if called:

@@ -1,4 +1,4 @@
-"""What the neurons of a group do for the layers that read them, as matrices."""
+"""The activations of a group and the outgoing weights that read them, as matrices."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Activity:
-    """How the neurons of a group are read, a pair of matrices for each reading.
+    """The activations and outgoing weights of a group, one pair of matrices for each consumer.
 
     Attributes:
         covariances: of the neurons' activations, float64 [n, n] each.
@@ -19,7 +19,10 @@ class Activity:
     gains: tuple[Tensor, ...]
 
     def energies(self) -> Tensor:
-        """What each neuron's activations contribute to the variance of what its readers make, float64 [n]."""
+        """Each neuron's contribution to the variance of the consumers' outputs, float64 [n].
+
+        Every consumer's variance is normalised to 1, so that all consumers count alike.
+        """
         total = torch.zeros_like(self.gains[0][0])
         for covariance, gain in zip(self.covariances, self.gains, strict=True):
             own = covariance.diagonal() * gain.diagonal()
@@ -27,14 +30,14 @@ class Activity:
         return total
 
     def masses(self) -> Tensor:
-        """What each neuron counts in a cluster, float64 [n]: what it contributes to its readers' variance, above 0."""
+        """The weight of each neuron in its cluster, float64 [n]: its energy, bounded below by a positive number."""
         energies = self.energies()
         return torch.maximum(energies, (1e-6 * energies.max()).clamp_min(torch.finfo(energies.dtype).tiny))
 
     def points(self) -> tuple[Tensor, Tensor]:
         """Neurons as points for clustering, and their masses: float64 [n, n] and [n].
 
-        Activations are compared by their correlation, so that neurons that differ in scale only are the same.
+        Activations are compared by correlation, so neurons that differ only in scale get the same point.
         """
         energies = self.energies()
         similar = torch.zeros_like(self.gains[0])
@@ -49,20 +52,20 @@ class Activity:
         return _root(similar), self.masses()
 
 
-# Of the mean of a Gram matrix's diagonal: what rounding may take from it, and more where that is not enough.
+# Jitter for the Cholesky factorisation, relative to the mean diagonal: tried in this order until one is enough.
 _TRIFLES = (1e-14, 1e-12, 1e-10)
 
 
 def _root(gram: Tensor) -> Tensor:
     """Points with these inner products: [n, n].
 
-    A Cholesky factor, which takes far fewer operations than eigenvectors. Where the matrix has not full rank, a trifle
-    on its diagonal moves all points apart alike.
+    A Cholesky factor needs far fewer operations than an eigendecomposition. Where the matrix is rank-deficient, a
+    small number is added to its diagonal, which increases all squared distances equally.
     """
     unit = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for trifle in _TRIFLES:
         factor, failed = torch.linalg.cholesky_ex(gram + trifle * unit)
         if not bool(failed):
             return factor
-    values, vectors = torch.linalg.eigh(gram)  # nothing but zeros, or rounded by more than that
+    values, vectors = torch.linalg.eigh(gram)  # all zeros, or rounding errors above the jitter
     return vectors * values.clamp_min(0).sqrt()

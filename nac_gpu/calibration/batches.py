@@ -13,13 +13,14 @@ Batches = Sequence[ExampleInputs]
 
 
 def as_batches(calibration: Iterable[Any], example_inputs: ExampleInputs, device: torch.device) -> Iterator[Any]:
-    """Calibration data as what the model is called with.
+    """The calibration batches in the form in which the model takes them, on the device.
 
-    Where the example input is one tensor, a batch may be a pair such as `(images, labels)`: its first tensor is taken.
+    If the example input is a single tensor, a batch may be a pair such as `(images, labels)`: the first element is
+    used.
 
     Raises:
-        TypeError: the calibration data cannot be gone through, or a batch is of another kind than the example inputs.
-        ValueError: there is no batch in it.
+        TypeError: the calibration data is not iterable, or a batch has another type than the example inputs.
+        ValueError: the calibration data is empty.
     """
     if isinstance(calibration, Tensor) or not isinstance(calibration, Iterable):
         kind = "a tensor" if isinstance(calibration, Tensor) else type(calibration).__name__

@@ -1,4 +1,4 @@
-"""What merging a group costs, by the number of neurons that are kept."""
+"""Error curves: the error of merging a group, as a function of the number of neurons kept."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,23 +10,23 @@ from nac_gpu.calibration.activity import Activity
 from nac_gpu.calibration.moments import RIDGE_NEURONS, damped
 from nac_gpu.clustering.dendrogram import Dendrogram
 
-_MOST = 1 - 1e-6  # a group whose error is complete costs this much, not infinitely much
+_MOST = 1 - 1e-6  # upper bound of an error, so that -log(1 - error) stays finite
 Curve = Mapping[int, float]
 
 
 def widths_to_try(size: int, ratio: float = 2**0.25) -> list[int]:
-    """Numbers of clusters at which a curve is worked out, ascending: about one in every `ratio`."""
+    """Numbers of clusters at which a curve is computed, ascending, spaced by a factor of about `ratio`."""
     steps = math.ceil(math.log(size) / math.log(ratio)) + 1
     return sorted({max(1, round(size / ratio**step)) for step in range(steps)})
 
 
 def error_curve(cut: Callable[[int], Tensor], size: int, activity: Activity) -> Curve:
-    """The error of merging a group to k neurons, by k.
+    """The error of merging a group to k neurons, by k, averaged over its consumers.
 
     Args:
-        cut: gives labels, int64 [n], for a number of clusters.
+        cut: returns labels, int64 [n], for a number of clusters.
         size: number n of neurons.
-        activity: how they are read.
+        activity: their activations and outgoing weights.
     """
     curve: dict[int, float] = {}
     found: dict[int, Tensor] = {}
@@ -42,7 +42,7 @@ def error_curve(cut: Callable[[int], Tensor], size: int, activity: Activity) -> 
             for covariance, gain in zip(activity.covariances, activity.gains, strict=True)
         ]
         found[kept] = torch.stack(errors)
-    if found:  # the host waits for a device once
+    if found:  # a single transfer, so that the host waits for the GPU only once
         rows = torch.stack([*found.values()]).tolist()
         assert all(math.isfinite(error) for row in rows for error in row), "covariances are finite, and damped"
         curve |= {kept: sum(row) / len(row) for kept, row in zip(found, rows, strict=True)}
@@ -50,12 +50,12 @@ def error_curve(cut: Callable[[int], Tensor], size: int, activity: Activity) -> 
 
 
 def _left(covariance: Tensor, gain: Tensor, summing: Tensor, means: Tensor) -> Tensor:
-    """The share of the variance of what a reader makes that is lost, a scalar."""
+    """The share of the variance of a consumer's output that is lost after refitting it, a scalar."""
     whole = (covariance * gain).sum()
     crossed = means.T @ covariance  # [k, n]
     merged = crossed @ means  # [k, k]
     missing = crossed - merged @ summing.T
-    # This one does not make the host wait to see whether it failed.
+    # Unlike `cholesky`, `cholesky_ex` does not make the host wait for the GPU to check for failure.
     factor, failed = torch.linalg.cholesky_ex(damped(merged, RIDGE_NEURONS))
     back = summing + torch.cholesky_solve(missing, factor).T  # [n, k]
     mixed = back @ crossed
@@ -66,9 +66,9 @@ def _left(covariance: Tensor, gain: Tensor, summing: Tensor, means: Tensor) -> T
 
 
 def inertia_curve(tree: Dendrogram) -> Curve:
-    """The same for a group of which only the weights are known: the share of their variance within clusters.
+    """The error curve of a group of which only the weights are known: the share of variance within clusters.
 
-    Every merge adds its cost to the variance within clusters, until all of it is there.
+    The squared heights of Ward's merges add up to the variance within clusters.
     """
     within = tree.heights.double().square().cumsum(0).tolist()
     return {
@@ -78,7 +78,7 @@ def inertia_curve(tree: Dendrogram) -> Curve:
 
 
 def loss_at(losses: Curve, width: int) -> float:
-    """What a curve says of a width, between known widths linear in the width's logarithm."""
+    """The value of a curve at a width, interpolated linearly in the logarithm of the width."""
     if width in losses:
         return losses[width]
     known = sorted(losses)

@@ -1,14 +1,14 @@
-"""Inputs dreamed up from what a network remembers, where no data is at hand.
+"""Dreams: synthetic inputs made from a trained network, for use without data.
 
-A trained network with BatchNorm knows the mean and deviation that every channel had on the training data. Noise is
-changed by gradient descent until its statistics are these (Yin et al., "Dreaming to Distill", CVPR 2020; Cai et al.,
-"ZeroQ", CVPR 2020). The result looks like nothing, but drives the channels together as images do.
+BatchNorm stores the mean and variance that every channel had on the training data. Noise is optimised by gradient
+descent until its channel statistics match them (Yin et al., "Dreaming to Distill", CVPR 2020; Cai et al., "ZeroQ",
+CVPR 2020). The result does not look like an image, but its activations are correlated as those of images are.
 
-A network without such statistics (no normalisation, or one that takes them from the input, as LayerNorm) still knows
-something of its inputs: gradients are sums of inputs, so the weights of its first layer span those directions in
-which inputs vary, and its biases say around what. Inputs are drawn as random sums of these weights, about the small
-input that best cancels the biases: trained neurons are balanced, more or less, where the data lie. That is enough to
-compensate, not to compare neurons by.
+A network without stored statistics (no normalisation, or LayerNorm, which computes them from the input) still tells
+something about its inputs. Gradients of the first layer are sums of inputs, so its weights span the directions in which
+the inputs vary. Inputs are drawn as random linear combinations of these weights. They are centred on the small input
+whose pre-activations best cancel the biases, because trained neurons tend to be balanced where the data lie. Such
+inputs are good enough for compensation, but not for comparing neurons.
 """
 
 import math
@@ -24,14 +24,15 @@ from nac_gpu.network.running import ExampleInputs, call, evaluating
 
 BATCH = 64
 COUNT = 256  # inputs; fewer where they are large
-POSITIONS = 4096  # of the first layer, of which random sums make so many
+POSITIONS = 4096  # output positions of the first layer that random combinations of weights should cover
 STEPS = 60
-_DRAWN = 512  # a batch of random sums
-_STIFFNESS = 0.3  # what an input costs that cancels biases, in units of the neurons' squared norms
-_LIVELINESS = 0.3  # deviation of what the first layer makes of them, in units of its neurons' norms
+_DRAWN = 512  # batch size of random combinations of weights
+_STIFFNESS = 0.3  # ridge penalty on the input that cancels the biases, relative to the neurons' squared norms
+_LIVELINESS = 0.3  # standard deviation of the first layer's outputs, relative to its neurons' norms
 _ITERATIONS = 50  # of conjugate gradients
-_RATE = 0.1  # of Adam, in units of the inputs' deviation
-_SCALES = ((0.0, 1.0), (0.45, 0.25), (115.0, 65.0))  # mean and deviation: normalised, pixels in [0, 1], in [0, 255]
+_RATE = 0.1  # learning rate of Adam, relative to the standard deviation of the inputs
+# Mean and standard deviation of the first noise: normalised images, pixels in [0, 1], pixels in [0, 255].
+_SCALES = ((0.0, 1.0), (0.45, 0.25), (115.0, 65.0))
 
 
 def has_statistics(model: nn.Module) -> bool:
@@ -40,7 +41,7 @@ def has_statistics(model: nn.Module) -> bool:
 
 
 def why_not(model: nn.Module, example_inputs: ExampleInputs) -> str | None:
-    """Why inputs cannot be dreamed up for a model, or None if they can."""
+    """The reason why no inputs can be dreamed up for a model, or None if they can."""
     if not isinstance(example_inputs, Tensor) or not example_inputs.is_floating_point() or example_inputs.ndim < 2:
         return "its input is not one floating tensor [batch, ...]"
     if _norms(model):
@@ -51,15 +52,15 @@ def why_not(model: nn.Module, example_inputs: ExampleInputs) -> str | None:
 def dream(
     model: nn.Module, inputs: Tensor, *, count: int | None = None, seed: int = 0, ranks: Ranks = ALONE
 ) -> list[Tensor]:
-    """Inputs on which the statistics of all channels are those that BatchNorm remembers.
+    """Synthetic inputs whose channel statistics match the running statistics of BatchNorm.
 
-    Without BatchNorm, random sums of the first layer's weights about what cancels its biases.
+    Without BatchNorm: random linear combinations of the first layer's weights, centred where its biases cancel.
 
     Args:
-        model: one for which `why_not` knows no reason; not changed.
-        inputs: an example, [batch, ...]: gives shape, type and device.
-        count: how many; by default 256, down to 64 for large images; without BatchNorm at least so many that the first
-            layer makes 4096 positions of them, up to 4096.
+        model: one for which `why_not` returns None; not changed.
+        inputs: an example, [batch, ...]; defines shape, dtype and device.
+        count: number of inputs; by default 256, down to 64 for large images. Without BatchNorm, enough for 4096 output
+            positions of the first layer, but at most 4096.
         seed: of the noise; the global random state is not touched.
         ranks: the processes that divide the batches among them.
 
@@ -68,7 +69,7 @@ def dream(
 
     Raises:
         RuntimeError: no gradient reaches the inputs.
-        RankError: another rank failed, or was lost.
+        RankError: another rank failed or was lost.
     """
     generator = torch.Generator().manual_seed(seed)
     if not _norms(model):
@@ -81,12 +82,12 @@ def dream(
 
 
 def usual_count(inputs: Tensor) -> int:
-    """How many inputs are dreamed up, 64 to 256: fewer where they are large."""
+    """The default number of dreamed inputs, 64 to 256: fewer for larger inputs."""
     return max(BATCH, min(COUNT, COUNT * 64 * 64 // max(math.prod(inputs.shape[2:]), 1)))
 
 
 def _first_layer(model: nn.Module, inputs: Tensor) -> nn.Module | None:
-    """The first linear layer or convolution that is called with the input itself, flattened or not."""
+    """The first linear layer or convolution that is called with the model's input, possibly flattened."""
     found: list[nn.Module] = []
     inputs = inputs.detach()
 
@@ -107,7 +108,7 @@ def _first_layer(model: nn.Module, inputs: Tensor) -> nn.Module | None:
 
 
 def _drawn(model: nn.Module, inputs: Tensor, count: int | None, generator: torch.Generator) -> list[Tensor]:
-    """Random sums of the first layer's weights, about what cancels its biases."""
+    """Batches of random linear combinations of the first layer's weights, centred where its biases cancel."""
     layer = _first_layer(model, inputs)
     assert layer is not None, "why_not() was asked"
     made: list[Tensor] = []
@@ -147,7 +148,7 @@ def _drawn(model: nn.Module, inputs: Tensor, count: int | None, generator: torch
 
 
 def _transposed(first: Callable[[Tensor], Tensor], zeros: Tensor, values: Tensor) -> Tensor:
-    """The first layer's weights, transposed, times values of its outputs: of the shape of the inputs."""
+    """The transposed weights of the first layer times values of its outputs: the shape of the inputs."""
     with torch.enable_grad():
         inputs = zeros.clone().requires_grad_()
         (sums,) = torch.autograd.grad(first(inputs), inputs, values)
@@ -155,11 +156,11 @@ def _transposed(first: Callable[[Tensor], Tensor], zeros: Tensor, values: Tensor
 
 
 def _centre(first: Callable[[Tensor], Tensor], zeros: Tensor, stiffness: Tensor) -> Tensor:
-    """The input x of least `|W x + b|^2 + stiffness |x|^2`, by conjugate gradients: [1, ...].
+    """The input x that minimises `|W x + b|^2 + stiffness |x|^2`, by conjugate gradients: [1, ...].
 
     Args:
-        first: what the first layer makes of inputs, `W x + b`.
-        zeros: one input.
+        first: the first layer, `W x + b`.
+        zeros: one input of zeros.
         stiffness: a scalar.
     """
     nothing = first(zeros)
@@ -186,7 +187,7 @@ def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Noise of unit deviation; over space its amplitude falls as one over the frequency, as in natural images.
+    """Noise of unit standard deviation with a spatial 1/f amplitude spectrum, as in natural images.
 
     Args:
         shape: [batch, channels, ...].
@@ -196,12 +197,12 @@ def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator)
     shared = torch.randn((shape[0], 1, *shape[2:]), generator=generator)
     own = torch.randn(shape, generator=generator)
-    white = math.sqrt(0.9) * shared + math.sqrt(0.1) * own  # the channels of images go together
+    white = math.sqrt(0.9) * shared + math.sqrt(0.1) * own  # colour channels of images are correlated
     return _pink(white)
 
 
 def _pink(white: Tensor) -> Tensor:
-    """Noise of unit deviation whose amplitude over space falls as one over the frequency, from white noise."""
+    """White noise filtered to unit standard deviation and a spatial 1/f amplitude spectrum."""
     space = tuple(range(2, white.ndim))
     squared = torch.zeros(())
     for dim in space:
@@ -212,7 +213,7 @@ def _pink(white: Tensor) -> Tensor:
 
 
 def _dreamed(model: nn.Module, noise: Tensor) -> Tensor:
-    """One batch."""
+    """One batch of noise, optimised to match the statistics of BatchNorm."""
     errors: list[Tensor] = []
 
     def look(module: nn.Module, given: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What is known of a model's neurons: how they act on inputs, or only what their weights are."""
+"""Evidence: what is known about a model's neurons, either their activations or only their weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,15 +18,15 @@ from nac_gpu.tracing.graph import Group
 
 @dataclass
 class Evidence:
-    """What is known of a model's neurons.
+    """What is known about a model's neurons.
 
     Attributes:
         state: the model's tensors by name.
-        batches: inputs on which they were observed; none if only the weights are known.
-        activities: by the name of a group, how it is read.
-        source: one line for people: where this is from.
-        comparable: neurons may be compared by their activities, not only be compensated by them.
-        synthetic: the inputs are not data.
+        batches: inputs on which the neurons were observed; empty if only the weights are known.
+        activities: activations and outgoing weights, by the name of the group.
+        source: one line for the plan and the report that says where the evidence is from.
+        comparable: the activations are good enough to compare neurons, not only for compensation.
+        synthetic: the inputs are synthetic.
     """
 
     state: Mapping[str, Tensor]
@@ -50,16 +50,16 @@ class Evidence:
         return self._trees[group.name]
 
     def cluster(self, groups: Iterable[Group]) -> None:
-        """Make the dendrograms that are still missing, those of small groups in one call: a GPU is quick then."""
+        """Compute the missing dendrograms, those of small groups in one call, which is much faster on a GPU."""
         missing = [group for group in groups if group.name not in self._trees]
         small = [group for group in missing if group.size <= MOST_SLOTS]
-        large = [[group] for group in missing if group.size > MOST_SLOTS]  # whose points take memory
+        large = [[group] for group in missing if group.size > MOST_SLOTS]  # one by one, to save memory
         for together in filter(None, [small, *large]):
             points, masses = zip(*map(self.points, together), strict=True)
             self._trees |= zip((group.name for group in together), ward_linkage(points, masses), strict=True)
 
     def curves(self, groups: Sequence[Group], ranks: Ranks = ALONE) -> dict[str, Curve]:
-        """The curves of groups, which the ranks divide among them."""
+        """The error curves of groups, by name; the ranks divide the groups among them."""
         found = {}
         self.cluster(ranks.own(groups))
         made = ranks.share(groups, lambda group: (self.curve(group), self.tree(group)))
@@ -68,7 +68,7 @@ class Evidence:
         return found
 
     def curve(self, group: Group) -> Curve:
-        """The error of merging the group, by the number of neurons that are kept."""
+        """The error of merging the group, by the number of neurons kept."""
         activity = self.activities.get(group.name)
         if activity is not None:
             return error_curve(self.tree(group).cut, group.size, activity)

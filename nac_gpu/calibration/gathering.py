@@ -1,4 +1,4 @@
-"""What can be known of the neurons of a model is found out: on which inputs, and how they act."""
+"""Gathering evidence: choose the inputs, then observe the neurons on them."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def gather(
     seed: int = 0,
     ranks: Ranks = ALONE,
 ) -> Evidence:
-    """Find out what can be known of the neurons of these groups.
+    """Gather evidence about the neurons of these groups.
 
     Args:
         model: not changed.
@@ -31,13 +31,13 @@ def gather(
         groups: the groups.
         calibration: as for `nac_gpu.calibration.inputs.inputs_for`.
         seed: of synthetic inputs.
-        ranks: the processes that work together; calibration data may be each one's own part.
+        ranks: the processes that work together; each may hold its own part of the calibration data.
 
     Raises:
-        TypeError: calibration data of the wrong kind.
-        ValueError: no calibration data, data with activations that are not finite, or an unknown word.
+        TypeError: calibration data of a wrong type.
+        ValueError: empty calibration data, activations that are not finite, or an unknown `calibration`.
         RuntimeError: the forward pass fails on the calibration data.
-        RankError: another rank failed, or was lost.
+        RankError: another rank failed or was lost.
     """
     state = tensors(model)
     inputs = inputs_for(calibration, model, example_inputs, seed, ranks)
@@ -54,7 +54,7 @@ def gather(
 
 
 def _described(model: nn.Module, groups: Sequence[Group], batches: Batches, source: str) -> str:
-    """The inputs, and what is not compensated on them, in a line for people."""
+    """One line that names the inputs, and the tensors whose consumers cannot be compensated."""
     count = sum(len(batch) if isinstance(batch, Tensor) else 1 for batch in batches)
     unit = "inputs" if all(isinstance(batch, Tensor) for batch in batches) else "batches"
     line = f"activations: {count} {unit} {source}"

@@ -1,4 +1,4 @@
-"""The inputs on which neurons are observed: calibration data, or synthetic ones where the model can make some."""
+"""The inputs on which neurons are observed: calibration data, or synthetic inputs made from the model."""
 
 from dataclasses import dataclass
 
@@ -18,10 +18,10 @@ class Inputs:
     """Inputs on which neurons are observed.
 
     Attributes:
-        batches: the inputs; none if only the weights of the neurons are known.
-        source: where they come from, or why there are none, for people.
-        comparable: neurons may be compared by how they act on these inputs, not only be compensated on them.
-        synthetic: they are not data.
+        batches: the inputs; empty if neurons are compared by their weights.
+        source: where they come from, or why there are none; printed with the plan.
+        comparable: the inputs are good enough to compare neurons by their activations, not only for compensation.
+        synthetic: the inputs are synthetic.
     """
 
     batches: Batches
@@ -37,20 +37,20 @@ def inputs_for(
     seed: int = 0,
     ranks: Ranks = ALONE,
 ) -> Inputs:
-    """What `calibration=` stands for.
+    """The inputs that `calibration=` asks for.
 
     Args:
-        calibration: batches of inputs; `"dream"` makes some up where that can be done (see `nac_gpu.calibration.dream`
-            and `nac_gpu.calibration.tokens`), `"none"` leaves it at the weights.
+        calibration: batches of inputs; `"dream"` for synthetic inputs where the model allows it (see
+            `nac_gpu.calibration.dream` and `nac_gpu.calibration.tokens`); `"none"` to use the weights alone.
         model: not changed.
         example_inputs: what it is called with.
         seed: of synthetic inputs.
-        ranks: the processes that work together; calibration data may be each one's own part.
+        ranks: the processes that work together; each may hold its own part of the calibration data.
 
     Raises:
-        TypeError: calibration data of the wrong kind.
-        ValueError: no calibration data, an unknown word, or data for a model whose weights are in files.
-        RankError: another rank failed, or was lost.
+        TypeError: calibration data of a wrong type.
+        ValueError: empty calibration data, an unknown word, or data for a model whose weights are in files.
+        RankError: another rank failed or was lost.
     """
     check_arguments(ranks, {"calibration": calibration if isinstance(calibration, str) else "batches"})
     if isinstance(calibration, str):
@@ -61,8 +61,8 @@ def inputs_for(
         return _synthetic(model, example_inputs, seed, ranks)
     if is_open(model):
         raise ValueError(
-            "expected calibration='none' for a model of nac_gpu.open_model: its weights are in files, its neurons are "
-            "compared by their weights"
+            "got calibration data for a model of nac_gpu.open_model, expected calibration='none': its weights are in "
+            "files, so its neurons are compared by their weights"
         )
     batches = union(list(as_batches(calibration, example_inputs, device_of(model))), ranks)
     return Inputs(batches, "of calibration data")
@@ -77,7 +77,7 @@ def _synthetic(model: nn.Module, example_inputs: ExampleInputs, seed: int, ranks
         return _weights_only("its weights are in files")
     reason = why_not(model, example_inputs)
     if reason is None:
-        assert isinstance(example_inputs, Tensor), "else there are no dreams"
+        assert isinstance(example_inputs, Tensor), "why_not() checks this"
         remembered = has_statistics(model)
         source = f"dreamed up from {'the statistics of BatchNorm' if remembered else 'the weights of the first layer'}"
         return Inputs([*dream(model, example_inputs, seed=seed, ranks=ranks)], source, remembered, True)

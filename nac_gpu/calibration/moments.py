@@ -1,9 +1,9 @@
-"""Second moments of samples, summed up batch by batch."""
+"""Second moments of samples, accumulated batch by batch."""
 
 import torch
 from torch import Tensor
 
-RIDGE_NEURONS = 1e-2  # of the mean square of the merged activations
+RIDGE_NEURONS = 1e-2  # ridge penalty, relative to the mean square of the merged activations
 
 
 def damped(gram: Tensor, share: float) -> Tensor:
@@ -29,9 +29,10 @@ def ridge(inputs: Tensor, targets: Tensor, share: float) -> Tensor:
 
 
 class Moments:
-    """Means and covariance of samples `a` and `b`, summed up in float64 around the mean of the first ones.
+    """Means and covariance of samples `a` and `b`, accumulated in float64 around the mean of the first batch.
 
-    Each batch has its own, which are taken in one after another: wherever they were summed up, the bits are the same.
+    Each batch is summed up by itself and then added in order. So the result has the same bits whichever rank computed
+    a batch.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Moments:
         self._centres: list[Tensor] = []
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """Take in samples: [samples, p] and [samples, q]."""
+        """Add samples: [samples, p] and [samples, q]."""
         if not len(a):
             return
         if not self._centres:
@@ -53,7 +54,7 @@ class Moments:
         self._sums = [total + part.sum(0, dtype=torch.float64) for total, part in zip(self._sums, (a, b), strict=True)]
 
     def take(self, other: "Moments") -> None:
-        """Take in what another one has summed up; its memory is used again."""
+        """Add the sums of another one, whose memory is reused: do not use it afterwards."""
         if not self.count or not other.count:
             if other.count:
                 vars(self).update(vars(other))

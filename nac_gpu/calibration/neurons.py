@@ -11,7 +11,7 @@ from nac_gpu.tracing.graph import Group, Norm, Producer
 
 
 def rows(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-    """What a tensor holds for each neuron, flattened: [n, values], for positions `index` int64 [n, m] along `dim`."""
+    """The values of each neuron in a tensor, flattened: [n, values], for positions `index` int64 [n, m] along `dim`."""
     values = tensor.movedim(dim, 0)[sent(index, tensor.device)]
     return values.reshape(len(index), -1).to(working_dtype(tensor))
 
@@ -23,7 +23,7 @@ def norm_scale(state: Mapping[str, Tensor], norm: Norm, size: int, like: Tensor)
         state: tensors by name.
         norm: the normalisation.
         size: number n of channels.
-        like: gives device and type.
+        like: defines device and dtype.
     """
 
     def get(name: str | None, default: float) -> Tensor:
@@ -41,14 +41,14 @@ def norm_scale(state: Mapping[str, Tensor], norm: Norm, size: int, like: Tensor)
 def neuron_vectors(state: Mapping[str, Tensor], group: Group, *, fold: bool = True) -> Tensor:
     """The neurons of a group as points, for clustering.
 
-    With `fold`, neurons are compared as what they compute in eval mode: a BatchNorm right behind a layer is folded
-    into its weights (`a W`) and bias (`a b + c`). Without, by the bare weights and bias, as Eq. (2) stands.
-    Layers that share neurons (a residual stream) stand side by side.
+    With `fold`, neurons are compared by what they compute in eval mode: a BatchNorm directly after a layer is folded
+    into its weights (`a W`) and bias (`a b + c`). Without it, they are compared by bare weights and bias, which is
+    Eq. (2) as published. The vectors of layers that share neurons (a residual stream) are concatenated.
 
     Args:
         state: the model's parameters and buffers by name; the positions in `group` must fit them.
         group: the group.
-        fold: fold BatchNorm in.
+        fold: fold BatchNorm into the weights.
 
     Returns:
         float32 or float64 [n, d], on the device of the weights.

@@ -1,4 +1,4 @@
-"""The layers that read a group's neurons, and what they read of them."""
+"""The observable consumers of a group, and the activations that they read."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ from nac_gpu.tracing.graph import Group, Member
 
 @dataclass(frozen=True)
 class Reading:
-    """A layer that reads a group's neurons.
+    """A consumer of a group.
 
     Attributes:
         layer: name of the module.
-        member: the columns of its weight.
+        member: the columns of its weight that read the group.
     """
 
     layer: str
@@ -22,19 +22,19 @@ class Reading:
 
 
 def readings(model: nn.Module, group: Group) -> tuple[Reading, ...]:
-    """The layers that read a group and can be looked at."""
+    """The consumers of a group whose inputs can be observed: linear layers and convolutions without groups."""
     modules = dict(model.named_modules())
     found = []
     for member in group.members:
         layer = member.tensor.removesuffix(".weight")
         module = modules.get(layer)
-        if member.role == "sum" and layer != member.tensor and module is not None and member.dim == _columns(module):
+        if member.role == "sum" and layer != member.tensor and module is not None and member.dim == columns_of(module):
             found.append(Reading(layer, member))
     return tuple(found)
 
 
-def _columns(module: nn.Module) -> int | None:
-    """The dimension of its weight that a plain linear layer or convolution reads with; None for any other module."""
+def columns_of(module: nn.Module) -> int | None:
+    """The input dimension of the weight of a plain linear layer or convolution; None for any other module."""
     plain = type(module).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     if plain and getattr(module, "groups", 1) == 1:
         return 1
@@ -54,7 +54,7 @@ def samples(module: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
     Args:
         module: the layer.
         inputs: what it was called with.
-        index: int64 [n, m], where each neuron's channels are; each of the m gives samples of its own.
+        index: int64 [n, m], the channels of each neuron; each of the m channels counts as a sample of its own.
     """
     channels = by_channel(module, inputs).flatten(0, -2)
     return channels[:, sent(index, inputs.device)].transpose(1, 2).flatten(0, 1)

@@ -1,10 +1,10 @@
-"""Tokens made up where no text is at hand: what a language model itself would say.
+"""Synthetic tokens, for use without text: sampled from the language model itself.
 
-A model that predicts the next token at each position can be asked for text (Liu et al., "LLM-QAT: Data-Free
-Quantization Aware Training", 2023). All positions are drawn in parallel and again and again, each from what the model
-expects after the tokens of the time before, by the same random number every time: after k passes the first k tokens
-are what drawing one after another gives (Jacobi decoding), and those behind come near. Other models of tokens, whose
-outputs say nothing of their inputs, get random tokens: enough to compensate with, not to compare neurons by.
+A model that predicts the next token at each position can generate text (Liu et al., "LLM-QAT: Data-Free Quantization
+Aware Training", 2023). Generating token by token is slow, so all positions are sampled in parallel over several passes
+(Jacobi decoding). Each pass samples every token given those of the pass before, with the same random numbers. After k
+passes the first k tokens equal those of sequential sampling, and later ones are close to it. Other models that read
+tokens get random ones: good enough for compensation, but not for comparing neurons.
 """
 
 from collections.abc import Mapping
@@ -29,8 +29,8 @@ class _Place:
     """A tensor of tokens among the example inputs.
 
     Attributes:
-        leaf: number of the tensor.
-        kinds: how many different tokens there are.
+        leaf: index of the tensor among all leaves of the inputs.
+        kinds: size of the vocabulary.
     """
 
     leaf: int
@@ -38,10 +38,10 @@ class _Place:
 
 
 class Speaker:
-    """A model that reads tokens, and may say which come next.
+    """A model that reads tokens and may predict the next ones.
 
     Attributes:
-        places: where tokens are in its inputs; none if it reads no tokens.
+        places: where the tokens are in its inputs; empty if it reads no tokens.
 
     Args:
         model: not changed.
@@ -55,11 +55,11 @@ class Speaker:
         self._speaking = [self._next(place) for place in self.places]
 
     def speaks(self) -> bool:
-        """Whether it says which tokens come next."""
+        """Whether the model predicts the next token."""
         return any(self._speaking)
 
     def batches(self, seed: int = 0, ranks: Ranks = ALONE) -> list[ExampleInputs]:
-        """Made-up inputs; everything but the tokens is as in the example, repeated.
+        """Batches with synthetic tokens; everything else is repeated from the example inputs.
 
         Args:
             seed: of the tokens; the global random state is not touched.
@@ -75,7 +75,7 @@ class Speaker:
             return list(ranks.share(numbers, lambda number: self._made(size, seed * len(numbers) + number)))
 
     def _found(self) -> list[_Place]:
-        """Integer tensors of the example that embeddings read as they are."""
+        """Integer tensors of the example inputs that embeddings read unchanged."""
         kinds: dict[int, int] = {}
         storages = {
             leaf.untyped_storage().data_ptr(): number
@@ -99,7 +99,7 @@ class Speaker:
         return [_Place(number, count) for number, count in sorted(kinds.items())]
 
     def _with(self, tokens: Mapping[int, Tensor]) -> ExampleInputs:
-        """The inputs with other tokens, by the number of the tensor; what was as long as they were follows them."""
+        """The example inputs with new tokens, by leaf; tensors of the same batch size are repeated to the new one."""
         number, new = next(iter(tokens.items()))
         old = len(self._leaves[number])
 
@@ -120,11 +120,11 @@ class Speaker:
         return made
 
     def _fitting(self) -> int:
-        """Sequences a batch: as many as are usual, if the model takes another number than in the example."""
+        """Batch size: the default, or that of the example inputs if the model accepts no other."""
         size = max(1, min(_MOST // _FEWEST, _BATCH // self._length()))
         try:
             call(self._model, self._with(self._random(size, torch.Generator().manual_seed(0))))
-        except Exception:  # whatever the user's code says of it
+        except Exception:  # the user's code may raise anything
             return len(self._leaves[self.places[0].leaf])
         return size
 
@@ -132,7 +132,7 @@ class Speaker:
         return max(self._leaves[place.leaf][0].numel() for place in self.places)
 
     def _said(self, tokens: Mapping[int, Tensor], place: _Place) -> Tensor | None:
-        """Scores of the tokens that come next, [sequences, length, kinds]."""
+        """Logits of the next tokens, [sequences, length, vocabulary], or None if no output has this shape."""
         wanted = tokens[place.leaf].shape
         for value in tensors_in(call(self._model, self._with(tokens))):
             if value.ndim == 3 and value.is_floating_point() and value.shape[:2] == wanted and value.shape[2] > 1:
@@ -140,7 +140,7 @@ class Speaker:
         return None
 
     def _next(self, place: _Place) -> bool:
-        """Whether the outputs at each position depend on no later token, but on the one there."""
+        """Whether the model is causal: the output at a position depends on its token, but on no later one."""
         if self._leaves[place.leaf].ndim != 2 or self._leaves[place.leaf].shape[1] < 2:
             return False
         with evaluating(self._model):

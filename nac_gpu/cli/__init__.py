@@ -9,7 +9,7 @@ _ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 def main(arguments: list[str] | None = None) -> None:
     """Make trained PyTorch models smaller by merging similar neurons: plan, compress, fine-tune, report, export.
 
-    The process ends with the exit code 0, 1 for an error, 2 for a wrong call, 130 when interrupted.
+    Exit codes: 0 for success, 1 for an error, 2 for wrong arguments, 130 for an interruption.
     """
     try:
         import tyro
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
         command.run()
     except KeyboardInterrupt:
         print(
-            "nac: interrupted; called again in the same way, a training goes on from its last whole epoch",
+            "nac: interrupted; run the same command again to resume training after the last complete epoch",
             file=sys.stderr,
         )
         sys.exit(130)

@@ -21,13 +21,13 @@ from nac_gpu.network.moving import to_device
 
 @dataclass(kw_only=True)
 class PlanCommand(Widths):
-    """Say what a compression would do: groups of neurons, widths, cost, and what is left alone and why."""
+    """Show what a compression would do: groups of neurons, widths, cost, and what is left alone and why."""
 
     output: Path | None = None
-    """Keep the plan in this JSON file; `nac compress --plan` takes it, with widths changed if you like."""
+    """Write the plan to this JSON file for `nac compress --plan`; you may edit the widths."""
 
     def run(self) -> None:
-        """Make it, print it."""
+        """Make and print the plan."""
         source = self.source()
         model, inputs = self.original(source)
         plan = self.planned(model, inputs, calibrated(self, self.calibration, self.images, source, inputs))
@@ -38,31 +38,31 @@ class PlanCommand(Widths):
 
 @dataclass(kw_only=True)
 class Compress(Training, Widths):
-    """Make the model smaller, fine-tune it if wanted, and keep it in a file.
+    """Make the model smaller, optionally fine-tune it, and save it.
 
-    A run that was interrupted while fine-tuning goes on where it was: call it again in the same way.
+    To resume a run that was interrupted during fine-tuning, run the same command again.
     """
 
     output: Path
-    """The file, .safetensors, which nac_gpu.load opens; a folder for models of transformers."""
+    """A file, .safetensors, for nac_gpu.load; or a folder, for models of transformers."""
     plan: Path | None = None
     """A plan that `nac plan --output` wrote, in place of --params, --flops, --latency and --width."""
     method: Literal["ward", "kmeans", "random", "l1"] = "ward"
     """How neurons are clustered."""
     rule: nac.Rule = "compensated"
-    """How merged neurons and what reads them are chosen; "centroid" is the paper's rule."""
+    """How merged neurons and their consumers are computed; "centroid" is the paper's rule."""
     neurons: nac.Neurons | None = None
-    """How neurons are compared. Default: by activations, where they are compensated."""
+    """How neurons are compared. Default: by activations with compensation, else by folded weights."""
     refine: int = PASSES
-    """How often the smaller model looks at each calibration input to learn to answer as the original does; 0: never."""
+    """Passes over the calibration inputs in which the smaller model learns to reproduce the original; 0: none."""
     experts: int | float | None = None
-    """Experts to keep in each mixture, a number or a share: similar ones become one, before anything else, so --params
-    and --flops are of what is left then."""
+    """Experts to keep in each mixture, a number or a share. Similar experts are merged first, so --params and --flops
+    are relative to the model with fewer experts."""
 
     def run(self) -> None:
         """Compress, fine-tune, save, print."""
         if self.open and self.finetune is not None:
-            raise ValueError("--finetune needs a model in memory, and --open leaves it in its files; use nac finetune")
+            raise ValueError("--finetune needs a model in memory, but --open keeps it in its files; use nac finetune")
         source = self.source()
         check_output(self.output)
         model, inputs = self.original(source)
@@ -86,7 +86,7 @@ class Compress(Training, Widths):
     def smaller(
         self, model: nn.Module, inputs: nac.ExampleInputs, calibration: nac.Calibration
     ) -> tuple[nn.Module, nac.Plan]:
-        """The smaller model, and what was done to it."""
+        """The smaller model and its plan."""
         if self.experts is not None:
             model = nac.merge_experts(
                 model, inputs, self.experts, calibration=calibration, refine=self.refine, seed=self.seed
@@ -114,7 +114,7 @@ class Compress(Training, Widths):
         return small, plan
 
     def read_plan(self) -> nac.Plan:
-        """The plan of --plan."""
+        """The plan in the file of --plan."""
         assert self.plan is not None, "asked by the caller"
         if self.says_widths():
             raise ValueError(
@@ -128,7 +128,7 @@ class Finetune(Training, Compressed):
     """Train a compressed model further, with the original as its teacher."""
 
     output: Path
-    """Where the trained model goes, .safetensors."""
+    """File for the trained model, .safetensors."""
 
     def run(self) -> None:
         """Train, save, print."""
@@ -154,7 +154,7 @@ class Export(Compressed):
     output: Path
     """The file, .pt2 or .onnx."""
     fixed_batch: bool = False
-    """The batch has the size of the example inputs, always."""
+    """Fix the batch size to that of the example inputs."""
 
     def run(self) -> None:
         """Write, print."""
@@ -173,17 +173,17 @@ class Linkage:
     points: tyro.conf.Positional[Path]
     """Points [n, d]: .npy, or the first tensor of a .safetensors file."""
     clusters: int | None = None
-    """How many clusters."""
+    """Number of clusters."""
     height: float | None = None
-    """In place of it: clusters below this height."""
+    """Cut the dendrogram at this height instead of --clusters."""
     output: Path | None = None
-    """Labels, int64 [n], .npy."""
+    """File for the labels, int64 [n], .npy."""
     matrix: Path | None = None
-    """The linkage matrix, float64 [n - 1, 4], .npy, as scipy.cluster.hierarchy.linkage gives it."""
+    """File for the linkage matrix, float64 [n - 1, 4], .npy, as of scipy.cluster.hierarchy.linkage."""
     dtype: Literal["float64", "float32"] = "float64"
     """Of the distances; float32 halves the memory."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where it is computed."""
+    """Device of the computation."""
     json: bool = False
     """Print JSON, for scripts."""
 
@@ -211,22 +211,22 @@ class Linkage:
 
 @dataclass(kw_only=True)
 class ReportCommand(Compressed):
-    """Measure what a compression did: sizes, times, accuracy, widths; as a page (.html), text (.txt) or JSON."""
+    """Report on a compression: sizes, times, accuracy, widths; as a page (.html), text (.txt) or JSON."""
 
     output: Path
-    """The file; its ending decides: .html, .txt or .json."""
+    """The file; its suffix defines the format: .html, .txt or .json."""
     data: Path | None = None
-    """A folder of images, <class>/<image>, to count right answers on."""
+    """A folder of images, <class>/<image>, for measuring the accuracy."""
     layer: str | None = None
-    """Whose dendrogram is drawn. Default: the first that was compressed."""
+    """Draw the dendrogram of this layer. Default: the first that was compressed."""
     calibration: str = "dream"
-    """What the model was compressed with: a folder of images, a file of tensors, "dream" or "none"."""
+    """As for the compression: a folder of images, a file of tensors, "dream" or "none"."""
     images: int = 512
-    """How many images of the calibration folder are looked at."""
+    """Number of images drawn from the calibration folder."""
     batch_sizes: tuple[int, ...] = (1, 64)
-    """Inputs in the passes that are timed."""
+    """Batch sizes to time."""
     seconds: float = 10.0
-    """How long to time, in all."""
+    """Duration of timing, over all batch sizes."""
 
     def run(self) -> None:
         """Measure, write, print."""
@@ -250,25 +250,25 @@ class ReportCommand(Compressed):
 
 
 def check_output(path: Path) -> None:
-    """Hours of work should not end with a file that cannot be written.
+    """Check before a long run that the output can be written.
 
     Raises:
-        ValueError: the folder above it does not exist, or there is a folder of this name.
+        ValueError: its parent folder does not exist, or a folder for output exists already.
     """
     if path.suffix != ".safetensors" and path.exists():
-        raise ValueError(f"--output {path} is there already; remove it or take another name")
+        raise ValueError(f"--output {path} exists already; remove it or choose another name")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.resolve().parent}")
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
+    """Size in bytes of a file, or of all files in a folder."""
     files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
     return sum(file.stat().st_size for file in files)
 
 
 def write_array(path: Path, values: "np.ndarray[Any, Any]") -> None:
-    """An array as .npy."""
+    """Write an array as .npy."""
     with atomically(path) as partial, partial.open("wb") as file:
         np.save(file, values)
 

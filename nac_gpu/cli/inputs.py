@@ -17,16 +17,16 @@ _SHAPE = re.compile(r"(int:)?\d+(,\d+)*")
 
 
 def example_inputs(given: Sequence[str], source: Source, model: nn.Module) -> ExampleInputs:
-    """What the model is called with.
+    """The example inputs that `--inputs` describes.
 
     Args:
-        given: for each argument a shape (`1,3,224,224`, whole numbers as `int:1,16`) or a file of tensors (.npy,
-            .safetensors, .pt), for keyword arguments after `name=`; none for what is known of the source.
+        given: for each argument a shape (`1,3,224,224`, integers as `int:1,16`) or a file of tensors (.npy,
+            .safetensors, .pt), with the prefix `name=` for keyword arguments; empty for the default of the source.
         source: where the model comes from.
-        model: built.
+        model: the model.
 
     Raises:
-        ValueError: no inputs where none are known, or some that cannot be understood.
+        ValueError: inputs are not given and not known, or they cannot be parsed.
     """
     if not given:
         if source.inputs is None:
@@ -51,10 +51,10 @@ def _input(text: str) -> Any:
 
 
 def read_tensors(path: Path) -> list[Tensor]:
-    """The tensors of a file: .npy, .safetensors, or what `torch.save` wrote (tensors, lists and mappings of them).
+    """The tensors of a file: .npy, .safetensors, or from `torch.save` (a tensor, a list or a mapping of tensors).
 
     Raises:
-        ValueError: no such file, or one of another kind.
+        ValueError: no such file, or a file of another type.
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file, and it is no shape such as 1,3,224,224")
@@ -75,14 +75,17 @@ def read_tensors(path: Path) -> list[Tensor]:
 
 
 def image_of(example: ExampleInputs) -> tuple[str | None, Tensor | None]:
-    """The images [batch, channels, height, width] that are a model's only input, if they are, and their name if any."""
+    """The name (None if positional) and the tensor [batch, channels, height, width] of a model whose only input is one.
+
+    The tensor is None for all other models.
+    """
     name = next(iter(example)) if isinstance(example, dict) and len(example) == 1 else None
     image: Any = example[name] if name is not None else example  # type: ignore[index]
     return name, image if isinstance(image, Tensor) and image.ndim == 4 else None
 
 
 class Images:
-    """Batches from a folder of images, one folder a class, in the form that a model takes them."""
+    """Batches from a folder of images, with one subfolder for each class, in the form that a model takes them."""
 
     def __init__(
         self, path: Path, example: ExampleInputs, scale: Scale | None, batch_size: int, *, training: bool = False
@@ -90,14 +93,14 @@ class Images:
         """Open the folder.
 
         Args:
-            path: of a tree `<class>/<image>`.
-            example: tells the size of the images, and by what name the model takes them.
-            scale: mean and deviation that are taken out of pixels in [0, 1].
+            path: of a folder `<class>/<image>`.
+            example: example inputs, which define the size of the images and the name of the argument.
+            scale: mean and standard deviation for normalisation, for pixels in [0, 1].
             batch_size: images of a batch.
-            training: in random order; cut out and mirrored at random.
+            training: shuffle, and augment by random crops and mirroring.
 
         Raises:
-            ValueError: no such tree, or a model that takes no images.
+            ValueError: no such folder, or a model that takes no images.
         """
         try:
             from torchvision.datasets import ImageFolder
@@ -125,17 +128,17 @@ class Images:
         self.loader: DataLoader[Any] = DataLoader(self.folder, batch_size, shuffle=training)
 
     def __len__(self) -> int:
-        """Batches."""
+        """Number of batches."""
         return len(self.loader)
 
     def __iter__(self) -> Any:
-        """Pairs (images, labels), or keyword arguments with "labels" for models that take those."""
+        """Pairs (images, labels), or mappings with "labels" for models with keyword arguments."""
         for images, labels in self.loader:
             yield (images, labels) if self.name is None else {self.name: images, "labels": labels}
 
 
 def calibration_images(path: Path, example: ExampleInputs, scale: Scale | None, count: int, seed: int) -> list[Any]:
-    """So many images of a folder, drawn at random, as batches of inputs; or the tensors of a file.
+    """Batches of `count` images drawn at random from a folder, or the first `count` inputs in a file of tensors.
 
     Raises:
         ValueError: as `Images`.

@@ -1,4 +1,4 @@
-"""Models by the names that people have for them."""
+"""Finding models by name: torchvision, timm, transformers, exported programs, and functions."""
 
 import importlib
 import sys
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nac_gpu.network.running import ExampleInputs
 
-#: Mean and deviation of each channel, for pixels in [0, 1].
+#: Mean and standard deviation of each channel, for pixels in [0, 1].
 Scale = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -21,12 +21,12 @@ class Source:
     """Where a model comes from.
 
     Attributes:
-        name: as it was given.
-        build: makes the architecture; its weights are random unless `trained`.
-        inputs: example inputs of a model that was built, or None if they are not known.
-        scale: how its images are normalised.
-        trained: `build` gives trained weights.
-        untrained: makes the architecture without them; None where only `build` can.
+        name: as given by the user.
+        build: builds the model; its weights are random unless `trained`.
+        inputs: returns example inputs for the model, or None if they are not known.
+        scale: normalisation of its images.
+        trained: `build` returns trained weights.
+        untrained: builds the architecture without trained weights; None if that is not possible.
     """
 
     name: str
@@ -38,16 +38,16 @@ class Source:
 
 
 def find(name: str, pretrained: bool = False) -> Source:
-    """What a name means.
+    """The source that a name refers to.
 
     Args:
         name: `torchvision:NAME`, `timm:NAME`, a folder of Hugging Face's transformers, an exported program (`.pt2`), or
             `package.module:function`, a function or class that is called without arguments.
-        pretrained: with the trained weights that torchvision or timm keep (they are downloaded).
+        pretrained: use (and download) the trained weights of torchvision or timm.
 
     Raises:
-        ValueError: a name of no such kind, or of no such model.
-        ImportError: the library that has the model is not installed.
+        ValueError: the name has another form, or there is no such model.
+        ImportError: the library of the model is not installed.
     """
     kind, _, rest = name.partition(":")
     if kind == "torchvision" and rest:
@@ -73,9 +73,9 @@ def find(name: str, pretrained: bool = False) -> Source:
 
 
 def _program(path: Path) -> nn.Module:
-    """The network of an exported program, which may be put in a mode (that changes nothing in it)."""
+    """The network of an exported program, with `train` and `eval` allowed; they have no effect on it."""
     module = torch.export.load(path).module()
-    for method in ("train", "eval"):  # set on the instance, to say that they are not supported
+    for method in ("train", "eval"):  # torch sets them on the instance, to raise an error
         vars(module).pop(method, None)
     return module
 
@@ -157,7 +157,7 @@ def _transformers(name: str, path: Path) -> Source:
 
 def _factory(name: str, module: str, function: str) -> Callable[[], nn.Module]:
     if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` finds what lies in the working directory
+        sys.path.insert(0, "")  # find modules in the working directory, as `python -m` does
     try:
         found: Any = importlib.import_module(module)
     except ImportError as error:
@@ -177,15 +177,15 @@ def _factory(name: str, module: str, function: str) -> Callable[[], nn.Module]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a model with trained weights.
+    """Load trained weights into a model.
 
     Args:
         model: changed in place.
-        path: a state dict as `.safetensors`, or as `torch.save` wrote it: by itself, or in a checkpoint under
-            "state_dict" or "model"; names may begin with "module." or "_orig_mod.".
+        path: a state dict as `.safetensors` or from `torch.save`, by itself or in a checkpoint under "state_dict" or
+            "model". Prefixes "module." and "_orig_mod." of names are ignored.
 
     Raises:
-        ValueError: a file of another kind, or of another model.
+        ValueError: a file of another type, or of another model.
         FileNotFoundError: no such file.
     """
     if not path.is_file():

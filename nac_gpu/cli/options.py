@@ -1,4 +1,4 @@
-"""What the commands of `nac` have in common: a model, how small it is to become, how it is trained."""
+"""Options shared by the commands of `nac`: the model, its new size, and training."""
 
 import math
 import sys
@@ -16,32 +16,32 @@ from nac_gpu.network.moving import to_device
 
 
 def note(text: str) -> None:
-    """A line for people, beside what is printed."""
+    """Print a message to stderr, so that it does not mix with the output."""
     print(f"nac: {text}", file=sys.stderr)
 
 
 @dataclass(kw_only=True)
 class Model:
-    """The model, and what it is called with."""
+    """The model and its example inputs."""
 
     model: tyro.conf.Positional[str]
     """torchvision:NAME, timm:NAME, a folder of Hugging Face's transformers, an exported program (.pt2), or
     package.module:function, which is called without arguments."""
     weights: Path | None = None
-    """Trained weights: a state dict (.safetensors, or of torch.save)."""
+    """Trained weights: a state dict (.safetensors, or from torch.save)."""
     pretrained: bool = False
-    """Take the trained weights that torchvision or timm offer (downloads them)."""
+    """Use the trained weights of torchvision or timm (downloads them)."""
     inputs: tuple[str, ...] = ()
-    """Example inputs: a shape (1,3,224,224; whole numbers as int:1,16) or a file of tensors for each argument, with
-    name= before it for keyword arguments. Values hardly matter. Default: what the source says."""
+    """Example inputs: for each argument a shape (1,3,224,224; integers as int:1,16) or a file of tensors, with the
+    prefix name= for keyword arguments. Values hardly matter. Default: known for torchvision, timm and transformers."""
     mean: tuple[float, ...] = ()
-    """What is taken out of each channel of images, pixels in 0 to 1. Default: what the source says, else 0."""
+    """Mean of each channel of images, for pixels in [0, 1]. Default: that of the source, else 0."""
     std: tuple[float, ...] = ()
-    """By what each channel of images is divided then. Default: what the source says, else 1."""
+    """Standard deviation of each channel of images, for pixels in [0, 1]. Default: that of the source, else 1."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where everything is computed."""
+    """Device of all computations."""
     seed: int = 0
-    """Of everything drawn."""
+    """Seed of all random numbers."""
     json: bool = False
     """Print JSON, for scripts."""
 
@@ -49,7 +49,7 @@ class Model:
         """Where the model comes from.
 
         Raises:
-            ValueError: no such model, or no images can be normalised by --mean and --std.
+            ValueError: no such model, or invalid --mean and --std.
         """
         if len(self.mean) != len(self.std):
             found = f"found {len(self.mean)} and {len(self.std)}"
@@ -60,16 +60,16 @@ class Model:
         return find(self.model, self.pretrained)
 
     def scale(self, source: Source) -> Scale | None:
-        """How images are normalised."""
+        """The normalisation of images."""
         return (self.mean, self.std) if self.mean else source.scale
 
     def original(self, source: Source) -> tuple[nn.Module, nac.ExampleInputs]:
-        """The model in eval mode, and its inputs, on the device.
+        """The model in eval mode and its example inputs, on the device.
 
         Raises:
-            ValueError: --mean and --std have other numbers of values than the images have channels.
+            ValueError: the number of values in --mean and --std does not match the channels of the images.
         """
-        torch.manual_seed(self.seed)  # of weights, where there are none
+        torch.manual_seed(self.seed)  # for random weights
         model = source.build()
         if self.weights is not None:
             load_weights(model, self.weights)
@@ -86,19 +86,20 @@ class Model:
 
 @dataclass(kw_only=True)
 class Widths(Model):
-    """How small the model is to become."""
+    """The new size of the model."""
 
     open: bool = False
     """For models larger than the memory: the weights stay in their safetensors files until they are needed. --weights
-    names a file or a folder of them; a folder of transformers has its own. Neurons are compared by their weights."""
+    is a file or a folder of them; a folder of transformers contains its own. Neurons are compared by their weights."""
     params: int | float | None = None
-    """Parameters of the whole model after: a share (0.25) or a number (2370000). Widths are chosen to lose least."""
+    """Budget for the parameters of the whole model: a share (0.25) or a number (2370000). Widths are chosen for the
+    least loss."""
     flops: int | float | None = None
-    """Operations of a forward pass after: a share or a number."""
+    """Budget for the FLOPs of a forward pass: a share or a number."""
     latency: float | None = None
-    """Time of a forward pass on the example inputs after, where it is computed now: a share. It is measured."""
+    """Budget for the time of a forward pass on the example inputs, measured on --device: a share."""
     width: tuple[str, ...] = ()
-    """Neurons to keep: a share for all layers (0.5), or layer=neurons and layer=share; names may be patterns."""
+    """Neurons to keep: a share for all layers (0.5), or layer=number and layer=share; names may be patterns."""
     multiple_of: int | None = None
     """Chosen widths are multiples of this. Default: 8 on CUDA and for --latency, else 1."""
     only: tuple[str, ...] | None = None
@@ -106,36 +107,34 @@ class Widths(Model):
     skip: tuple[str, ...] = ()
     """Do not compress these layers, modules or patterns."""
     calibration: str = "dream"
-    """What neurons are judged by: a folder of images (<class>/<image>) or a file of tensors; "dream": inputs made up;
-    "none": the weights alone."""
+    """Inputs for comparing neurons: a folder of images (<class>/<image>), a file of tensors, "dream" for synthetic
+    inputs, or "none" to use only the weights."""
     images: int = 512
-    """How many images of the calibration folder are looked at."""
+    """Number of images drawn from the calibration folder."""
 
     def original(self, source: Source) -> tuple[nn.Module, nac.ExampleInputs]:
-        """The model in eval mode, its weights in their files if that was asked for, and its inputs, on the device."""
+        """The model in eval mode, with weights in their files if --open is given, and its inputs, on the device."""
         if not self.open:
             return super().original(source)
         weights = self.weights or (Path(self.model) if Path(self.model).is_dir() else None)
         if weights is None or source.untrained is None:
-            raise ValueError(
-                f"--open {self.model}: expected --weights, safetensors files, and no other trained weights"
-            )
+            raise ValueError(f"--open {self.model}: expected --weights with safetensors files, and no --pretrained or .pt2")
         model = nac.open_model(source.untrained, weights, device=self.device)
         return model, to_device(example_inputs(self.inputs, source, model), torch.device(self.device))
 
     def wanted(self) -> nac.Width | None:
-        """What --width says."""
+        """The widths in --width."""
         if not self.width:
             return None
         if len(self.width) == 1 and "=" not in self.width[0]:
             return float(self.width[0])
         pairs = [text.rpartition("=") for text in self.width]
         if not all(layer for layer, _, _ in pairs):
-            raise ValueError("--width: expected one share, or layer=neurons for each layer")
+            raise ValueError("--width: expected one share, or layer=number or layer=share for each layer")
         return {layer: float(value) if "." in value else int(value) for layer, _, value in pairs}
 
     def says_widths(self) -> bool:
-        """Whether anything here says how small."""
+        """Whether widths or a budget are given."""
         return any(value is not None for value in (self.params, self.flops, self.latency)) or bool(self.width)
 
     def planned(self, model: nn.Module, inputs: nac.ExampleInputs, calibration: nac.Calibration) -> nac.Plan:
@@ -164,18 +163,18 @@ class Training:
     epochs: int = 10
     """Passes over the images."""
     learning_rate: float = 0.01
-    """The largest."""
+    """Maximum of the learning rate."""
     weight_decay: float = 5e-4
-    """Of weights."""
+    """Weight decay; not applied to biases and normalisations."""
     batch_size: int = 128
     """Images of a step."""
     distillation: float = 0.5
-    """The share of the loss that asks for the original's answers."""
+    """The share of distillation from the original in the loss."""
 
     def tune(
         self, model: nn.Module, teacher: nn.Module, images: Images, checkpoint: Path, seed: int
     ) -> list[nac.Epoch]:
-        """Train in place; the checkpoint is gone when all is done."""
+        """Train in place, with checkpoints."""
         return nac.finetune(
             model,
             images,
@@ -193,10 +192,10 @@ class Training:
 
 @dataclass(kw_only=True)
 class Compressed(Model):
-    """A compressed model: the file, and the original that it was made from."""
+    """A compressed model: its file, and the original."""
 
     file: tyro.conf.Positional[Path]
-    """What `nac compress` or nac_gpu.save wrote."""
+    """A file or folder that `nac compress` or nac_gpu.save wrote."""
 
     def small(self, source: Source) -> nn.Module:
         """The compressed model, on the device."""
@@ -208,7 +207,7 @@ class Compressed(Model):
 def calibrated(
     options: Model, calibration: str, images: int, source: Source, inputs: nac.ExampleInputs
 ) -> nac.Calibration:
-    """What --calibration says."""
+    """The calibration inputs that --calibration describes."""
     if calibration == "dream" or calibration == "none":
         return calibration
     return calibration_images(Path(calibration), inputs, options.scale(source), images, options.seed)

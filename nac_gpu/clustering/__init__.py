@@ -1,1 +1,1 @@
-"""Ward's method and other ways to cluster points; knows nothing of networks."""
+"""Ward's method and other ways to cluster points. Nothing here depends on neural networks."""

@@ -1,4 +1,4 @@
-"""The dendrogram that a linkage gives: cut it at any number of clusters."""
+"""The dendrogram that a linkage returns; it can be cut at any number of clusters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,19 @@ from nac_gpu.kernels import Merges
 class Dendrogram:
     """The n - 1 merges of n points, cheapest first. All tensors are on the device of the points.
 
-    Clusters are numbered as SciPy does: below n they are the points themselves, and row i of `merges` creates
-    cluster n + i. A cluster is always created in an earlier row than it is merged in.
+    Clusters are numbered as in SciPy: numbers below n are the points themselves, and row i of `merges` creates
+    cluster n + i. A cluster is always created in an earlier row than the one that merges it.
 
     Attributes:
         merges: int64 [n - 1, 2], the two clusters that each row merges, the smaller number first.
-        heights: [n - 1], non-decreasing, `sqrt(2 * cost)` in the unit of the points: SciPy's height where all
+        heights: [n - 1], non-decreasing, `sqrt(2 * cost)` in the unit of the points; equal to SciPy's heights if all
             masses are 1. float64 for float64 points, float32 for all others.
         sizes: int64 [n - 1], how many points the new cluster has.
+
+    >>> dendrogram = nac_gpu.ward_linkage(torch.tensor([[0.0], [1.0], [5.0]]))
+    >>> dendrogram.merges
+    tensor([[0, 1],
+            [2, 3]])
     """
 
     merges: Tensor
@@ -40,11 +45,11 @@ class Dendrogram:
         return self.heights.square() / 2
 
     def cut(self, k: int | None = None, *, height: float | None = None) -> Tensor:
-        """Assignment of every point to a cluster.
+        """Assign every point to a cluster, by keeping only the cheapest merges.
 
         Args:
             k: number of clusters, 1 to n: the n - k cheapest merges are kept.
-            height: the merges up to this height, inclusive, are kept. Give either `k` or `height`.
+            height: merges up to and including this height are kept. Give either `k` or `height`.
 
         Returns:
             Labels, int64 [n]. Clusters are numbered by first appearance: label 0 holds point 0.
@@ -52,6 +57,10 @@ class Dendrogram:
         Raises:
             TypeError: both or neither of `k` and `height` are given, or `k` is not an integer.
             ValueError: `k` is not in [1, n], or `height` is NaN.
+
+        >>> dendrogram = nac_gpu.ward_linkage(torch.tensor([[0.0], [1.0], [5.0]]))
+        >>> dendrogram.cut(2), dendrogram.cut(height=0.5)
+        (tensor([0, 0, 1]), tensor([0, 1, 2]))
         """
         if (k is None) == (height is None):
             given = "neither" if k is None else "both"
@@ -65,29 +74,33 @@ class Dendrogram:
         return number_by_first_appearance(self._roots(kept)[: self.n])
 
     def to_scipy(self) -> np.ndarray:
-        """The linkage matrix of `scipy.cluster.hierarchy`: float64 [n - 1, 4], merged clusters, height, size."""
+        """The linkage matrix of `scipy.cluster.hierarchy`: float64 [n - 1, 4], merged clusters, height, size.
+
+        >>> nac_gpu.ward_linkage(torch.tensor([[0.0], [2.0]])).to_scipy()
+        array([[0., 1., 2., 2.]])
+        """
         columns = (self.merges.double(), self.heights.double()[:, None], self.sizes.double()[:, None])
         return torch.cat(columns, dim=1).cpu().numpy()
 
     def _roots(self, kept: int) -> Tensor:
-        """For all clusters, int64 [2n - 1], the largest cluster they are in after the first `kept` merges."""
+        """The cluster that contains each cluster after the first `kept` merges, int64 [2n - 1]."""
         n = self.n
         parent = torch.arange(2 * n - 1, device=self.merges.device)
         parent[self.merges[:kept].flatten()] = parent[n : n + kept].repeat_interleave(2)
-        # Pointer doubling: after t steps every pointer has jumped 2^t levels, and no tree has more than `kept`.
+        # Pointer doubling: after t steps every pointer has moved up 2^t levels, and trees have at most `kept` levels.
         for _ in range(kept.bit_length()):
             parent = parent[parent]
         return parent
 
 
 def sorted_merges(merges: Merges, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The merges of problems from cheapest to dearest, numbered as SciPy does.
+    """The merges of several problems, each sorted by increasing cost and numbered as in SciPy.
 
-    A merge never costs less than those that made its parts, and comes in a later round. Sorting by cost and then by
-    round therefore puts every cluster behind its parts.
+    A merge never costs less than the merges that made its two parts, and it happens in a later round. So sorting by
+    cost, and by round among equal costs, puts every cluster after its parts.
 
     Args:
-        merges: of all problems, one behind the other; points count through all of them.
+        merges: of all problems, concatenated; point numbers run through all of them.
         sizes: how many points each problem has.
 
     Returns:
@@ -99,8 +112,8 @@ def sorted_merges(merges: Merges, sizes: Sequence[int]) -> list[tuple[Tensor, Te
     total, rows = sum(sizes), sum(sizes) - len(sizes)
     stop = count.cumsum(0)
     problem = torch.repeat_interleave(torch.arange(len(sizes), device=device), count, output_size=total)
-    local = torch.arange(total, device=device) - (stop - count)[problem]  # a point's number in its problem
-    # All points but the last of each problem, which nothing swallows.
+    local = torch.arange(total, device=device) - (stop - count)[problem]  # a point's number within its problem
+    # All points but the last of each problem: every other point is merged into one with a higher number at some time.
     skipped = torch.repeat_interleave(torch.arange(len(sizes), device=device), count - 1, output_size=rows)
     gone = torch.arange(rows, device=device) + skipped
     gone = gone[merges.round[gone].sort(stable=True).indices]
@@ -108,19 +121,19 @@ def sorted_merges(merges: Merges, sizes: Sequence[int]) -> list[tuple[Tensor, Te
     order = gone[merges.cost[gone].sort(stable=True).indices]
     if len(sizes) > 1:
         order = order[problem[order].sort(stable=True).indices]
-    # Row r of all problems is row r - (points before) + (problems before), and makes the cluster of this number:
+    # The cluster that each row creates: n plus the row's number within its problem.
     row_problem = problem[order]
     created = torch.arange(rows, device=device) - (stop - count - count)[row_problem] + row_problem
     number = torch.zeros(total, dtype=torch.int64, device=device).index_copy_(0, order, created)
 
-    # The merges into one point follow each other round by round. Each merges what the one before it made.
+    # Merges into the same point form a chain, in order of rounds: each one extends the cluster that the last one made.
     chain = gone[merges.partner[gone].sort(stable=True).indices]
     into = merges.partner[chain]
     follows = torch.zeros_like(into, dtype=torch.bool)
     follows[1:] = into[1:] == into[:-1]
     kept = torch.where(follows, number[chain].roll(1), local[into])
-    ends = ~follows.roll(-1)  # the first of all follows nobody, so the last of all ends its chain
-    # What each point's cluster had become when it was merged away; a place behind the last takes what ends nothing.
+    ends = ~follows.roll(-1)  # follows[0] is always False, so the last element always ends a chain
+    # The number of each point's cluster when it was merged away. The extra last element absorbs writes of inner links.
     final = torch.cat((local, local[:1])).index_copy_(0, torch.where(ends, into, total), number[chain])
     children = torch.zeros(total, 2, dtype=torch.int64, device=device)
     children[chain] = torch.stack((final[chain], kept), dim=1)

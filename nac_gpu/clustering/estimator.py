@@ -1,4 +1,4 @@
-"""Ward clustering with the face of a scikit-learn estimator. scikit-learn itself is not needed."""
+"""Ward clustering as a scikit-learn-compatible estimator. scikit-learn itself is not needed."""
 
 import operator
 import sys
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from sklearn.utils import Tags
 
 
-_DEFAULT_CLUSTERS = 2  # scikit-learn's
+_DEFAULT_CLUSTERS = 2  # the default of scikit-learn's AgglomerativeClustering
 
 
 @dataclass(eq=False)
 class WardClustering:
-    """Exact Ward clustering, as `AgglomerativeClustering(linkage="ward")` of scikit-learn, where the points live.
+    """Exact Ward clustering on the device of the points, like `AgglomerativeClustering(linkage="ward")`.
 
-    The points may be a tensor on any device, whatever lends its memory by DLPack or the CUDA array interface (CuPy,
-    JAX), or whatever NumPy understands: arrays, lists, data frames. The work is done on their device, on the CPU for
-    the last, and the results are of the same kind, on the same device. (Of what has no `from_dlpack` to make them, as
-    Numba's device arrays, they are tensors.)
+    The points may be a tensor on any device, an array that supports DLPack or the CUDA array interface (CuPy, JAX), or
+    anything that NumPy converts: arrays, lists, data frames. Work is done on the device of the points (the CPU for
+    NumPy's), and the results are of the same type on the same device. They are tensors if the library of the points
+    has no `from_dlpack` (Numba).
 
-    It works in scikit-learn's pipelines and passes its `check_estimator` but for one check: weights of zero are an
-    error, since a point without mass belongs to no cluster more than to another.
+    The estimator works in scikit-learn's pipelines and passes `check_estimator`, with one exception: weights of zero
+    are an error, because a point without mass fits every cluster equally well.
 
     Args:
-        n_clusters: number of clusters, 1 to the number of points. 2 if `distance_threshold` is None, too.
-        distance_threshold: merges at this height or above are not made. Give at most one of the two.
+        n_clusters: number of clusters, 1 to the number of points. None means 2 if `distance_threshold` is None too.
+        distance_threshold: merges at this height or above are not made. Give at most one of the two parameters.
 
     Attributes:
         labels_: int64 [n], the cluster of every point, numbered by first appearance.
@@ -45,7 +45,10 @@ class WardClustering:
         n_features_in_: number of columns of the points.
         feature_names_in_: object [n_features_in_], the names of the columns, only for data frames whose column names
             are all strings.
-        dendrogram_: the `Dendrogram` in float64, to cut again at other numbers of clusters.
+        dendrogram_: the `Dendrogram` in float64, to be cut at other numbers of clusters.
+
+    >>> nac_gpu.WardClustering(2).fit_predict([[0, 0], [0, 1], [5, 5]])
+    array([0, 0, 1])
     """
 
     n_clusters: int | None = None
@@ -55,18 +58,18 @@ class WardClustering:
         """Cluster the points.
 
         Args:
-            X: [n, d], n and d at least 1, finite real numbers of any dtype. Memory is at most that of n² float64.
+            X: [n, d], n and d at least 1, finite real numbers of any dtype. Takes the memory of n² float64 at most.
             y: ignored; scikit-learn's pipelines pass it.
             sample_weight: [n], the mass of every point, positive; None for unit masses. A point of mass 3 counts as
-                three equal points. May be of another kind, or on another device, than X.
+                three equal points. May have another type, or be on another device, than X.
 
         Returns:
             This estimator.
 
         Raises:
             TypeError: X or sample_weight is sparse or not of numbers, or a parameter is of the wrong type.
-            ValueError: the shape or values of X, sample_weight or a parameter are not as above, or both parameters
-                are given.
+            ValueError: the shape or values of X, sample_weight or a parameter are not as described, or both
+                parameters are given.
         """
         points = _as_tensor(X, "X")
         _check_shape(points)
@@ -90,7 +93,7 @@ class WardClustering:
         self.dendrogram_ = dendrogram
         if names is not None:
             self.feature_names_in_ = names
-        elif hasattr(self, "feature_names_in_"):  # of an earlier fit
+        elif hasattr(self, "feature_names_in_"):  # left over from an earlier fit
             del self.feature_names_in_
         return self
 
@@ -99,14 +102,14 @@ class WardClustering:
         return self.fit(X, y, sample_weight).labels_
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The parameters by name; `deep` changes nothing, as no parameter is an estimator."""
+        """The parameters by name; `deep` has no effect, because no parameter is an estimator."""
         return {parameter.name: getattr(self, parameter.name) for parameter in fields(self)}
 
     def set_params(self, **params: Any) -> "WardClustering":
         """Change parameters, and return this estimator. `fit` checks them.
 
         Raises:
-            ValueError: there is no such parameter; then none is changed.
+            ValueError: there is no such parameter. No parameter is changed then.
         """
         known = self.get_params()
         for name in params:
@@ -117,12 +120,12 @@ class WardClustering:
         return self
 
     def __sklearn_tags__(self) -> "Tags":
-        from sklearn.utils import Tags, TargetTags  # only scikit-learn asks for its tags
+        from sklearn.utils import Tags, TargetTags  # imported here: only scikit-learn itself calls this method
 
         return Tags(estimator_type="clusterer", target_tags=TargetTags(required=False))
 
     def _check_parameters(self, n: int) -> tuple[int, float | None]:
-        """Number of clusters, an int in [1, n], and threshold; if this is not None, it is what counts."""
+        """The number of clusters, an int in [1, n], and the threshold, which takes precedence unless it is None."""
         clusters, threshold = self.n_clusters, self.distance_threshold
         if threshold is not None:
             if clusters is not None:
@@ -132,7 +135,7 @@ class WardClustering:
                 )
             if isinstance(threshold, bool) or not isinstance(threshold, Real):
                 raise TypeError(f"distance_threshold is {threshold!r}, expected a number; give a merge height")
-            if not threshold >= 0:  # so NaN, too
+            if not threshold >= 0:  # true for NaN too
                 raise ValueError(f"distance_threshold is {threshold}, expected 0 or more; give a merge height")
             return n, float(threshold)
         try:
@@ -147,28 +150,28 @@ class WardClustering:
 
 
 def _as_tensor(values: Any, name: str) -> Tensor:
-    """The values as a float64 tensor on their device; a copy only where dtype or NumPy's memory ask for it."""
+    """The values as a float64 tensor on their device; NumPy arrays and other dtypes are copied."""
     if hasattr(values, "todense") or (isinstance(values, Tensor) and values.layout != torch.strided):
         raise TypeError(f"{name} is sparse, expected a dense array; use {name}.toarray() or {name}.to_dense()")
     if isinstance(values, Tensor):
         tensor = values
     elif _lends_memory(values):
-        # DLPack first: unlike the CUDA array interface it also knows memory of the CPU and of other accelerators.
+        # DLPack first: unlike the CUDA array interface, it also covers CPU memory and other accelerators.
         tensor = torch.from_dlpack(values) if hasattr(values, "__dlpack__") else torch.as_tensor(values)
     else:
         array = np.asarray(values)
         if array.dtype.kind not in "biufcO":
             raise TypeError(f"{name} has dtype {array.dtype}, expected numbers; encode it as numbers first")
-        # A copy, because torch knows no read-only memory, no negative strides and no foreign byte order.
+        # A copy, because torch supports neither read-only memory nor negative strides nor foreign byte order.
         tensor = torch.from_numpy(np.array(array, dtype=None if array.dtype.kind == "c" else np.float64))
     if tensor.is_complex():
-        # The first words are those that scikit-learn's checks look for.
+        # scikit-learn's check_estimator looks for the first words of this message.
         raise ValueError(f"Complex data not supported: {name} has dtype {tensor.dtype}, expected real numbers")
     return tensor.to(torch.float64)
 
 
 def _in_the_kind_of(values: Any, result: Tensor) -> Any:
-    """The result as a tensor, a NumPy array, or whatever the library of the values makes of DLPack."""
+    """The result in the array type of the values: a tensor, a NumPy array, or another library's array by DLPack."""
     if isinstance(values, Tensor):
         return result
     if not _lends_memory(values):
@@ -182,7 +185,7 @@ def _in_the_kind_of(values: Any, result: Tensor) -> Any:
 
 
 def _lends_memory(values: Any) -> bool:
-    """Whether torch can use the memory of the values; NumPy's it could only without the dtypes that torch lacks."""
+    """Whether torch can use the memory of the values. Not for NumPy, whose arrays may have dtypes that torch lacks."""
     if isinstance(values, np.ndarray):
         return False
     return hasattr(values, "__dlpack__") or hasattr(values, "__cuda_array_interface__")
@@ -193,7 +196,7 @@ def _check_shape(points: Tensor) -> None:
     if points.ndim != 2:
         raise ValueError(f"X has shape {shape}, expected (n_samples, n_features); use X.reshape(n_samples, -1)")
     for number, what in zip(shape, ("sample(s)", "feature(s)"), strict=True):
-        if number == 0:  # in the words that scikit-learn's checks look for
+        if number == 0:  # scikit-learn's check_estimator looks for exactly this message
             raise ValueError(f"X has 0 {what} (shape={shape}) while a minimum of 1 is required.")
 
 

@@ -31,7 +31,7 @@ def number_by_first_appearance(labels: Tensor) -> Tensor:
         labels: integer [n], any values.
 
     Returns:
-        int64 [n], the same partition.
+        int64 [n], the same clusters.
     """
     names, compact_labels = torch.unique(labels, return_inverse=True)
     positions = torch.arange(len(labels), device=labels.device)
@@ -42,12 +42,12 @@ def number_by_first_appearance(labels: Tensor) -> Tensor:
 
 
 def first_of_each(labels: Tensor) -> Tensor:
-    """The first point of each cluster, int64 [k], on the device of the labels.
+    """The index of the first point of each cluster, int64 [k], on the device of the labels.
 
     Args:
-        labels: int64 [n], 0 to k - 1 with every number present; -1 for points in no cluster.
+        labels: int64 [n], 0 to k - 1, each at least once; -1 for points in no cluster.
 
-    >>> first_of_each(torch.tensor([1, -1, 0, 1]))
+    >>> nac_gpu.clustering.labels.first_of_each(torch.tensor([1, -1, 0, 1]))
     tensor([2, 0])
     """
     places = torch.arange(len(labels), device=labels.device)

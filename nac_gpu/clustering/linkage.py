@@ -1,4 +1,4 @@
-"""Exact Ward linkage where the points live."""
+"""Exact Ward linkage on the device of the points."""
 
 import os
 from collections.abc import Sequence
@@ -30,28 +30,30 @@ from nac_gpu.kernels import (
 )
 
 Algorithm = Literal["auto", "batched", "resident", "matrix-free"]
-# The matrix is packed when this share of its rows is alive: each packing costs a pass over what is left, each dead
-# row costs its share of every search and merge. Measured on a CPU at 512 to 4096 points: 0.5 is slower by a tenth,
-# 0.8 equal. On a GPU a packing costs some launches as well, and memory for a second matrix.
+# The cost matrix is packed (rows and columns of merged clusters are dropped) once at most this share of its rows is
+# alive. Packing costs one pass over the remaining rows, but dead rows slow down every search and merge. Measured on a
+# CPU at 512 to 4096 points: 0.5 is 10 % slower, 0.8 equally fast. On a GPU, packing also costs kernel launches and
+# memory for a second matrix.
 _PACK_BELOW = 0.75
 _PACK_BELOW_ON_CUDA = 0.5
-# Up to this many clusters one Triton program finishes a linkage by itself.
+# At most this many clusters can be linked to the end by a single Triton program.
 _FINISH_BELOW = MOST_SLOTS
-# On CUDA the packed matrix has rows of a multiple of this many numbers, which are loaded 16 bytes at a time.
+# On CUDA the rows of a packed matrix are a multiple of this many numbers long, so that loads are 16 bytes wide.
 _ALIGNMENT = 16
-# How many rounds the host is ahead of a GPU. What it knows of the number of clusters is as old, and the last
-# `_ROUNDS_AHEAD` rounds before the end may find nothing to do.
+# How many rounds the host launches ahead of the GPU. So its cluster count is this many rounds old, and up to this many
+# rounds at the end may have nothing left to merge.
 _ROUNDS_AHEAD = 4
-# Without a matrix at first, one is made as soon as it takes as much memory as this many copies of the points.
+# The matrix-free algorithm switches to a cost matrix once that takes at most the memory of this many copies of the
+# points ...
 _MATRIX_IN_COPIES = 8
-# ... or holds no more clusters than this, and than a quarter of the points.
+# ... and at most this many clusters are left, and at most a quarter of the points.
 _MATRIX_IN_ANY_CASE = 4096
 _NO_PAIR = (
     "a round of merges found no two clusters that are each other's nearest neighbour, though the points are finite; "
     "this is a fault of nac_gpu or of the device: please report it, with the points"
 )
-# Up to this many dimensions a CPU makes the first rounds without a matrix: searching costs less than keeping it up to
-# date. Measured with 4096 points: 0.08 s instead of 0.33 at 2 dimensions, 0.21 instead of 0.32 at 64, equal at 128.
+# Up to this many dimensions, the first rounds on a CPU are matrix-free, because searching is faster than updating the
+# matrix. Measured with 4096 points: 0.08 s instead of 0.33 at 2 dimensions, 0.21 instead of 0.32 at 64, equal at 128.
 _FEW_DIMENSIONS = 64
 
 
@@ -86,37 +88,37 @@ def ward_linkage(
     """Exact Ward linkage on the device of the points, by rounds of reciprocal nearest neighbours.
 
     Merging clusters A and B with masses m and centroids c costs `m_A m_B / (m_A + m_B) * |c_A - c_B|²`, the increase of
-    the within-cluster sum of squares. Ward's method always takes the cheapest merge. Its cost is reducible (a merged
-    cluster is never nearer to a third than both of its parts were), so all pairs that are each other's nearest
-    neighbour can merge at once and the dendrogram is the same (Murtagh, "A survey of recent advances in hierarchical
-    clustering algorithms", The Computer Journal 1983, 26, 354), up to ties.
-
-    Ties: of equally near neighbours the one with the lowest index is taken, where the index of a cluster is that of
-    its last point. The result is the same run after run, bit for bit.
+    the within-cluster sum of squares. This cost is reducible: a merged cluster is never nearer to a third one than the
+    nearer of its parts was. So all reciprocal pairs can merge at once, and up to ties the dendrogram is that of always
+    taking the cheapest merge (Murtagh, "A survey of recent advances in hierarchical clustering algorithms", The
+    Computer Journal 1983, 26, 354). Among equally near neighbours the one with the lowest index wins, where the index
+    of a cluster is that of its last point. Results are reproducible bit for bit.
 
     Args:
-        points: [n, d], floating, n and d at least 1; or a sequence of such sets, of any sizes, on one device: the
-            small ones (up to 512 points) are clustered side by side on a GPU.
-        weights: [n], the mass of every point, positive; None for unit masses. A point of mass 3 counts as
-            three equal points. For a sequence of sets: a sequence of such masses or None.
-        dtype: of the arithmetic, float64 or float32, whatever the dtype of the points; bfloat16 and float16 points
-            are converted. float32 halves the memory, but its distances merge wrongly at near ties.
-        algorithm: `"auto"` chooses by size and free memory; the result is the same up to rounding.
-            `"batched"`: one GPU program a set, for small ones; on a CPU the same as resident.
-            `"resident"`: the cost matrix is kept, n² numbers (up to 1.25 n² on a GPU).
-            `"matrix-free"`: only centroids are kept, O(n d) numbers, and costs are computed again when needed.
+        points: [n, d], floating, n and d at least 1; or a sequence of such sets, of any sizes, on one device. Sets of
+            up to 512 points are clustered in parallel on a GPU.
+        weights: [n], the mass of every point, positive; None for unit masses. A point of mass 3 counts as three equal
+            points. For a sequence of sets: a sequence of such masses or None.
+        dtype: of the arithmetic, float64 or float32, whatever the dtype of the points. float32 halves the memory, but
+            may merge near ties in the wrong order.
+        algorithm: `"auto"` chooses by size and free memory; all give the same result up to rounding.
+            `"batched"`: one GPU program per set of up to 512 points; on a CPU the same as resident.
+            `"resident"`: keeps the cost matrix, n² numbers (up to 1.25 n² on a GPU).
+            `"matrix-free"`: keeps only centroids, O(n d) numbers, and recomputes costs when needed.
 
     Returns:
         The dendrogram, on the device of the points, without autograd history; for a sequence, a list of them. Heights
-        are float64 for float64 points and float32 for float32, bfloat16 and float16 points.
+        are float64 for float64 points and float32 for all others.
 
     Raises:
         TypeError: points or weights are not tensors of real (points: floating) numbers.
-        ValueError: the shape, device or values of points or weights are not as above; the weights of a sequence are
-            one tensor, or not as many as the sets; dtype or algorithm is none of those above; a set has too many points
-            for "batched"; or a height overflows the dtype of the result.
+        ValueError: the shape, device or values of an argument are not as described, a set has too many points for
+            "batched", or a height overflows the dtype of the result.
         MemoryError: not even the matrix-free algorithm fits.
-        RuntimeError: a round of merges found no pair, which finite points never lead to; please report it.
+        RuntimeError: a round of merges found no pair. This never happens with finite points; please report it.
+
+    >>> nac_gpu.ward_linkage(torch.tensor([[0.0], [1.0], [5.0]])).cut(2)
+    tensor([0, 0, 1])
     """
     if dtype not in (torch.float64, torch.float32):
         raise ValueError(f"dtype is {dtype}, expected torch.float64 or torch.float32")
@@ -146,7 +148,7 @@ def _linkages(
         dendrograms.append(Dendrogram(merges=merged, heights=heights, sizes=sizes))
     last = torch.cat([dendrogram.heights[-1:].double() for dendrogram in dendrograms])
     if not torch.isfinite(last).all():
-        if last.isnan().any():  # what was never merged
+        if last.isnan().any():  # points that were never merged have NaN as cost
             raise RuntimeError(_NO_PAIR)
         bad = next(dendrogram.heights.dtype for dendrogram in dendrograms if not dendrogram.heights.isfinite().all())
         raise ValueError(f"the last merge is higher than the largest {bad}; give float64 points, or scale them down")
@@ -156,7 +158,7 @@ def _linkages(
 def _all_merges(
     flat: Tensor, masses: Tensor, shapes: list[tuple[int, int]], algorithm: Algorithm
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For every set of points: merged clusters, costs and sizes, as `sorted_merges` gives them."""
+    """For every set of points: merged clusters, costs and sizes, as `sorted_merges` returns them."""
     ways = [_way(shape, flat, algorithm) for shape in shapes]
     parts = list(zip(flat.split([n * d for n, d in shapes]), masses.split([n for n, _ in shapes]), strict=True))
     results: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -177,8 +179,8 @@ def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorith
     """The algorithm for one set of points.
 
     Raises:
-        ValueError: "batched" was asked for and the set is too large for it.
-        MemoryError: nothing fits.
+        ValueError: "batched" was requested and the set is too large for it.
+        MemoryError: no algorithm fits into the free memory.
     """
     n, d = shape
     if algorithm == "batched" and n > _FINISH_BELOW:
@@ -193,7 +195,7 @@ def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorith
     copy_for_matrix = copy if d < _width(d, flat) else 0
     if _matrix_bytes(n, flat) + copy_for_matrix <= 0.9 * free and not searching_is_cheaper:
         return "resident"
-    # Another copy of the points, partial results of a search, the matrix at the end.
+    # A padded copy of the points, partial results of a search, and the matrix at the end.
     needed = copy + search_bytes(n, flat) + _matrix_bytes(_enough_for_matrix(n, d), flat)
     if needed > free:
         raise MemoryError(
@@ -204,35 +206,35 @@ def _way(shape: tuple[int, int], flat: Tensor, algorithm: Algorithm) -> Algorith
 
 
 def _width(d: int, like: Tensor) -> int:
-    """How many numbers a point of d dimensions takes where its products are made."""
+    """How many numbers a point of d dimensions takes once it is padded for the Triton kernels."""
     return padded_width(d) if uses_triton(like) else d
 
 
 def _matrix_bytes(n: int, like: Tensor) -> int:
-    """Memory of the cost matrix of n clusters. On CUDA the packed matrix is a second one for a moment."""
+    """Bytes of the cost matrix of n clusters. On CUDA this includes the packed copy, which exists beside it."""
     copies = 1 + _PACK_BELOW_ON_CUDA**2 if like.is_cuda else 1.0
     return int(copies * n * n * like.element_size())
 
 
 def _enough_for_matrix(n: int, d: int) -> int:
-    """How few clusters n points must have become before the matrix-free algorithm makes a matrix after all."""
+    """The number of clusters at which the matrix-free algorithm switches to a cost matrix."""
     return min(n, max(1, min(_MATRIX_IN_ANY_CASE, n // 4), int((_MATRIX_IN_COPIES * n * d) ** 0.5)))
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on a device."""
+    """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
+    except (OSError, StopIteration):  # not Linux: half of the whole memory, or 1 TiB where even that is unknown
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 2**40
 
 
 def _batched(points: Tensor, masses: Tensor, batch: Batch) -> Merges:
-    """All merges of small problems, side by side."""
+    """All merges of small problems, one GPU program per problem."""
     costs = squared_distances_batch(points, masses, batch)
     clusters = Clusters.of_points(masses)
     finish(costs, clusters, batch)
@@ -240,17 +242,17 @@ def _batched(points: Tensor, masses: Tensor, batch: Batch) -> Merges:
 
 
 def _resident(points: Tensor, masses: Tensor) -> Merges:
-    """All merges, by rounds on the matrix of costs."""
+    """All merges, by rounds on the cost matrix."""
     clusters = Clusters.of_points(masses)
     _finish_on_matrix(squared_distances(points, masses), clusters)
     return clusters.merges
 
 
 def _matrix_free(points: Tensor, masses: Tensor) -> Merges:
-    """All merges: rounds on the centroids until the matrix of costs is small, then rounds on that."""
+    """All merges: rounds on the centroids until the cost matrix is small, then rounds on the matrix."""
     n, d = points.shape
     enough = _enough_for_matrix(n, d)
-    # Padded once, not for each search.
+    # Padded once here instead of in each search.
     centroids, clusters = torch.nn.functional.pad(points, (0, _width(d, points) - d)), Clusters.of_points(masses)
     stale = torch.ones_like(masses, dtype=torch.bool)
     count, most = _Count(), n
@@ -263,7 +265,7 @@ def _matrix_free(points: Tensor, masses: Tensor) -> Merges:
         stale &= clusters.masses > 0
         most = count.after_round(clusters)
     centroids = centroids[pack_slots(clusters, most)]
-    tiny = torch.finfo(masses.dtype).tiny  # the dead are in the matrix, and must not fill it with NaN
+    tiny = torch.finfo(masses.dtype).tiny  # dead slots have mass 0, which would fill their rows with NaN
     costs = squared_distances(centroids, clusters.masses.clamp(min=tiny))
     del centroids
     _finish_on_matrix(costs, clusters)
@@ -271,7 +273,7 @@ def _matrix_free(points: Tensor, masses: Tensor) -> Merges:
 
 
 def _finish_on_matrix(costs: Tensor, clusters: Clusters) -> None:
-    """Make all merges that are left. No neighbours are known yet."""
+    """Make all remaining merges on the cost matrix. Nearest neighbours are computed first."""
     count, most = _Count(), len(costs)
     new = True
     while most > 1:
@@ -296,10 +298,10 @@ def _worth_packing(most: int, rows: Tensor) -> bool:
 
 
 def _search(centroids: Tensor, clusters: Clusters, stale: Tensor, most: int) -> None:
-    """Find the nearest neighbours of stale clusters, and make sure that the round will merge some pair.
+    """Find the nearest neighbours of stale clusters, and make sure that the round will merge at least one pair.
 
-    Costs are computed again in every search, so rounding may let three clusters chase each other. Where no two agree,
-    the cheapest merge that anyone has found is made mutual.
+    Costs are recomputed in every search, so rounding may produce a cycle A → B → C → A of nearest neighbours. If no
+    pair is reciprocal, the cheapest merge that was found is made reciprocal.
     """
     rows = stale.sort(descending=True, stable=True).indices
     found = stale.sum()[None]
@@ -320,19 +322,19 @@ def _search(centroids: Tensor, clusters: Clusters, stale: Tensor, most: int) -> 
 
 
 class _Count:
-    """How many clusters there are at most. On CUDA the host learns it some rounds late, and the GPU does not wait."""
+    """An upper bound of the number of clusters. On CUDA it lags some rounds behind, so that the GPU never waits."""
 
     def __init__(self) -> None:
         self._asked = 0
         self._known: int | None = None
-        self._answers: Tensor | None = None  # int64 [_ROUNDS_AHEAD + 1, 1], of the latest rounds in turn
+        self._answers: Tensor | None = None  # int64 [_ROUNDS_AHEAD + 1, 1], ring buffer of the latest counts
         self._events: list[torch.cuda.Event] = []
 
     def after_round(self, clusters: Clusters) -> int:
-        """An upper bound of the number of clusters, exact on a CPU. The bound of a round is always the same.
+        """An upper bound of the number of clusters after this round, reproducible on CUDA and exact on a CPU.
 
         Raises:
-            RuntimeError: a round that the host has heard of merged nothing, and further ones would not either.
+            RuntimeError: a round merged nothing, so no later round would either.
         """
         if not clusters.alive.is_cuda:
             return self._fewer(int(clusters.alive), clusters)

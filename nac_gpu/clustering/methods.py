@@ -1,8 +1,7 @@
-"""Ways to assign neurons to clusters, all with one signature: `nac_gpu.methods`.
+"""Methods that assign neurons to clusters, all with the signature of `AssignmentMethod`: `nac_gpu.methods`.
 
 Ward's method is the default of `nac_gpu.compress`; k-means and random merging are the paper's baselines, L1 is filter
-pruning. Another one is a function of the signature of `AssignmentMethod`, with an entry in `METHODS` if it is to have a
-name.
+pruning. To add a method, write a function with this signature; an entry in `METHODS` gives it a name.
 """
 
 import math
@@ -44,17 +43,24 @@ class AssignmentMethod(Protocol):
 
 
 def ward(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int = 0) -> Tensor:
-    """Ward's agglomerative clustering, cut at k clusters: see `AssignmentMethod`. Exact, so `seed` changes nothing."""
+    """Ward's agglomerative clustering, cut at k clusters: see `AssignmentMethod`. Exact, so `seed` has no effect.
+
+    >>> nac_gpu.methods.ward(torch.tensor([[0.0], [1.0], [5.0]]), 2)
+    tensor([0, 0, 1])
+    """
     return ward_linkage(points, weights).cut(k)
 
 
 @torch.no_grad()
 def kmeans(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int = 0) -> Tensor:
-    """Lloyd's k-means, the best of several k-means++ starts: see `AssignmentMethod`.
+    """Lloyd's k-means, the best of several k-means++ initialisations: see `AssignmentMethod`.
 
-    Works on the matrix of squared distances, which all starts share: the squared distance to a centroid is the mean
-    squared distance to its members less half their mean squared distance to each other. An iteration costs n²
-    additions whatever d is; memory is that of n² float64, as for Ward.
+    All runs share the matrix of squared distances between points: the squared distance to a centroid is the mean
+    squared distance to its members minus half of their mean squared distance to each other. An iteration costs n²
+    additions, independent of d; memory is that of n² float64, as for Ward.
+
+    >>> nac_gpu.methods.kmeans(torch.tensor([[0.0], [1.0], [5.0]]), 2)
+    tensor([0, 0, 1])
     """
     points64, masses, _ = standardise(points, weights)
     n = len(points64)
@@ -62,7 +68,7 @@ def kmeans(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int =
     if k == n:
         return torch.arange(n, device=points.device)
     generator = torch.Generator().manual_seed(seed)
-    # Drawn on the CPU, so that every device sees the same numbers. Several candidates for each centre.
+    # Drawn on the CPU, so that all devices use the same numbers. Greedy k-means++ tries several candidates per centre.
     draws = torch.rand(_RESTARTS, k, 2 + int(math.log(k)), dtype=torch.float64, generator=generator)
     with on_device(points64):
         distances = squared_distances(points64).fill_diagonal_(0)
@@ -77,11 +83,15 @@ def kmeans(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int =
 
 @torch.no_grad()
 def random(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int = 0) -> Tensor:
-    """Random merging, the paper's lower baseline: see `AssignmentMethod`. Looks at neither points nor weights.
+    """Random merging, the paper's lower baseline: see `AssignmentMethod`. Values of points and weights have no effect.
 
-    k points chosen at random found a cluster each, every other point joins one of them at random.
+    k points chosen at random start one cluster each; every other point joins one of these at random.
+
+    >>> labels = nac_gpu.methods.random(torch.ones(5, 3), 2, seed=0)
+    >>> labels.unique()
+    tensor([0, 1])
     """
-    standardise(points, weights)  # the same input is wrong for every method
+    standardise(points, weights)  # only to reject the same invalid input as every other method
     n = len(points)
     k = check_cluster_count(k, n)
     generator = torch.Generator().manual_seed(seed)
@@ -94,24 +104,24 @@ def random(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int =
 
 @torch.no_grad()
 def l1(points: Tensor, k: int, *, weights: Tensor | None = None, seed: int = 0) -> Tensor:
-    """L1 filter pruning: the k neurons with the largest sum of absolute weights stay as they are, the others go.
+    """L1 filter pruning: the k neurons with the largest sum of absolute weights are kept, all others removed.
 
-    Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017. `nac_gpu.compress` gives it bare weights. It does
-    not merge: unlike `AssignmentMethod` says, neurons that are removed have the label -1.
+    Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017. Nothing is merged: unlike in other methods, removed
+    neurons have the label -1. `nac_gpu.compress` passes the weights of the layer without BatchNorm folded in.
 
     Args:
         points: neurons, [n, d], BatchNorm not folded in.
-        k: how many stay, 1 to n.
+        k: how many are kept, 1 to n.
         weights: checked, but not used.
         seed: not used.
 
     Returns:
-        Labels, int64 [n]: 0 to k - 1 for neurons that stay, in order, -1 for those that are removed.
+        Labels, int64 [n]: 0 to k - 1 for neurons that are kept, in order, -1 for those that are removed.
 
-    >>> l1(torch.tensor([[3.0, -3.0], [1.0, 0.0], [2.0, 2.0]]), 2)
+    >>> nac_gpu.methods.l1(torch.tensor([[3.0, -3.0], [1.0, 0.0], [2.0, 2.0]]), 2)
     tensor([ 0, -1,  1])
     """
-    standardise(points, weights)  # the same input is wrong for every method
+    standardise(points, weights)  # only to reject the same invalid input as every other method
     k = check_cluster_count(k, len(points))
     labels = torch.full((len(points),), -1, dtype=torch.int64, device=points.device)
     kept = points.abs().sum(1).topk(k).indices.sort().values
@@ -123,7 +133,7 @@ METHODS: dict[str, AssignmentMethod] = {"ward": ward, "kmeans": kmeans, "random"
 
 
 def _lloyd(distances: Tensor, masses: Tensor, centres: Tensor) -> tuple[Tensor, float]:
-    """Labels [n] where Lloyd's iteration from the given points stops, and the sum of squares within their clusters."""
+    """Run Lloyd's iteration from centres at these points: final labels [n], and their within-cluster sum of squares."""
     k = len(centres)
     labels = _fill_empty(*_nearest(distances[centres]), masses, k)
     for _ in range(_MAX_ITERATIONS):
@@ -137,29 +147,30 @@ def _lloyd(distances: Tensor, masses: Tensor, centres: Tensor) -> tuple[Tensor, 
 
 
 def _nearest(to_centres: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centre of every point, int64 [n], the lowest of equals, and the squared distance to it, [n]."""
+    """The nearest centre of every point, int64 [n] (the lowest index on ties), and its squared distance, [n]."""
     distance, label = to_centres.min(dim=0)
     return label, distance
 
 
 def _to_centroids(distances: Tensor, masses: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Squared distances [k, n] of all points to the centroids of clusters, none empty."""
+    """Squared distances [k, n] of all points to the centroids of the clusters, none of which is empty."""
     n = len(labels)
-    share = masses / masses.new_zeros(k).index_put_((labels,), masses, accumulate=True)[labels]  # [n], of its cluster
-    # index_put_ adds in a fixed order on every device; index_add_ does not on CUDA.
+    # A point's share in the mass of its cluster, [n]. index_put_ adds in a fixed order on every device, but index_add_
+    # does not on CUDA.
+    share = masses / masses.new_zeros(k).index_put_((labels,), masses, accumulate=True)[labels]
     mean = distances.new_zeros(k, n).index_put_((labels,), distances * share[:, None], accumulate=True)
     within = mean.new_zeros(k).index_put_((labels,), mean[labels, torch.arange(n, device=labels.device)] * share, True)
     return mean.sub_(within[:, None] / 2).clamp_(min=0)
 
 
 def _fill_empty(labels: Tensor, distance: Tensor, masses: Tensor, k: int) -> Tensor:
-    """Labels without empty clusters: each gets the point that costs most where it is, as long as one stays behind."""
+    """Labels without empty clusters: each empty one takes the costliest point that is not the last of its cluster."""
     members = torch.bincount(labels, minlength=k)
     empty = (members == 0).nonzero().squeeze(1)
     if len(empty) == 0:
         return labels
     cost = masses * distance
-    # The cheapest point of each cluster stays: sort by cost, then by cluster, and it comes first.
+    # The cheapest point of each cluster must stay. After sorting by cluster and then by cost it comes first.
     order = cost.argsort(stable=True)
     order = order[labels[order].argsort(stable=True)]
     starts = (members.cumsum(0) - members)[members > 0]

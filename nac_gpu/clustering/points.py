@@ -1,4 +1,4 @@
-"""What every clustering does with the points it is given: check them, and bring them to where arithmetic is safe."""
+"""Checks of points and weights, and the scaling that every clustering method applies to them first."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from torch import Tensor
 def standardise(
     points: Tensor, weights: Tensor | None, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check points and weights and bring them to where floating-point arithmetic is safe: see `standardise_batch`.
+    """Check, centre and scale the points and weights of one problem: see `standardise_batch`.
 
     Returns:
-        Points [n, d], new; masses [n], new; and the factor of the heights, [].
+        New points [n, d]; new masses [n]; and the factor that converts heights back to the original unit, [].
     """
     flat, masses, units = standardise_batch([points], [weights], dtype)
     return flat.view(points.shape), masses, units[0]
@@ -21,24 +21,24 @@ def standardise(
 def standardise_batch(
     points: Sequence[Tensor], weights: Sequence[Tensor | None], dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the points and weights of several problems, and bring each to where floating-point arithmetic is safe.
+    """Check the points and weights of several problems, then centre and scale them.
 
-    The points are centred, because a matrix product loses the digits of a common offset, and brought to entries near
-    1, because squares of 1e-200 or 1e200 are no numbers any more; so are the masses. Both units are powers of two,
-    which rounds nothing. The host waits for the device once.
+    Points are centred, because a common offset cancels digits in matrix products. Points and masses are scaled to
+    about 1, because squares of 1e-200 underflow and squares of 1e200 overflow. The scales are powers of two, so scaling
+    does not round. The host waits for the device once.
 
     Args:
-        points: as `ward_linkage`, at least one problem.
-        weights: as `ward_linkage`, one or None for every problem.
+        points: as for `ward_linkage`, at least one problem.
+        weights: as for `ward_linkage`, one or None for every problem.
         dtype: of the result.
 
     Returns:
-        The points of all problems, flat; their masses, flat; and for each problem the factor that brings a height
-        (the square root of a mass times a squared distance) back to the given points and weights, float64 [problems].
+        The points of all problems, flat; their masses, flat; and for each problem the factor that converts a height
+        (the square root of a mass times a squared distance) back to the original units, float64 [problems].
 
     Raises:
-        TypeError: as `ward_linkage`.
-        ValueError: as `ward_linkage`.
+        TypeError: as for `ward_linkage`.
+        ValueError: as for `ward_linkage`.
     """
     names = [f"points[{i}]" for i in range(len(points))] if len(points) > 1 else ["points"]
     for name, part, masses in zip(names, points, weights, strict=True):
@@ -52,7 +52,7 @@ def standardise_batch(
     if not torch.stack(sound).all():
         for name, part, masses in zip(names, points, weights, strict=True):
             _check_values(name, part, masses)
-    tiny = torch.finfo(dtype).tiny  # a mass of 0 would mean a dead slot
+    tiny = torch.finfo(dtype).tiny  # the kernels take a mass of 0 for a dead slot
     flat_points, flat_masses, units = [], [], []
     for part, size, given in zip(points, sizes, weights, strict=True):
         part = part.detach().to(torch.float64)
@@ -70,19 +70,19 @@ def standardise_batch(
 
 
 def _magnitude(points: Tensor) -> Tensor:
-    """The largest absolute value, float64 []; NaN if there is any. One pass, where asking twice would take two."""
+    """The largest absolute value, float64 []; NaN if there is any NaN. Takes a single pass over the points."""
     low, high = points.detach().aminmax()
     return torch.maximum(-low, high).to(torch.float64)
 
 
 def power_of_two_below(number: Tensor) -> Tensor:
-    """The largest power of two that is not above positive float64 numbers; the smallest normal one below that."""
+    """The largest power of two up to each of these positive float64 numbers, but at least the smallest normal one."""
     exponent = number.view(torch.int64) & 0x7FF0000000000000
     return exponent.view(torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _check_form(name: str, points: Tensor, weights: Tensor | None) -> None:
-    """What can be said without looking at the values."""
+    """Check type, dtype, shape and device: all that needs no transfer of values from the device."""
     if not isinstance(points, Tensor):
         raise TypeError(f"{name} is a {type(points).__name__}, expected a torch.Tensor; use torch.as_tensor(points)")
     if not points.is_floating_point():

@@ -1,1 +1,1 @@
-"""Several processes that compress one model together."""
+"""Compression of one model by several processes together."""

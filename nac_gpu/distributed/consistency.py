@@ -1,4 +1,4 @@
-"""Whether all ranks hold the same: arguments and model before, calibration data, the result."""
+"""Checks that all ranks have the same arguments and results; collects the calibration data of all ranks."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ from nac_gpu.distributed.ranks import Ranks
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.network.state import content
 
-_SHOWN = 100  # characters of an argument in an error
+_SHOWN = 100  # characters of an argument that an error message shows
 
 
 def digest(*values: object) -> str:
-    """A hash of tensors, bit for bit, and of everything else by its text."""
+    """A hash of the bits of all tensors, and of the `repr` of everything else."""
     found = hashlib.blake2b(digest_size=16)
     leaves, structure = pytree.tree_flatten(values)
     found.update(repr(structure).encode())
@@ -29,14 +29,14 @@ def digest(*values: object) -> str:
 
 
 def check_arguments(ranks: Ranks, given: Mapping[str, object]) -> None:
-    """Every rank must be given the same.
+    """Check that every rank was given the same arguments.
 
     Args:
         ranks: the processes.
         given: arguments by name.
 
     Raises:
-        ValueError: they differ, naming the first.
+        ValueError: an argument differs; names the first one.
     """
     if ranks.size == 1:
         return
@@ -51,7 +51,7 @@ def check_arguments(ranks: Ranks, given: Mapping[str, object]) -> None:
 
 
 def without_values(inputs: ExampleInputs) -> str:
-    """Example inputs in words: shapes and types of tensors, and everything else as it is."""
+    """Example inputs as text: dtype and shape of tensors, and everything else by its `repr`."""
 
     def shape(leaf: object) -> object:
         return f"{leaf.dtype}{list(leaf.shape)}" if isinstance(leaf, Tensor) else leaf
@@ -60,17 +60,22 @@ def without_values(inputs: ExampleInputs) -> str:
 
 
 def union(batches: Sequence[Any], ranks: Ranks) -> list[Any]:
-    """The calibration batches of all ranks: rank 0's, then rank 1's and so on; those that all ranks have count once."""
+    """The calibration batches of all ranks, in order of ranks; a single copy if all ranks have the same batches."""
     if ranks.size == 1 or len(set(ranks.gathered(digest(list(batches))))) == 1:
         return list(batches)
     return [batch for source in range(ranks.size) for batch in ranks.sent(batches, source)]
 
 
 def check_same(what: str, value: object, ranks: Ranks) -> None:
-    """Results must agree, whatever the hardware.
+    """Check that a result is the same on all ranks, even if their hardware differs.
+
+    Args:
+        what: what the result is, for the error message.
+        value: the result of this rank.
+        ranks: the processes.
 
     Raises:
-        RuntimeError: they do not.
+        RuntimeError: the results differ.
     """
     if ranks.size > 1:
         found = ranks.gathered(digest(value))

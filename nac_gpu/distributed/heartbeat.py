@@ -1,8 +1,8 @@
-"""Whether all ranks of a process group still live, and where each of them is.
+"""A heartbeat between the ranks of a process group: whether all are alive, and how far each has come.
 
-A collective cannot tell a rank that is slow from one that is dead: its timeout has to be longer than the longest piece
-of work. So a thread of each rank exchanges a few bytes with the others all the time, whatever the rank itself is doing.
-That takes no time of its own, so its timeout may be short, and ranks may work for as long as they need.
+A collective cannot distinguish a slow rank from a dead one, so its timeout must exceed the longest piece of work.
+Here a background thread of each rank exchanges a few bytes with the others all the time, whatever the rank itself
+computes. The exchange is quick, so its timeout can be short, and ranks may still work for as long as they need.
 """
 
 import json
@@ -18,37 +18,37 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-TIMEOUT = timedelta(seconds=20)  # until a rank that is not heard of is taken for dead
-_INTERVAL = 0.25  # seconds between exchanges while nobody waits
-_BYTES = 2048  # a message
-_LONGEST = 300  # characters of an error; JSON may need six bytes for one
+TIMEOUT = timedelta(seconds=20)  # a rank that is silent for this long counts as dead
+_INTERVAL = 0.25  # seconds between exchanges while no rank waits
+_BYTES = 2048  # size of a message
+_LONGEST = 300  # characters of an error message that are sent; JSON may need six bytes for each
 
 
 class RankError(RuntimeError):
-    """Another rank of the process group failed, or was lost."""
+    """Another rank of the process group failed or was lost."""
 
 
 class Pulse:
-    """The thread of one rank. It ends when all ranks have left, when one of them failed, or when one is lost.
+    """The heartbeat thread of one rank. It ends once all ranks have left, or one of them failed or was lost.
 
     Args:
-        group: a gloo group whose timeout is short, and which nothing else uses meanwhile.
+        group: a gloo group with a short timeout, which nothing else uses at the same time.
     """
 
     def __init__(self, group: "ProcessGroup") -> None:
         self._group, self._size = group, dist.get_world_size(group)
         self._changed = threading.Condition()
-        self._arrived, self._slowest = 0, 0  # how often this rank has arrived, and the rank that did least often
+        self._arrived, self._slowest = 0, 0  # how often this rank has called `arrive`, and the minimum over all ranks
         self._leaving, self._error = False, ""
         self._over, self._why = False, ""
         self._thread = threading.Thread(target=self._run, name="nac_gpu pulse", daemon=True)
         self._thread.start()
 
     def arrive(self) -> None:
-        """Wait until every rank has arrived as often as this one.
+        """Wait until every rank has called `arrive` as often as this one.
 
         Raises:
-            RankError: one of them failed, or was lost.
+            RankError: another rank failed or was lost.
         """
         with self._changed:
             self._arrived += 1
@@ -58,10 +58,13 @@ class Pulse:
                 raise RankError(self._why)
 
     def leave(self, error: str = "") -> None:
-        """Wait until every rank leaves, or tell them all why this one fails.
+        """Wait until every rank leaves, or tell the others why this rank failed.
+
+        Args:
+            error: why this rank failed; empty if it finished its work.
 
         Raises:
-            RankError: this rank did not fail, another one did, or was lost.
+            RankError: another rank failed or was lost, and this one did not fail itself.
         """
         with self._changed:
             self._leaving, self._error = True, error
@@ -71,7 +74,7 @@ class Pulse:
             raise RankError(self._why)
 
     def why(self) -> str:
-        """Why an exchange with the others failed, as soon as it is known; empty if the pulse knows nothing of it."""
+        """Why an exchange with the other ranks failed; waits for the heartbeat to find out, empty if it does not."""
         self._thread.join(TIMEOUT.total_seconds())
         return self._why
 
@@ -79,7 +82,7 @@ class Pulse:
         try:
             while not self._over:
                 self._exchange()
-        except Exception as error:  # gloo says in many ways that it does not hear of a rank
+        except Exception as error:  # gloo raises various exception types for a rank that does not answer
             with self._changed:
                 self._why = f"a rank of the process group was lost: it died or cannot be reached ({error})"
                 self._over = True
@@ -95,7 +98,7 @@ class Pulse:
         arrived = [state[0] for state in states]
         errors = [f"rank {rank} failed: {state[2]}" for rank, state in enumerate(states) if state[2]]
         if not errors and any(leaving and here < max(arrived) for here, leaving, _ in states):
-            errors = ["the ranks did not do the same, and one was done before the others; are their versions the same?"]
+            errors = ["one rank finished before the others did the same steps; use the same version on every rank"]
         with self._changed:
             self._slowest = min(arrived)
             self._why = "; ".join(errors)

@@ -1,10 +1,10 @@
-"""Several processes compress one model together: work is divided among them, and all get the same results.
+"""Divides work among several processes that compress one model together, and gives all of them the same results.
 
-Nothing happens here without a process group in the call: a library that talks to other processes because there happen
-to be some would hang in a script that compresses on rank 0 alone.
+Processes communicate only if the caller passes a process group. Using the default group whenever one exists would hang
+a script that compresses on rank 0 alone.
 
-Results go over a gloo group of their own, through the memory of the hosts: they are few and small, that works beside
-any backend, and gloo gives an error where NCCL would end the process.
+Results are sent through a separate gloo group, by way of CPU memory: they are few and small, gloo works beside any
+other backend, and it raises an error where NCCL would end the process.
 """
 
 import contextlib
@@ -26,49 +26,49 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-_PART = 1 << 26  # bytes sent at once, each of which may take as long as a rank may be silent
+_PART = 1 << 26  # bytes per broadcast: large results are split, so that each broadcast takes less than TIMEOUT
 
 
 class Ranks:
-    """One process alone: it does everything itself.
+    """The processes that work together; this base class is a single process, which does all work itself.
 
     Attributes:
         rank: number of this process.
-        size: how many there are.
+        size: number of processes.
     """
 
     rank, size = 0, 1
 
     def share(self, items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
-        """What the work makes of each item, in order; each item is worked on by one rank, and all get its result.
+        """The result of `work` for each item, in order. One rank computes each result, and all ranks receive it.
 
         Args:
             items: the same on every rank.
-            work: its result depends on nothing but the item, and can be saved by `torch.save`.
+            work: its result must depend only on the item, and `torch.save` must be able to save it.
 
         Raises:
-            RankError: another rank failed, or was lost.
+            RankError: another rank failed or was lost.
         """
         for item in items:
             yield work(item)
 
     def own(self, items: Sequence[T]) -> Sequence[T]:
-        """Those of the items that `share` lets this rank work on."""
+        """The items that this rank works on in `share`."""
         return items[self.rank :: self.size]
 
     def sent(self, value: T, source: int = 0) -> T:
-        """The value of one rank, on every rank.
+        """Broadcast: the value of rank `source`, on every rank.
 
         Raises:
-            RankError: as `share`.
+            RankError: as for `share`.
         """
         return value
 
     def gathered(self, value: T) -> list[T]:
-        """The values of all ranks, on every rank.
+        """All-gather: the values of all ranks, on every rank.
 
         Raises:
-            RankError: as `share`.
+            RankError: as for `share`.
         """
         return [self.sent(value, source) for source in range(self.size)]
 
@@ -77,11 +77,11 @@ ALONE = Ranks()
 
 
 class Peers(Ranks):
-    """One of several processes; made by `joined`.
+    """One of several processes; created by `joined`.
 
     Args:
         process_group: the processes.
-        device: where this one works.
+        device: of this process's model; received tensors that were not on a CPU are moved there.
     """
 
     def __init__(self, process_group: "ProcessGroup", device: torch.device) -> None:
@@ -89,7 +89,7 @@ class Peers(Ranks):
         if self.rank < 0:
             raise ValueError("this process is not in process_group, expected a call on its members only")
         self._device = device
-        dist.barrier(process_group)  # they may come late, for as long as the user's own timeout lets them
+        dist.barrier(process_group)  # ranks may arrive late: this waits with the timeout of the user's own group
         pulse, self._group = _side_groups(process_group)
         self.pulse = Pulse(pulse)
 
@@ -99,7 +99,7 @@ class Peers(Ranks):
         own = {number: work(items[number]) for number in self.own(range(len(items)))}
         for number in range(len(items)):
             source = number % self.size
-            # only what is sent is looked at, so the others may give anything
+            # only the value of the source is used, so the other ranks pass None
             yield self.sent(own.pop(number) if source == self.rank else None, source)  # pyright: ignore[reportReturnType]
 
     def sent(self, value: T, source: int = 0) -> T:
@@ -134,10 +134,10 @@ _groups: "weakref.WeakKeyDictionary[ProcessGroup, tuple[ProcessGroup, ProcessGro
 
 
 def _side_groups(process_group: "ProcessGroup") -> "tuple[ProcessGroup, ProcessGroup]":
-    """Two gloo groups of the same processes: for the pulse, and for results.
+    """Two gloo groups of the same processes: one for the heartbeat, one for results.
 
-    They are kept as long as the process group, because PyTorch gives a group the name of a destroyed one of the same
-    processes, and with the name what is left of it in the store.
+    They are cached for as long as the process group exists. A new group of the same processes would get the name of a
+    destroyed one, and with it stale entries of the store.
     """
     if process_group not in _groups:
         members = dist.get_process_group_ranks(process_group)
@@ -151,18 +151,18 @@ def _side_groups(process_group: "ProcessGroup") -> "tuple[ProcessGroup, ProcessG
 
 @contextlib.contextmanager
 def joined(process_group: "ProcessGroup | None", model: nn.Module) -> Iterator[Ranks]:
-    """Work together with the other processes of a group; alone without one.
+    """A context in which this process works together with the others of a group; alone if there is none.
 
-    What a rank raises here is raised there, and is a `RankError` on the others: at once where they wait, else as soon
-    as they have done their own part. A rank that died or cannot be reached is noticed within twice `TIMEOUT`.
+    An exception on one rank becomes a `RankError` on the others: at once if they wait, else when they finish their own
+    work. A rank that died or cannot be reached is noticed within twice `TIMEOUT`.
 
     Args:
-        process_group: the processes, all of which come here.
-        model: says by its parameters where this one works.
+        process_group: the processes, all of which must enter this context; None for this process alone.
+        model: its parameters are on the device of this process.
 
     Raises:
         ValueError: this process is not in the group.
-        RankError: another rank failed, or was lost.
+        RankError: another rank failed or was lost.
     """
     if process_group is None:
         yield ALONE

@@ -1,4 +1,4 @@
-"""One model on all ranks: the same before compression, and the same bits after it."""
+"""Checks that all ranks have the same model before compression, and the same bits after it."""
 
 from torch import nn
 
@@ -10,18 +10,21 @@ from nac_gpu.network.state import tensors
 
 
 def same_model(model: nn.Module, given: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model that all ranks hold, and what was changed for that.
+    """Check that all ranks have the same model.
 
-    Under DistributedDataParallel the buffers (statistics of BatchNorm) of the ranks may differ. Rank 0's are taken, as
-    it does itself before each forward pass.
+    Under DistributedDataParallel the buffers (statistics of BatchNorm) may differ between ranks. Then those of rank 0
+    are used, as DistributedDataParallel does itself before each forward pass.
 
     Args:
-        model: the network itself; left as it is.
-        given: the same with its wrappers.
+        model: the network without wrappers; not changed.
+        given: the same network with its wrappers.
         ranks: the processes.
 
+    Returns:
+        The model, or a copy with the buffers of rank 0; and a line that says so.
+
     Raises:
-        ValueError: they hold different models, naming the first difference.
+        ValueError: the models differ; names the first difference.
     """
     if ranks.size == 1:
         return model, ()
@@ -51,10 +54,13 @@ def same_model(model: nn.Module, given: nn.Module, ranks: Ranks) -> tuple[nn.Mod
 
 
 def same_result(small: nn.Module, ranks: Ranks) -> nn.Module:
-    """The compressed model, after its bits were compared; rank 0's where they differ because hardware does.
+    """Check that all ranks have the same compressed model. Different hardware may round differently.
+
+    Returns:
+        The compressed model; with the values of rank 0 if ranks with different hardware got different values.
 
     Raises:
-        RuntimeError: they differ in shape, or on ranks with the same hardware.
+        RuntimeError: the models differ in shape, or they differ on ranks with the same hardware.
     """
     if ranks.size == 1:
         return small

@@ -1,4 +1,4 @@
-"""The network with whole parameters in place of those that are divided among ranks (DTensor, FSDP2)."""
+"""Gathers parameters that are sharded across ranks (DTensor, FSDP2) into full ones."""
 
 import contextlib
 import copy
@@ -10,28 +10,31 @@ from torch import Tensor, nn
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.network.state import tensors
 
-_OF_FSDP = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api")  # attributes that start so
+_OF_FSDP = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api")  # prefixes of FSDP's attributes
 
 
 def unsharded(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...]]:
-    """A copy with whole parameters, and what was changed; the model itself where no parameter is divided.
+    """Gather sharded parameters into full ones.
 
     Args:
-        model: left as it is.
-        ranks: the processes; all those of the parameters' device mesh come here.
+        model: not changed.
+        ranks: the processes; all processes of the parameters' device mesh must call this.
+
+    Returns:
+        A copy with full parameters, or the model itself if none is sharded; and a line that says what was changed.
 
     Raises:
-        ValueError: there are divided parameters, and no process group to put them together with.
+        ValueError: parameters are sharded, but no process group was given to gather them with.
     """
     divided = {name: tensor for name, tensor in tensors(model).items() if hasattr(tensor, "full_tensor")}
     if not divided:
         return model, ()
     if ranks is ALONE:
         raise ValueError(
-            f"{next(iter(divided))} is divided among ranks, and all of them must help to put it together: call this on "
-            "every rank with process_group=torch.distributed.group.WORLD"
+            f"{next(iter(divided))} is divided among ranks, and all of them must help to gather it: call this "
+            "on every rank with process_group=torch.distributed.group.WORLD"
         )
-    ranks.gathered(None)  # nobody is missing; what follows waits for as long as the mesh's own timeout
+    ranks.gathered(None)  # fails early if a rank is missing; the gathering below would wait for the mesh's own timeout
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if hasattr(tensor, "full_tensor"):
@@ -45,11 +48,11 @@ def unsharded(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...
 
 @contextlib.contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """Without what `torch.distributed` put on the modules: classes that cannot be copied, hooks, its own state."""
+    """Temporarily remove what `torch.distributed` added to the modules: classes that cannot be copied, hooks, state."""
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     try:
         for module, kind, own in before:
-            if _distributed(kind.__bases__[0]):  # FSDP puts itself before the module's own class
+            if _distributed(kind.__bases__[0]):  # FSDP inserts its class before the module's own class
                 module.__class__ = kind.__bases__[1]
             for name, value in own.items():
                 if name.startswith(_OF_FSDP):

@@ -1,1 +1,1 @@
-"""Fewer experts in mixtures of experts, on request."""
+"""Merging the experts of mixtures of experts, on request."""

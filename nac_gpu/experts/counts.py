@@ -1,4 +1,4 @@
-"""What modules and configurations say about numbers of experts, made to agree with the experts that there are."""
+"""Numbers of experts in the attributes of modules and configurations, updated after merging."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,18 +8,18 @@ from torch import nn
 from nac_gpu.experts.mixtures import Lookalike, Mixture
 
 _COUNT = re.compile(r"(?<!shared_)experts$")
-#: The modules around experts, how many experts there were, and how many there are.
+#: Names of the modules around a mixture, and its number of experts before and after.
 Entry = tuple[list[str], int, int]
 
 
 def entries(found: Sequence[Mixture], others: Sequence[Lookalike], kept: Sequence[int]) -> list[Entry]:
-    """What is known of numbers of experts; a lookalike may be a mixture that the inputs do not reach, and keeps its."""
+    """Numbers of experts of all mixtures. Lookalikes keep theirs: the inputs may just not reach such a mixture."""
     entries = [(mixture.around(), mixture.count, count) for mixture, count in zip(found, kept, strict=True)]
     return entries + [(other.around(), other.count, other.count) for other in others]
 
 
 def _agreed(entries: Sequence[Entry], place: Mapping[str, int]) -> dict[tuple[int, int], int]:
-    """By a place that holds experts, and their number before, the number after, where it is one for all inside."""
+    """The new number of experts by place and old number, if all mixtures inside the place agree on it."""
     counts: dict[tuple[int, int], set[int]] = {}
     for names, before, after in entries:
         for name in names:
@@ -28,7 +28,7 @@ def _agreed(entries: Sequence[Entry], place: Mapping[str, int]) -> dict[tuple[in
 
 
 def attributes(model: nn.Module, entries: Sequence[Entry]) -> dict[tuple[str, str], object]:
-    """New values of attributes that say how many experts there are, by (module, attribute)."""
+    """New values of attributes that contain a number of experts, by (module, attribute)."""
     modules = dict(model.named_modules())
     names = list(modules)
     return {
@@ -40,7 +40,7 @@ def attributes(model: nn.Module, entries: Sequence[Entry]) -> dict[tuple[str, st
 
 
 def set_configs(small: nn.Module, model: nn.Module, entries: Sequence[Entry]) -> None:
-    """The same of the configurations of models of transformers; in place."""
+    """Update the number of experts in configurations of models of transformers, in place."""
     place = {name: id(getattr(module, "config", None)) for name, module in model.named_modules()}
     configs = {place[name]: getattr(module, "config", None) for name, module in small.named_modules()}
     for (number, before), after in _agreed(entries, place).items():

@@ -1,15 +1,16 @@
-"""Fewer experts: similar ones of a mixture become one. An approximation, and done on request only.
+"""Merging similar experts of a mixture into one. This is an approximation, done only on request.
 
-Which are similar is found by Ward's method, from what they compute if their activations were linear: the products of
-what their neurons send out and take in, which do not depend on the neurons' order. The experts of a cluster become
-one with all their neurons, which answers as their mean does; then those neurons are merged to as many as one expert
-had, so experts that differ in the order of their neurons only stay what they are. (Merging of experts without data by
-what they answer: Chen et al., "Retraining-Free Merging of Sparse MoE via Hierarchical Clustering", ICML 2025; by the
-mean of weights, with neurons in a common order: Li et al., "Merge, Then Compress", ICLR 2024.)
+Experts are clustered by Ward's method. They are compared by the products of outgoing and incoming weights, which is the
+function that they would compute with linear activations and does not depend on the order of their neurons. The neurons
+of all experts in a cluster are put into one expert that computes the mean of their outputs. Its neurons are then merged
+to the number that one expert had, so experts that differ only in the order of their neurons merge without error.
+(Related work: Chen et al., "Retraining-Free Merging of Sparse MoE via Hierarchical Clustering", ICML 2025, compares
+experts by their outputs; Li et al., "Merge, Then Compress", ICLR 2024, averages weights after aligning neurons.)
 
-The router's rows become their mean, and what merged experts answer as is tried: their mean, their sum, or less than
-their mean (see `_nearest`). A router that chose two of a cluster chooses one of them and another expert now: that is
-why the function changes even where experts are equal. Refinement makes up for what it can.
+The router's rows of a cluster are averaged. Depending on how the router normalises its scores, the merged expert has to
+return the mean of its members, their sum or less; all are tried (see `_nearest`). If a router picks several experts
+and two of them are merged, another expert takes the free place. So the function changes even if experts are equal;
+refinement reduces this error.
 """
 
 import math
@@ -45,7 +46,7 @@ from nac_gpu.tracing.graph import Group, Member
 from nac_gpu.tracing.trace import record
 
 Experts = int | float | Mapping[str, int | float]
-_DIRECTIONS = 64  # random ones, in which the products of an expert are compared
+_DIRECTIONS = 64  # random directions in which the products of an expert are compared
 
 
 def merge_experts(
@@ -57,31 +58,35 @@ def merge_experts(
     refine: int = PASSES,
     seed: int = 0,
 ) -> nn.Module:
-    """A copy of a model with fewer experts in its mixtures: similar ones become one.
-
-    Neurons inside experts are `nac_gpu.compress`'s to merge, afterwards. The original is not changed.
+    """A copy of a model in which similar experts are merged; `nac_gpu.compress` can merge their neurons afterwards.
 
     Args:
-        model: any module with experts of equal form, in a list or as rows of common tensors, among which a router
-            chooses.
-        example_inputs: what the model is called with: a tensor, a sequence of arguments, or a mapping of keyword
-            arguments. Experts of a list that they do not reach are merged, too.
-        experts: how many to keep: a number (int) or a share (float) of every mixture, or a mapping from the names of
-            modules that hold experts (or patterns such as `"*.experts"`) to either; the others keep theirs. A router
-            that picks several needs at least as many.
-        calibration: on what the smaller network is refined, as for `nac_gpu.compress`.
-        refine: how often it sees each of these inputs (see `nac_gpu.merging.refinement`).
+        model: any module with a router and experts of equal shapes, in a list or stacked in common tensors.
+        example_inputs: as for `nac_gpu.compress`. Experts of a list that they do not reach are merged, too.
+        experts: how many to keep in every mixture: a number (int) or a share (float); or a mapping from names of
+            modules that contain experts (or patterns such as `"*.experts"`) to either, where the others keep theirs.
+            Keep at least as many as the router picks.
+        calibration: inputs for refinement, as for `nac_gpu.compress`.
+        refine: passes over these inputs (see `nac_gpu.merging.refinement`).
         seed: of synthetic inputs and of refinement; the global random state is not touched.
 
     Returns:
-        A new module of the same classes: the original's device, dtype, mode, `requires_grad` and hooks. Attributes and
-        configurations that count experts agree with it, where one number can say it for all layers.
+        A new module, as of `nac_gpu.compress`. Numbers of experts in attributes and configurations are updated.
 
     Raises:
-        ValueError: no mixture was found (with what looked like one, and why it is none), an unknown name, more experts
-            than there are, fewer than the router picks, weights that are not finite, a model of `nac_gpu.open_model`.
-        TypeError: integer or complex weights, calibration data of another kind than the example inputs.
+        ValueError: no mixture was found (lists lookalikes with reasons), an unknown name, more experts than there are,
+            fewer than the router picks, weights that are not finite, a model of `nac_gpu.open_model`.
+        TypeError: integer or complex weights, calibration data of another type than the example inputs.
         RuntimeError: the forward pass fails on the example inputs or the calibration data.
+
+    >>> class Mixture(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.router, self.experts = nn.Linear(8, 4), nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+    ...     def forward(self, x):
+    ...         return sum(s * e(x) for s, e in zip(self.router(x).softmax(-1).T[..., None], self.experts))
+    >>> len(nac_gpu.merge_experts(Mixture(), torch.randn(16, 8), 2, calibration="none").experts)
+    2
     """
     if refine < 0:
         raise ValueError(f"refine={refine}, expected a number of passes over the calibration inputs, 0 for none")
@@ -94,7 +99,7 @@ def merge_experts(
     evidence = gather(model, example_inputs, (), calibration, seed) if refine and calibration != "none" else None
     batches = list(evidence.batches) if evidence is not None else []
     generator = torch.Generator().manual_seed(seed)
-    # zeros would not show what scores add up to
+    # inputs of zeros would not show how the router normalises its scores
     tried_on = batches[0] if batches else pytree.tree_map(lambda value: lively(value, generator), example_inputs)
     small = fewer.network(model, tried_on)
     source = () if evidence is None else (evidence.source,)
@@ -107,11 +112,11 @@ def merge_experts(
 
 
 def _kept(found: Sequence[Mixture], others: Sequence[Lookalike], experts: Experts) -> list[int]:
-    """How many experts each mixture keeps."""
+    """The number of experts that each mixture keeps."""
     if not found:
         looked = "; ".join(f"{other.name or 'the model'}: {other.why}" for other in others)
         raise ValueError(
-            "no mixture of experts was found, expected modules of equal form, in a ModuleList or ModuleDict, or "
+            "no mixture of experts was found, expected modules of equal shapes in a ModuleList or ModuleDict, or "
             "several tensors with a row for each expert, and near them a router's matrix with as many entries"
             f"{': ' + looked if looked else ''}"
         )
@@ -131,13 +136,13 @@ def _kept(found: Sequence[Mixture], others: Sequence[Lookalike], experts: Expert
 
 @dataclass(frozen=True)
 class _Changed:
-    """A mixture and what becomes of it.
+    """A mixture and its merged experts.
 
     Attributes:
         mixture: the mixture.
-        hidden: where the hidden neurons of an expert are, by its parts; nothing if they are not one group.
-        clusters: which experts become one.
-        experts: what they become.
+        hidden: positions of an expert's hidden neurons in its parts; empty if they are not one group.
+        clusters: the numbers of the experts that are merged.
+        experts: the merged experts, by part.
     """
 
     mixture: Mixture
@@ -152,7 +157,7 @@ class _Changed:
         return _Changed(mixture, hidden, clusters, [_one([own[n] for n in numbers], hidden) for numbers in clusters])
 
     def told(self, model: str) -> str:
-        """What happened, for people."""
+        """One line for the printed plan."""
         how = "" if self.hidden else ", by the means of their weights: their hidden neurons are not one group"
         return f"{self.mixture.name or model}: {self.mixture.count} experts became {len(self.clusters)}{how}"
 
@@ -161,8 +166,8 @@ class _Changed:
 
         Args:
             state: the original's.
-            power: an expert answers as the mean of the m that it stands for, times m to this power.
-            logarithm: the router's bias gets log(m) more.
+            power: a merged expert returns the mean of its m members, times m to this power.
+            logarithm: add log(m) to the router's bias.
         """
         sizes = [len(cluster) for cluster in self.clusters]
         experts = [self._times(expert, size**power) for expert, size in zip(self.experts, sizes, strict=True)]
@@ -176,7 +181,7 @@ class _Changed:
         return {name: tensor.to(state[name].dtype) for name, tensor in new.items()}
 
     def has_bias(self) -> bool:
-        """Whether the router adds a number of its own to each expert's score."""
+        """Whether the router has a bias."""
         return any(self._is_bias(name) for name, _ in self.mixture.router)
 
     def _is_bias(self, name: str) -> bool:
@@ -184,7 +189,7 @@ class _Changed:
         return name.endswith("bias") and any(other == matrix for other, _ in self.mixture.router)
 
     def _times(self, expert: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-        """The expert that answers so many times as much: what its neurons send out, and the bias that is added."""
+        """The expert with its output scaled by a factor: outgoing weights and output bias."""
         sent = [member.tensor for member in self.hidden if member.role == "sum"]
         stems = tuple(part.removesuffix("weight") for part in sent)
         inside = {member.tensor for member in self.hidden}
@@ -199,10 +204,11 @@ def _nearest(
     attributes: Mapping[tuple[str, str], object],
     inputs: ExampleInputs,
 ) -> nn.Module:
-    """The network with fewer experts whose outputs are the nearest to the model's.
+    """The network with merged experts whose outputs are closest to the model's.
 
-    Where a router's scores add up to one over those that it picks, merged experts answer as their mean; where they do
-    so over all, as less, because each score is larger now; where they do not add up, as their sum.
+    How a merged expert has to be scaled depends on the router. If the scores of the picked experts sum to one: the
+    mean of its members. If the scores of all experts do: less, because each score is larger now. If scores are not
+    normalised: the sum of its members.
     """
     ways = [(0, False), *([(0, True)] if any(c.has_bias() for c in changed) else []), (1, False), (-1, False)]
     expected = outputs(model, inputs)
@@ -215,7 +221,7 @@ def _nearest(
             distance = mean_change([change(outputs(small, inputs), expected)])
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever the user's code raises
+        except Exception as error:  # the user's code may raise anything
             counts = ", ".join(f"{c.mixture.name}: {len(c.clusters)} of {c.mixture.count}" for c in changed)
             raise ValueError(
                 f"with fewer experts ({counts}) the network does not run: {type(error).__name__}: {error}; a router "
@@ -229,9 +235,9 @@ def _nearest(
 
 
 def _hidden(mixture: Mixture, groups: Sequence[Group]) -> tuple[Member, ...]:
-    """Where the hidden neurons of an expert are, by its parts; nothing if they are not one group."""
+    """Positions of an expert's hidden neurons in its parts; empty if they are not one group."""
     names = {mixture.tensor(part): part for part in mixture.parts}
-    if mixture.keys:  # the first that the example inputs reached stands for all
+    if mixture.keys:  # the first expert that the example inputs reach represents all
         for number in range(mixture.count):
             names = {mixture.tensor(part, number): part for part in mixture.parts}
             if any(member.tensor in names for group in groups for member in group.members):
@@ -239,7 +245,7 @@ def _hidden(mixture: Mixture, groups: Sequence[Group]) -> tuple[Member, ...]:
     inside = [g for g in groups if all(m.tensor in names and (mixture.keys or m.dim) for m in g.members)]
     if len(inside) != 1:
         return ()
-    less = 0 if mixture.keys else 1  # a row has one dimension less
+    less = 0 if mixture.keys else 1  # a row of a stacked tensor has one dimension less
     return tuple(replace(m, tensor=names[m.tensor], dim=m.dim - less) for m in inside[0].members)
 
 
@@ -248,14 +254,14 @@ def _working(expert: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _neurons(expert: Mapping[str, Tensor], hidden: Sequence[Member], role: str) -> list[Tensor]:
-    """What an expert's neurons take in ("mean") or send out ("sum"), a tensor [n, values] of each part."""
+    """The incoming ("mean") or outgoing ("sum") weights of an expert's neurons, a tensor [n, values] for each part."""
     return [rows(expert[member.tensor], member.dim, member.index) for member in hidden if member.role == role]
 
 
 def _sketch(expert: Mapping[str, Tensor], hidden: Sequence[Member]) -> Tensor:
-    """An expert as a point: the products of what its neurons send out and take in, in some random directions.
+    """An expert as a point: a random projection of the product of its outgoing and incoming weights.
 
-    Distances in random directions are those of the whole products, nearly (Johnson and Lindenstrauss 1984).
+    Random projections nearly preserve distances (Johnson and Lindenstrauss 1984).
     """
     inside = {member.tensor for member in hidden}
     others = [t.flatten() for part, t in expert.items() if part not in inside and t.is_floating_point()]
@@ -269,16 +275,16 @@ def _sketch(expert: Mapping[str, Tensor], hidden: Sequence[Member]) -> Tensor:
 
 
 def _clusters(points: Tensor, count: int) -> list[list[int]]:
-    """Which experts become one, in the order of the first of each."""
+    """The numbers of the experts in each cluster, ordered by the first of each."""
     labels = ward_linkage(points).cut(count).tolist()
     return [[i for i, label in enumerate(labels) if label == one] for one in dict.fromkeys(labels)]
 
 
 def _one(experts: Sequence[Mapping[str, Tensor]], hidden: Sequence[Member]) -> dict[str, Tensor]:
-    """The expert that several become: it answers as their mean, with as many neurons as one of them.
+    """The merged expert: it approximates the mean of several experts with as many neurons as one of them.
 
-    What belongs to no neuron, and everything where an expert's neurons are not one group, is their mean; whole numbers
-    (how many batches a normalisation has seen) are the first's.
+    Tensors without neurons are averaged, and so is everything if an expert's neurons are not one group. Integer tensors
+    (such as BatchNorm's counter of batches) are those of the first expert.
     """
     if len(experts) == 1:
         return dict(experts[0])
@@ -306,17 +312,17 @@ def _one(experts: Sequence[Mapping[str, Tensor]], hidden: Sequence[Member]) -> d
 
 
 def _together(of_experts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The neurons of several experts as those of one."""
+    """The neurons of several experts, concatenated."""
     return [torch.cat(parts) for parts in zip(*of_experts, strict=True)]
 
 
 @dataclass(frozen=True)
 class _Fewer:
-    """All mixtures of a model and what becomes of them.
+    """All mixtures of a model, with their merged experts.
 
     Attributes:
         changed: mixtures that get fewer experts.
-        others: what only looks like a mixture.
+        others: modules that only look like a mixture.
         entries: numbers of experts before and after, by the modules around them.
     """
 
@@ -326,7 +332,7 @@ class _Fewer:
 
     @staticmethod
     def found(model: nn.Module, example_inputs: ExampleInputs, experts: Experts) -> "_Fewer":
-        """What is asked of the mixtures of a model."""
+        """Find the mixtures of a model and merge their experts as requested."""
         groups, state = record(model, example_inputs).groups, tensors(model)
         mixtures, others = find_mixtures(model, example_inputs)
         kept = _kept(mixtures, others, experts)
@@ -338,23 +344,23 @@ class _Fewer:
         return _Fewer(changed, others, entries(mixtures, others, kept))
 
     def network(self, model: nn.Module, inputs: ExampleInputs) -> nn.Module:
-        """The model with fewer experts, which answer on these inputs as nearly as they can."""
+        """The model with merged experts, scaled to be as close as possible on these inputs."""
         small = _nearest(model, tensors(model), self.changed, attributes(model, self.entries), inputs)
         set_configs(small, model, self.entries)
         return small
 
     def told(self, model: str) -> list[str]:
-        """What happened, for people."""
+        """Lines for the printed plan."""
         alone = [f"{other.name} is left alone: {other.why}" for other in self.others]
         return [*(changed.told(model) for changed in self.changed), *alone]
 
     def touched(self) -> set[str]:
-        """All tensors that may have changed."""
+        """Names of all tensors that may have changed."""
         return {name for changed in self.changed for name in changed.mixture.names()}
 
 
 def _plan(model: nn.Module, changes: tuple[str, ...], before: Cost, after: Cost) -> Plan:
-    """What was done, as a plan: that of an earlier compression goes on."""
+    """The plan that records the merging of experts; it extends the plan of an earlier compression."""
     origin = origin_of(model)
     if origin is None:
         return Plan((), (), before, after, changes)

@@ -1,9 +1,8 @@
-"""Where a model's experts are: parts of equal form among which a router chooses for every input.
+"""Finding mixtures of experts: parts of equal shapes among which a router chooses for every input.
 
-They are found by form, not by name: modules with the same tensors in a list or a dictionary, or a module whose own
-tensors have one row for each expert; and near them a matrix, the router's, with an entry for each. Whether that is what
-it looks like is tried: in another order, experts and router together must give the same outputs, and experts alone
-others.
+They are found by shape, not by name: modules with the same tensors in a list or a dictionary, or a module whose own
+tensors have one row for each expert; and near them a matrix of a router with one entry for each expert. Each candidate
+is tested: permuting experts and router together must not change the outputs, and permuting only the experts must.
 """
 
 import math
@@ -12,25 +11,24 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from nac_gpu.network.comparing import outputs, relative_error
 from nac_gpu.network.copying import rebuild
-from nac_gpu.network.probes import converted, lively
+from nac_gpu.network.probes import SAME, lively, probed
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.network.state import tensors
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts of which a router chooses some for every input.
+    """A mixture of experts.
 
     Attributes:
-        name: of the module that holds the experts.
-        count: how many experts there are.
-        keys: under which the module holds them, if they are modules; else each is a row of its own tensors.
-        parts: names of an expert's tensors, within the expert if that is a module, else within the module.
-        router: names of the tensors that have an entry for each expert, and the dimension.
+        name: of the module that contains the experts.
+        count: number of experts.
+        keys: names of the experts in that module; empty if experts are rows of the module's own tensors.
+        parts: names of an expert's tensors, relative to the expert or, if experts are rows, to the module.
+        router: names of the router's tensors, and the dimension that has an entry for each expert.
     """
 
     name: str
@@ -40,7 +38,7 @@ class Mixture:
     router: tuple[tuple[str, int], ...]
 
     def tensor(self, part: str, number: int = 0) -> str:
-        """The name of the tensor that holds a part of an expert."""
+        """The full name of the tensor that contains a part of an expert."""
         return within(self.name, f"{self.keys[number]}.{part}" if self.keys else part)
 
     def expert(self, state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
@@ -49,31 +47,31 @@ class Mixture:
         return found if self.keys else {part: tensor[number] for part, tensor in found.items()}
 
     def written(self, experts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors by name that hold these experts."""
+        """The tensors, by full name, that contain these experts."""
         if self.keys:
             return {self.tensor(part, i): expert[part] for i, expert in enumerate(experts) for part in self.parts}
         return {self.tensor(part): torch.stack([expert[part] for expert in experts]) for part in self.parts}
 
     def names(self) -> list[str]:
-        """All of its tensors."""
+        """The full names of all its tensors, with those of the router."""
         numbers = range(self.count) if self.keys else (0,)
         return [self.tensor(part, number) for number in numbers for part in self.parts] + [n for n, _ in self.router]
 
     def around(self) -> list[str]:
-        """The modules that hold it, its router, or one that does; the model itself is the empty string."""
+        """Names of all modules that contain the mixture or its router; the model itself is the empty string."""
         return _around([self.name, *(name.rpartition(".")[0] for name, _ in self.router)])
 
 
 @dataclass(frozen=True)
 class Lookalike:
-    """What has the form of a mixture of experts, and is none: name of the module, how many parts it has, and why."""
+    """A module with the shapes of a mixture of experts that is none: its name, its number of parts, and the reason."""
 
     name: str
     count: int
     why: str
 
     def around(self) -> list[str]:
-        """The modules that hold it."""
+        """Names of all modules that contain it."""
         return _around([self.name])
 
 
@@ -83,12 +81,12 @@ def _around(names: Sequence[str]) -> list[str]:
 
 
 def within(module: str, name: str) -> str:
-    """The full name of what has this name within a module."""
+    """The full name of something named relative to a module."""
     return f"{module}.{name}" if module else name
 
 
 def find_mixtures(model: nn.Module, example_inputs: ExampleInputs) -> tuple[list[Mixture], list[Lookalike]]:
-    """The mixtures of experts of a model, and what only looks like one.
+    """The mixtures of experts of a model, and modules that only look like one.
 
     Args:
         model: not changed.
@@ -126,7 +124,7 @@ def _form(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def _difference(keys: Sequence[str], forms: Sequence[Mapping[str, torch.Size]]) -> str:
-    """How modules differ in their tensors; nothing if they do not."""
+    """The first difference between the tensors of modules; an empty string if there is none."""
     for key, form in zip(keys, forms, strict=True):
         for part in (*forms[0], *form):
             first, own = (tuple(f[part]) if part in f else "none" for f in (forms[0], form))
@@ -136,7 +134,10 @@ def _difference(keys: Sequence[str], forms: Sequence[Mapping[str, torch.Size]]) 
 
 
 def _rows(module: nn.Module) -> tuple[int, tuple[str, ...]]:
-    """How many rows a module's own tensors have, several of which hold a matrix in each; and the names of all such."""
+    """The number of experts stacked in a module's own tensors, and the names of these tensors; 0 if there are none.
+
+    At least two of the tensors must contain a matrix for each expert.
+    """
     own = dict(module.named_parameters(recurse=False))
     stacks = [name for name, tensor in own.items() if tensor.ndim >= 3]
     counts = {len(own[name]) for name in stacks}
@@ -147,7 +148,7 @@ def _rows(module: nn.Module) -> tuple[int, tuple[str, ...]]:
 
 
 def _near(mixture: Mixture, state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Tensors that are no expert's, in the module that holds the experts, and further and further out."""
+    """Tensors outside the experts: in the module that contains them, then in its parent, and so on."""
     own = set(mixture.names())
     inside = within(mixture.name, "") if mixture.keys else None
     block = mixture.name
@@ -164,7 +165,7 @@ def _near(mixture: Mixture, state: Mapping[str, Tensor]) -> Iterator[dict[str, T
 
 
 def _routers(mixture: Mixture, state: Mapping[str, Tensor], linear: set[str]) -> Iterator[Mixture]:
-    """The mixture with what its router may be, the likeliest first: a module's tensors, with a matrix among them."""
+    """The mixture with each candidate router, likeliest first: tensors of a module, with a matrix among them."""
     seen: set[tuple[tuple[str, int], ...]] = set()
     for near in _near(mixture, state):
         by_module: dict[str, list[tuple[str, int]]] = {}
@@ -179,7 +180,7 @@ def _routers(mixture: Mixture, state: Mapping[str, Tensor], linear: set[str]) ->
 
 
 def _numbers(mixture: Mixture, state: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-    """Tensors near a mixture with one number for each expert: a bias of the choice, say, wherever the code keeps it."""
+    """Tensors near a mixture with one number for each expert, such as a bias that corrects the router's choice."""
     near = list(_near(mixture, state))[-1]
     return [
         (name, tensor.shape.index(mixture.count))
@@ -188,15 +189,14 @@ def _numbers(mixture: Mixture, state: Mapping[str, Tensor]) -> list[tuple[str, i
     ]
 
 
-_SAME = {torch.float32: 1e-5, torch.float64: 1e-8}  # relative
 _OTHER = {torch.float32: 1e-3, torch.float64: 1e-6}
-_SURELY_OTHER = 1e-2  # no rounding of float32
+_SURELY_OTHER = 1e-2  # too large for rounding in float32
 
 
 class _Trial:
-    """Runs a model with its experts in another order, in float64 where float32 does not tell.
+    """Runs a model with permuted experts, in float64 if float32 is not conclusive.
 
-    What holds one constant (biases of zero, inputs of zeros) is replaced by random numbers: it would hide who reads it.
+    Constant tensors (biases of zero, inputs of zeros) are replaced by random ones, because they would hide errors.
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
@@ -206,12 +206,15 @@ class _Trial:
     def first_that_holds(
         self, ways: Sequence[Mixture], numbers: Sequence[tuple[str, int]]
     ) -> tuple[Mixture | None, str]:
-        """The first of these that is a mixture, with those `numbers` that are its router's, too; or why none is."""
+        """The first candidate that is a mixture, or the reason why none is.
+
+        Those `numbers` that have to be permuted with the experts are added to its router.
+        """
         reasons: list[tuple[float, str]] = []
         for mixture in ways:
             error, why = self._failure(mixture)
             wider = [replace(mixture, router=(*mixture.router, n)) for n in numbers if n not in mixture.router]
-            if why:  # a bias of zero that the router has elsewhere is not zero here
+            if why:  # a router's bias in another module may be missing
                 mixture = next((one for one in wider if not self._failure(one)[1]), mixture)
                 if mixture not in wider:
                     reasons.append((error, why))
@@ -224,9 +227,9 @@ class _Trial:
         return None, min(reasons, key=lambda reason: reason[0])[1]
 
     def _failure(self, mixture: Mixture, number: tuple[str, int] | None = None) -> tuple[float, str]:
-        """By how much the outputs change in another order, and why this is no mixture; nothing if it is one.
+        """The change of the outputs under permutation, and the reason why this is no mixture (empty if it is one).
 
-        Even if a `number` were not the same for all.
+        With `number`, that tensor is given a different value for each expert first.
         """
         names = [name for name, _ in mixture.router]
         told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -236,19 +239,19 @@ class _Trial:
                 both, alone = self._changes(mixture, number, dtype)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as raised:  # an operation that this type has not, or a model that does not take it
+            except Exception as raised:  # an operation or a model that does not support the dtype
                 return error, why or f"in another order of its parts it does not run: {type(raised).__name__}: {raised}"
-            if both <= _SAME[dtype] and alone >= _OTHER[dtype]:
+            if both <= SAME[dtype] and alone >= _OTHER[dtype]:
                 return both, ""
             error, why = both, "its parts change nothing in the outputs of these example inputs"
-            if not both <= _SAME[dtype]:
+            if not both <= SAME[dtype]:
                 why = f"in another order its {mixture.count} parts and {told} give other outputs (by {both:.1e})"
             if both > _SURELY_OTHER:
                 break
         return error, why
 
     def _changes(self, mixture: Mixture, number: tuple[str, int] | None, dtype: torch.dtype) -> tuple[float, float]:
-        """The relative changes of the outputs where experts and router are in another order, and experts alone."""
+        """Relative changes of the outputs if experts and router are permuted together, and if only the experts are."""
         self._convert(dtype)
         state = dict(self._state)
         if number is not None:
@@ -260,26 +263,16 @@ class _Trial:
             for name, dim in mixture.router
         }
         expected, both, alone = (
-            outputs(rebuild(self._as_type, state | other, share=True), self._typed_inputs)
+            outputs(rebuild(self._model, state | other, share=True), self._typed_inputs)
             for other in ({}, moved | followed, moved)
         )
         return relative_error(both, expected), relative_error(alone, expected)
 
     def _convert(self, dtype: torch.dtype) -> None:
-        """The model, its tensors and its inputs in another type; one at a time is kept."""
-        if self._dtype == dtype:
-            return
-        self._dtype = dtype
-        self._as_type, inputs = self._model, self._inputs
-        if any(parameter.dtype != dtype for parameter in self._model.parameters()):
-            self._as_type, inputs = converted(self._model, self._inputs, dtype)
-        generator = self._generator()
-        parameters = {name for name, _ in self._as_type.named_parameters()}
-        self._state = {
-            name: lively(tensor, generator) if name in parameters else tensor
-            for name, tensor in tensors(self._as_type).items()
-        }
-        self._typed_inputs = pytree.tree_map(lambda value: lively(value, generator), inputs)
+        """Convert tensors and inputs to another dtype; only one dtype is kept at a time."""
+        if self._dtype != dtype:
+            self._dtype = dtype
+            self._state, self._typed_inputs = probed(self._model, self._inputs, dtype)
 
     @staticmethod
     def _generator() -> torch.Generator:

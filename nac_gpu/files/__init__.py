@@ -1,1 +1,1 @@
-"""Models as files: saved, loaded, left in their files, exported."""
+"""Models as files: saving, loading, opening without loading, exporting."""

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the whole new one, whenever the process is stopped."""
+"""Atomic writes: if the process stops at any time, the file is either the old one or the complete new one."""
 
 import contextlib
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A path to write to in place of `path`, which it replaces once all has been written to the disk.
+    """A temporary path to write to, which replaces `path` once everything is on the disk.
 
     Args:
-        path: of the file; folders above it are made. If writing fails, or the process is killed, it is what it was.
+        path: of the file; missing parent folders are created. It stays unchanged if writing fails or the process is
+            killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
@@ -24,7 +25,7 @@ def atomically(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        partial.chmod(0o666 & ~mask)  # mkstemp's are for their owner only
+        partial.chmod(0o666 & ~mask)  # mkstemp makes files private to their owner
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -32,16 +33,16 @@ def atomically(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomically_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill in place of `path`, which it becomes once it is complete.
+    """A temporary folder to fill, which is renamed to `path` once it is complete.
 
     Args:
-        path: of the folder.
+        path: of the folder, which must not exist.
 
     Raises:
-        FileExistsError: it is there already.
+        FileExistsError: it exists already.
     """
     if path.exists():
-        raise FileExistsError(f"{path} is there already, expected a new folder; remove it or take another name")
+        raise FileExistsError(f"{path} exists already, expected a new folder; remove it or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
         partial = Path(name) / path.name
@@ -51,6 +52,6 @@ def atomically_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(text: str, path: Path) -> None:
-    """A text file, UTF-8, that is either the old one or the whole new one."""
+    """Write a text file in UTF-8 atomically."""
     with atomically(path) as partial:
         partial.write_text(text, encoding="utf-8")

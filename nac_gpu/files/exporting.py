@@ -1,9 +1,10 @@
-"""Models for other programs: PyTorch's exported programs and ONNX, checked by running them."""
+"""Export for other programs: PyTorch's exported programs and ONNX, checked by running them."""
 
 import contextlib
 import inspect
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.files.atomic import atomically
+from nac_gpu.network.comparing import relative_error
 from nac_gpu.network.precision import without_tf32
 from nac_gpu.network.running import ExampleInputs, call, evaluating, tensors_in
 from nac_gpu.network.unwrapping import unwrapped
@@ -27,29 +29,33 @@ def export(
     dynamic_batch: bool = True,
     tolerance: float = 1e-4,
 ) -> float:
-    """Write a model in eval mode as an exported program (`.pt2`) or as ONNX (`.onnx`), and run what was written.
+    """Write a model in eval mode as an exported program (`.pt2`) or as ONNX (`.onnx`), and check it by running it.
 
     Args:
-        model: not changed; wrappers are taken off.
-        path: of the file; its ending decides.
-        example_inputs: what it is called with; the first dimension of every tensor is the batch.
-        dynamic_batch: batches of any size may be given to what is written.
-        tolerance: how far its outputs may be from the model's, as a share of their largest value.
+        model: not changed; wrappers are removed.
+        path: of the file; its suffix defines the format.
+        example_inputs: what the model is called with; the first dimension of every tensor is the batch.
+        dynamic_batch: the exported model accepts batches of any size.
+        tolerance: largest allowed deviation of the exported model's outputs, relative to their largest value.
 
     Returns:
-        How far they are, at most, for the example and, with `dynamic_batch`, for a batch of three.
+        The largest relative deviation, on the example inputs and, with `dynamic_batch`, on a batch of three.
 
     Raises:
-        ValueError: another ending, outputs that deviate by more than `tolerance` (no file is written then), or a model
-            that cannot be exported.
+        ValueError: another suffix, a deviation above `tolerance` (no file is written then), or a model that cannot be
+            exported.
         ImportError: onnx, onnxscript or onnxruntime is not installed.
+
+    >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> nac_gpu.export(model, "model.pt2", torch.randn(1, 8)) < 1e-4
+    True
     """
     path = Path(path)
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected .pt2 or .onnx")
     model, _ = unwrapped(model)
     args, kwargs = _arguments(model, example_inputs)
-    if dynamic_batch:  # a size of 1 would be taken for a constant
+    if dynamic_batch:  # torch.export treats a size of 1 as a constant
         args, kwargs = _batched((args, kwargs), 2)
     with evaluating(model), without_tf32(), atomically(path) as partial:
         write = _write_program if path.suffix == ".pt2" else _write_onnx
@@ -62,7 +68,7 @@ def export(
             error = max(_deviation(model, run, *inputs) for inputs in tried)
             if not error <= tolerance:
                 raise ValueError(
-                    f"{path}: what was written deviates by {error:.1e} from the model, expected at most {tolerance:.0e}"
+                    f"{path}: outputs of the exported model deviate by {error:.1e}, expected at most {tolerance:.0e}"
                 )
             target.replace(partial)
         finally:
@@ -71,7 +77,7 @@ def export(
 
 
 def _arguments(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and keyword arguments of `forward`."""
+    """Example inputs as positional and keyword arguments of `forward`, the latter in the order of its signature."""
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -82,7 +88,7 @@ def _arguments(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple[A
 
 
 def _batched(inputs: Any, size: int) -> Any:
-    """The inputs with a batch of another size."""
+    """The inputs with another batch size."""
 
     def change(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
@@ -93,7 +99,7 @@ def _batched(inputs: Any, size: int) -> Any:
 
 
 def _shapes(args: Any, kwargs: Mapping[str, Any], dynamic_batch: bool) -> Any:
-    """For `torch.export`: which sizes may change."""
+    """The dynamic shapes for `torch.export`: the batch dimension of every tensor, or None."""
     if not dynamic_batch:
         return None
     batch = torch.export.Dim("batch", min=1)
@@ -124,20 +130,20 @@ def _exported(model: nn.Module, args: Any, kwargs: Any, dynamic_batch: bool) -> 
 
 def _write_onnx(model: nn.Module, args: Any, kwargs: Any, path: Path, dynamic_batch: bool) -> None:
     try:
-        import onnxruntime  # noqa: F401 -- it checks what is written
-        import onnxscript  # noqa: F401 -- torch needs it
+        import onnxruntime  # noqa: F401 -- runs the exported model
+        import onnxscript  # noqa: F401 -- torch.onnx needs it
     except ImportError as error:
         raise ImportError(f"ONNX needs packages: pip install 'nac-gpu[export]' ({error})") from error
     program = _exported(model, args, kwargs, dynamic_batch)
     with _quiet():
         made = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False)
-        assert made is not None, "the newer exporter gives the program"
+        assert made is not None, "the dynamo exporter returns the program"
         made.save(str(path), external_data=False)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters print and warn about their own insides."""
+    """Silence the exporters, which print and warn about their own implementation."""
     level = logging.getLogger("torch").level
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -173,12 +179,6 @@ def _onnx_session(path: Path) -> Any:
 
 def _deviation(model: nn.Module, run: Any, args: Any, kwargs: Any) -> float:
     """The largest difference of any output, as a share of its largest value."""
-    expected = [value.cpu() for value in tensors_in(call(model, args or kwargs))]
-    found = run(args, kwargs)
-    if [value.shape for value in found] != [value.shape for value in expected]:
-        return float("inf")
-    errors = [0.0]
-    for ours, theirs in zip(expected, found, strict=True):
-        scale = float(ours.double().abs().max()) if ours.numel() else 0.0
-        errors.append(float((ours.double() - theirs.double()).abs().max()) / scale if scale else 0.0)
-    return max(errors)
+    expected = [value.cpu().double() for value in tensors_in(call(model, args or kwargs))]
+    found = [value.double() for value in run(args, kwargs)]
+    return relative_error(found, expected) if len(found) == len(expected) else math.inf

@@ -1,8 +1,8 @@
-"""Compressed models as files: safetensors with a manifest, no pickle, damage is noticed.
+"""Compressed models as safetensors files with a manifest, without pickle, and with a hash against damage.
 
-The tensors lie in the file as in any safetensors file, under the names of the model's state dict. The manifest in its
-header says from which shapes and by which plan they came, so that the code that built the original builds the
-compressed model; a hash tells whether a bit has changed.
+The tensors are stored as in any safetensors file, under the names of the model's state dict. The manifest in the header
+contains the original's shapes and the plan, so that the code that builds the original can build the compressed model,
+too. A hash detects any changed bit.
 """
 
 import copy
@@ -31,20 +31,24 @@ _MANIFEST, _HASH = "nac_gpu", "nac_gpu_sha256"
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write a compressed model to a file, or a model of transformers to a folder that `from_pretrained` opens.
+    """Write a compressed model to a file, or a model of transformers to a folder for `from_pretrained`.
 
-    The file is either the old one or the whole new one, whenever the process is stopped.
+    The write is atomic: if the process stops, the file is either the old one or the complete new one.
 
     Args:
-        model: made by `nac_gpu.compress`, and perhaps trained since; wrappers are taken off.
-        path: a file that ends in `.safetensors`; with any other name a folder, which must not exist: for models of
-            transformers whose configuration can say how wide their layers are.
+        model: made by `nac_gpu.compress`, perhaps fine-tuned since; wrappers are removed.
+        path: a file that ends in `.safetensors`. Any other name is a folder, which must not exist yet: for models of
+            transformers whose configuration can express the widths.
 
     Raises:
-        ValueError: the model was not compressed (or lost its memory of it, as when only its state dict was kept), or
+        ValueError: the model was not made by `nac_gpu.compress` (for example, it was rebuilt from a state dict), or
             its configuration cannot express its widths.
-        FileExistsError: there is such a folder.
+        FileExistsError: the folder exists already.
         OSError: the file cannot be written.
+
+    >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> small = nac_gpu.compress(model, torch.zeros(1, 8), width=0.25, calibration="none")
+    >>> nac_gpu.save(small, "small.safetensors")
     """
     path = Path(path)
     model, _ = unwrapped(model)
@@ -63,22 +67,28 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def load(path: str | Path, factory: Callable[[], nn.Module], *, device: torch.device | str | None = None) -> nn.Module:
-    """Read a compressed model.
-
-    Nothing in the file is executed.
+    """Read a compressed model. No code in the file is executed.
 
     Args:
         path: a file written by `save`.
         factory: builds the original architecture; its weights do not matter.
-        device: where to; by default the CPU.
+        device: of the loaded model; by default the CPU.
 
     Returns:
         The compressed model in eval mode, with the dtypes of the file.
 
     Raises:
-        ValueError: a file that is damaged, foreign, or made by a newer version; a factory of another network.
+        ValueError: the file is damaged, was not written by `save`, or by a newer version; or the factory builds another
+            network.
         FileNotFoundError: no such file.
         ImportError: safetensors is not installed.
+
+    >>> def build():
+    ...     return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> small = nac_gpu.compress(build(), torch.zeros(1, 8), width=0.25, calibration="none")
+    >>> nac_gpu.save(small, "small.safetensors")
+    >>> nac_gpu.load("small.safetensors", build)[0]
+    Linear(in_features=8, out_features=8, bias=True)
     """
     path = Path(path)
     manifest, stored = read(path)
@@ -91,13 +101,17 @@ def load(path: str | Path, factory: Callable[[], nn.Module], *, device: torch.de
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: its manifest lacks or spoils {error}; expected what nac_gpu.save wrote") from error
     _check_factory(path, shapes, shapes_of(model))
-    shortened = manifest.get("shortened", {})  # files of earlier versions have none
+    shortened = manifest.get("shortened", {})  # missing in files of earlier versions
     shorten(model, shortened)
     own = tensors(model)
     unknown = [name for name in stored if name not in own]
     absent = [name for name in _names(model) if name not in stored]
     if unknown or absent:
-        raise ValueError(f"{path}: expected the tensors of the original, but {(unknown + absent)[0]} is in one only")
+        where = "the file" if unknown else "the factory's network"
+        raise ValueError(
+            f"{path}: {(unknown + absent)[0]} is only in {where}, expected the same tensors in both; give the factory "
+            "of the original"
+        )
     state = {name: stored.get(name, tensor).to(device or "cpu") for name, tensor in own.items()}
     small = rebuild(model, state)
     restore(small, Origin(shapes, attributes, configs, plan, shortened, manifest.get("seed", 0)))
@@ -108,7 +122,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The manifest and the tensors of a file, on the CPU.
 
     Raises:
-        ValueError: as `load`.
+        ValueError: the file is damaged, was not written by `save`, or by a newer version.
         FileNotFoundError: no such file.
     """
     safetensors = _safetensors()
@@ -118,7 +132,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no mapping
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors file, or was cut off or damaged: {error}") from error
     if _MANIFEST not in header or _HASH not in header:
@@ -174,7 +188,7 @@ def _write(partial: Path, values: Mapping[str, Tensor], header: Mapping[str, str
 
 
 def _save_folder(model: nn.Module, path: Path) -> None:
-    """By the model's own `save_pretrained`, if its configuration builds a network of these shapes."""
+    """Save with the model's own `save_pretrained`, if its configuration builds a network of these shapes."""
     config: Any = model.config
     with torch.device("meta"):
         built = type(model)(copy.deepcopy(config))
@@ -204,7 +218,7 @@ def _save_folder(model: nn.Module, path: Path) -> None:
 
 
 def _names(model: nn.Module) -> list[str]:
-    """What a state dict holds, tied tensors once."""
+    """The names in the state dict, with tied tensors only once."""
     kept = set(model.state_dict())
     return [name for name in tensors(model) if name in kept]
 
@@ -219,7 +233,7 @@ def _check_factory(path: Path, shapes: Mapping[str, tuple[int, ...]], own: Mappi
 
 
 def _fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Of an architecture: the names and shapes of its tensors."""
+    """SHA-256 of the names and shapes of an architecture's tensors."""
     return hashlib.sha256(
         json.dumps(sorted((name, list(shape)) for name, shape in shapes.items())).encode()
     ).hexdigest()
@@ -235,7 +249,7 @@ def _digest(manifest: str, values: Mapping[str, Tensor]) -> str:
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples; modules keep sizes in them."""
+    """Lists turned into tuples: JSON has no tuples, but modules keep sizes in them."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""Models that are larger than the memory: the tensors stay in their files until an operation reads them."""
+"""Models larger than the memory: each tensor stays in its file until an operation reads it."""
 
 import contextlib
 import ctypes
@@ -20,29 +20,38 @@ _LARGE = 2**20  # bytes
 
 
 def open_model(factory: Callable[[], nn.Module], weights: Weights, *, device: torch.device | str = "cpu") -> nn.Module:
-    """A model whose weights stay in safetensors files: each is read when an operation needs it, and dropped again.
+    """A model whose weights stay in safetensors files: each is read when an operation needs it, and then dropped.
 
-    `nac_gpu.plan`, `nac_gpu.compress` and `nac_gpu.cost` take such a model, `compress` gives one, and `nac_gpu.save`
-    writes it tensor by tensor, so that what needs memory is the largest layers and what clustering one group takes, not
-    the model. The files are read several times. Neurons are compared by their weights (`calibration="none"`).
+    `nac_gpu.plan`, `nac_gpu.compress` and `nac_gpu.cost` accept such a model, `compress` returns one, and
+    `nac_gpu.save` writes it tensor by tensor. So the memory has to hold only the largest layers and the clustering of
+    one group, not the model. The files are read several times. Neurons are compared by their weights
+    (`calibration="none"`).
 
-    With glibc, large blocks of memory are given back to the system as soon as they are free, in this process from now
-    on (its `M_MMAP_THRESHOLD` is set to 1 MiB).
+    With glibc this sets `M_MMAP_THRESHOLD` of the process to 1 MiB, so that large blocks of memory are returned to the
+    system as soon as they are free.
 
     Args:
-        factory: builds the architecture. Its parameters get no memory, at most one at a time; other tensors do.
-        weights: a safetensors file; a folder of them, as Hugging Face's with `model.safetensors.index.json`; or
-            several files. They must stay as they are while the model is in use.
-        device: where operations take place.
+        factory: builds the architecture. Memory is used for at most one parameter at a time, and for buffers.
+        weights: a safetensors file; a folder of them, such as Hugging Face's with `model.safetensors.index.json`; or
+            several files. They must not change while the model is in use.
+        device: where operations run.
 
     Returns:
         The model in eval mode, with the dtypes of the files. It cannot be trained.
 
     Raises:
-        FileNotFoundError: a file that is missing.
-        ValueError: a file that is cut off or damaged; a tensor that only the factory or only the files have, or that
-            have it in other shapes; weights that the factory computes (parametrisations); a buffer without values.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated or damaged; a tensor is only in the factory's model or only in the files, or
+            their shapes differ; the factory computes weights (parametrisations); a buffer has no values.
         TypeError: the factory does not build a module.
+
+    >>> def build():
+    ...     return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> from safetensors.torch import save_model
+    >>> save_model(build(), "model.safetensors")
+    >>> model = nac_gpu.open_model(build, "model.safetensors")
+    >>> nac_gpu.plan(model, torch.zeros(1, 8), width=0.25).widths
+    {'0': 8}
     """
     device = torch.device(device)
     _return_large_blocks()
@@ -58,25 +67,25 @@ def open_model(factory: Callable[[], nn.Module], weights: Weights, *, device: to
 
 
 def built_without_parameters(factory: Callable[[], nn.Module]) -> nn.Module:
-    """What the factory builds, with the parameters on the meta device, and other tensors with their values.
+    """The factory's module, with parameters on the meta device and other tensors with their values.
 
-    A factory that needs its parameters' values, and what such a factory makes of them, gets memory for all of them.
+    If the factory needs the values of parameters, it is called again with real parameters.
 
     Raises:
-        TypeError: that is not a module.
+        TypeError: the factory does not build a module.
     """
     model = None
-    with contextlib.suppress(Exception), _parameters_on_meta():  # without it, the same error comes again
+    with contextlib.suppress(Exception), _parameters_on_meta():  # an error of the factory itself is raised again below
         model = factory()
     if model is None or (isinstance(model, nn.Module) and _lost(model)):
         model = factory()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a factory that builds a module, it gave {type(model).__name__}")
+        raise TypeError(f"the factory returned {type(model).__name__}, expected a torch.nn.Module")
     return model
 
 
 def _lost(model: nn.Module) -> bool:
-    """Whether there are tensors without values that no file holds."""
+    """Whether tensors without values exist that are not in the state dict, so that no file holds them."""
     kept = set(model.state_dict())
     if any(buffer.is_meta and name not in kept for name, buffer in model.named_buffers()):
         return True
@@ -87,19 +96,19 @@ def _lost(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters are on the meta device as soon as a module has them; other tensors are where they are."""
-    known = WeakTensorKeyDictionary()  # one tensor under two names stays one
+    """Move each parameter to the meta device when a module registers it; other tensors are not affected."""
+    known = WeakTensorKeyDictionary()  # tied parameters stay tied
 
     def on_meta(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:
-            return None  # as it is
+            return None  # None leaves the parameter unchanged
         if parameter not in known:
             known[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         return known[parameter]
 
     handle = register_module_parameter_registration_hook(on_meta)  # pyright: ignore[reportArgumentType]
     try:
-        with warnings.catch_warnings():  # factories may load weights that nobody wants here
+        with warnings.catch_warnings():  # factories may load weights, which have no effect here
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
             yield
     finally:
@@ -107,17 +116,17 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _return_large_blocks() -> None:
-    """Make glibc give large blocks of memory back as soon as they are free, in this process from now on.
+    """Make glibc return large blocks of memory to the system as soon as they are free, for the whole process.
 
-    By default it puts them on its heap after a while, where small ones that stay in use settle between them: the heap
-    grew with the number of layers.
+    By default glibc starts to put them on its heap after a while, where small allocations between them cause
+    fragmentation: the heap grew with the number of layers.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def _opened(model: nn.Module, found: dict[str, Entry], device: torch.device) -> dict[str, Tensor]:
-    """For each name of `tensors(model)` the tensor in the files, or the model's own where none belongs there.
+    """For each name of `tensors(model)` the tensor in the files, or the model's own if it is not in the state dict.
 
     Raises:
         ValueError: as `open_model`.

@@ -1,4 +1,4 @@
-"""What a compressed model remembers of its original: enough to build it anew from the code that built the original."""
+"""The origin of a compressed model: what is needed to rebuild it with the code that builds the original."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,14 +17,14 @@ Changes = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Origin:
-    """What a compressed model remembers.
+    """Differences between a compressed model and its original.
 
     Attributes:
         shapes: of the original's tensors, by name.
-        attributes: of its modules, where they differ from the original's: whole numbers, tuples of them, names.
-        configs: the same of configurations that modules keep as `config`, as models of transformers do.
-        plan: what was done last.
-        shortened: by the name of a list or dictionary of modules that has fewer now, how many.
+        attributes: changed attributes of modules: integers, tuples of them, strings.
+        configs: the same for configurations that modules keep as `config`, as models of transformers do.
+        plan: of the last compression.
+        shortened: new lengths of lists and dictionaries of modules that became shorter, by name.
         seed: of the compression.
     """
 
@@ -37,13 +37,13 @@ class Origin:
 
 
 def remember(small: nn.Module, model: nn.Module, plan: Plan, seed: int) -> None:
-    """Keep with a compressed model what it was made from.
+    """Attach the origin to a compressed model.
 
     Args:
-        small: compressed; of the same modules as `model`, but that lists may be shorter.
-        model: the original, without wrappers and parametrisations; if it was made by compression itself, its own
-            origin is kept.
-        plan: what was done.
+        small: compressed; it has the same modules as `model`, but lists of modules may be shorter.
+        model: the original, without wrappers and parametrisations. If it was compressed before, the origin still
+            refers to its own original.
+        plan: of the compression.
         seed: of the compression.
     """
     first = origin_of(model)
@@ -69,17 +69,17 @@ def remember(small: nn.Module, model: nn.Module, plan: Plan, seed: int) -> None:
 
 
 def origin_of(model: nn.Module) -> Origin | None:
-    """What a model remembers, or None if it was not made by compression."""
+    """The origin of a model, or None if it was not made by compression."""
     return vars(model).get(_KEPT_AS)
 
 
 def attach(model: nn.Module, origin: Origin) -> None:
-    """Make a model remember."""
+    """Attach an origin to a model."""
     setattr(model, _KEPT_AS, origin)
 
 
 def shorten(model: nn.Module, lengths: Mapping[str, int]) -> None:
-    """Leave only the first modules of lists and dictionaries, by name; in place."""
+    """Shorten lists and dictionaries of modules, by name, to their first entries; in place."""
     for name, length in lengths.items():
         modules = model.get_submodule(name)
         assert isinstance(modules, _Lists), "only these are shortened"
@@ -88,10 +88,10 @@ def shorten(model: nn.Module, lengths: Mapping[str, int]) -> None:
 
 
 def restore(small: nn.Module, origin: Origin) -> None:
-    """Give the modules of a rebuilt network the attributes that they had.
+    """Set the recorded attributes on the modules of a rebuilt network, and attach the origin.
 
     Raises:
-        ValueError: a module or an attribute that the network does not have, or has of another kind.
+        ValueError: the network lacks a module or an attribute, or the attribute has another type.
     """
     modules = dict(small.named_modules())
     configs = {name: getattr(module, "config", None) for name, module in modules.items()}

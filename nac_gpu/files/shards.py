@@ -1,7 +1,7 @@
-"""Safetensors files, one tensor at a time.
+"""Reading and writing safetensors files one tensor at a time.
 
-The package safetensors maps whole files into memory and writes tensors only all at once; here memory is needed for one
-tensor, however large the files are.
+The package safetensors maps whole files into memory and writes all tensors at once. Here the memory has to hold only
+one tensor, however large the files are.
 """
 
 import json
@@ -47,14 +47,14 @@ Weights = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies.
+    """The location of a tensor in a file.
 
     Attributes:
         path: of the file.
-        dtype: of the numbers.
+        dtype: of the tensor.
         shape: of the tensor.
-        start: its first byte in the file.
-        state: of the file, as `_state` gives it.
+        start: offset of its first byte in the file.
+        state: of the file when it was opened, see `_state`.
     """
 
     path: Path
@@ -65,18 +65,18 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """How many bytes it has."""
+        """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own, on the CPU.
+        """The tensor, copied to the CPU.
 
         Raises:
-            OSError: the file is gone, or was changed since it was looked at.
+            OSError: the file is gone, or was changed since it was opened.
         """
         if not self.size:
             return torch.empty(self.shape, dtype=self.dtype)
-        content = mmap.mmap(-1, self.size)  # from the heap, small allocations would settle in the gaps that it leaves
+        content = mmap.mmap(-1, self.size)  # not from the heap, which would fragment
         with self.path.open("rb", buffering=0) as file:
             if _state(os.fstat(file.fileno())) != self.state:
                 raise OSError(f"{self.path} was changed since it was opened; open the model again")
@@ -85,12 +85,12 @@ class Entry:
             while rest:
                 count = file.readinto(rest)
                 if not count:
-                    raise OSError(f"{self.path} ends too soon, {len(rest)} bytes are missing")
+                    raise OSError(f"{self.path} is truncated, {len(rest)} bytes are missing; {_AGAIN}")
                 rest = rest[count:]
         return torch.frombuffer(content, dtype=self.dtype).reshape(self.shape)
 
     def deferred(self, device: torch.device) -> Deferred:
-        """The tensor, read each time that it is needed."""
+        """The tensor as a deferred one, which is read whenever it is needed."""
         like = torch.empty(self.shape, dtype=self.dtype, device="meta")
         return Deferred.of(lambda: self.read().to(device), like, device)
 
@@ -103,9 +103,10 @@ def entries(weights: Weights) -> dict[str, Entry]:
             several files.
 
     Raises:
-        FileNotFoundError: no such file or folder, no such files in it, or a file is missing that the index names.
-        ValueError: a file that is cut off or damaged or no safetensors file; a tensor that is in two files, or not in
-            the file where it should be.
+        FileNotFoundError: no such file or folder, a folder without safetensors files, or a file named in the index is
+            missing.
+        ValueError: a file is truncated, damaged or not a safetensors file; a tensor is in two files, or not in the
+            file that the index names.
     """
     if not isinstance(weights, str | Path):
         return _united([Path(path) for path in weights])
@@ -158,7 +159,7 @@ def file_entries(path: Path) -> dict[str, Entry]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is cut off or damaged, or no safetensors file.
+        ValueError: it is truncated, damaged or not a safetensors file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
@@ -190,12 +191,12 @@ def file_entries(path: Path) -> dict[str, Entry]:
 
 
 def _state(found: os.stat_result) -> tuple[int, int]:
-    """What tells a file from one that was written later."""
+    """Size and time of modification, which tell whether a file was changed."""
     return found.st_size, found.st_mtime_ns
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; the values of deferred tensors are in memory one after the other.
+    """Write a safetensors file; deferred tensors are loaded one after the other.
 
     Args:
         path: of the file.
@@ -208,17 +209,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     with path.open("wb") as file:
         file.write(_header(tensors, metadata))
         for _, tensor in _in_order(tensors):
-            file.write(content(tensor))  # no name is bound to it, so that it is gone before the next one comes
+            file.write(content(tensor))  # not bound to a name, so it is freed before the next one
 
 
 def relabel(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Put other metadata, of the same length, into a file that `write` has written with these tensors."""
+    """Replace the metadata of a file that `write` wrote with these tensors by metadata of the same length."""
     with path.open("rb+") as file:
         file.write(_header(tensors, metadata))
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """In the order of the file: wide types first, so that every tensor begins at a multiple of its type's size."""
+    """Tensors in file order: wide dtypes first, so that every offset is a multiple of its tensor's item size."""
     yield from sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
 

@@ -1,1 +1,1 @@
-"""Groups of neurons made smaller, and what makes up for the loss."""
+"""Merging groups of neurons, and reducing the error that it causes."""

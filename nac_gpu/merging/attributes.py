@@ -1,7 +1,8 @@
-"""What modules say about their sizes, made to agree with their tensors.
+"""Size attributes of modules and configurations, updated to agree with the merged tensors.
 
-Layers of PyTorch are known. Sizes that are not a tensor's own (heads, groups) follow from the groups. Sizes that other
-people's modules keep are found by name and value; whether the guess is right is tried.
+The attributes of PyTorch's own layers are known. Counts of units (heads, groups of a convolution) follow from the
+groups. Size attributes of user-defined modules are guessed by name and value, and each guess is tested by running the
+smaller network (see `nac_gpu.planning.trial`).
 """
 
 import re
@@ -18,14 +19,14 @@ _WIDTH = re.compile(r"dim|size|width|channels|features|hidden|planes|inner|embed
 
 
 def attributes(model: nn.Module, choices: Sequence[Choice]) -> dict[tuple[str, str], object]:
-    """The new values of the attributes that groups know of, by (module, attribute)."""
+    """The new values of the attributes that depend on the groups, by (module, attribute)."""
     modules = dict(model.named_modules())
     values: dict[tuple[str, str], object] = {}
     for group, width in ((choice.group, choice.width) for choice in choices):
         for name, attribute in group.attributes:
             old = values.get((name, attribute), getattr(modules[name], attribute))
             values[name, attribute] = _scaled(old, group.size, width)
-            if attribute == "groups":  # of a convolution: it read `groups` times its weight's columns
+            if attribute == "groups":  # in_channels is `groups` times the columns of the weight
                 layer = modules[name]
                 assert isinstance(layer, nn.modules.conv._ConvNd), "only convolutions have groups"
                 values[name, "in_channels"] = _scaled(layer.in_channels, group.size, width)
@@ -38,13 +39,14 @@ def _scaled(value: object, before: int, after: int) -> object:
 
 
 def set_configs(model: nn.Module, choices: Sequence[Choice]) -> None:
-    """Make the configurations of a compressed Hugging Face model say what its layers are, where one number can.
+    """Update the configurations of a compressed Hugging Face model to the new widths, in place.
 
-    A configuration holds one width for all layers: it is changed where all its groups of that width became equal.
+    A configuration holds one width for all layers, so it is changed only if all groups of that width got the same new
+    width.
 
     Args:
-        model: compressed; its configurations are its own.
-        choices: what was compressed, to which widths.
+        model: compressed; it does not share its configurations with the original.
+        choices: the merged groups and their widths.
     """
     modules = dict(model.named_modules())
     found: dict[int, tuple[object, list[tuple[Group, int]]]] = {}
@@ -70,13 +72,13 @@ def set_configs(model: nn.Module, choices: Sequence[Choice]) -> None:
             before, after = changes.pop()
             hidden = getattr(config, "hidden_size", None)
             if heads and "key_value" not in name and hidden and getattr(config, "head_dim", None) is None:
-                vars(config)["head_dim"] = hidden // value  # no longer what follows from the number of heads
+                vars(config)["head_dim"] = hidden // value  # no longer hidden_size / heads, which is the default
             setattr(config, name, value * after // before)
 
 
 def guesses(modules: Mapping[str, nn.Module], group: Group) -> Iterator[tuple[tuple[str, str], ...]]:
-    """Sets of attributes of modules, by name, that may have to follow a group's size, the likeliest first."""
-    units = tuple(name if name in modules else "" for name in group.units)  # the model itself goes by its class
+    """Candidate sets of attributes, as (module, attribute), that have to follow a group's size; likeliest first."""
+    units = tuple(name if name in modules else "" for name in group.units)  # other names mean the model itself
     own = tuple((name, kind) for name in units for kind in _own_count(modules[name]))
     if group.units:
         heads = [name for name in units if not _own_count(modules[name])]
@@ -105,7 +107,7 @@ def _own_count(module: nn.Module) -> tuple[str, ...]:
 def _matching(
     modules: Mapping[str, nn.Module], names: Sequence[str], pattern: re.Pattern[str], fits: Callable[[int], bool]
 ) -> Iterator[tuple[str, str]]:
-    """Attributes of these modules that hold a whole number of the right name and value."""
+    """Integer attributes of these modules with a matching name and value, as (module, attribute)."""
     for name in names:
         for attribute, value in vars(modules[name]).items():
             whole = isinstance(value, int) and not isinstance(value, bool) and value > 1

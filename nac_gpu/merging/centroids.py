@@ -1,17 +1,16 @@
-"""Merging neurons: centroids in the layers that make them, summed connections in the layers that read them.
+"""Merging neurons: centroids in their producers, summed outgoing weights in their consumers.
 
 For clusters p of neurons j:
 
-- producers keep the centroid, `W_p = mean_j W_j`, `b_p = mean_j b_j` (the paper's P_l); with masses the mean is
-  weighted by them;
+- producers keep the centroid, `W_p = mean_j W_j`, `b_p = mean_j b_j` (the paper's P_l), weighted by masses if given;
 - consumers keep the sum, Eq. (9): `W[:, p] = sum_j W[:, j]`;
-- a BatchNorm right behind a producer is part of the neuron. The merged channel is the centroid of what the members
-  compute in eval mode, `mean_j (a_j z_j + c_j)`, and its statistics are those that it will have: the mean exactly (it
-  is linear), the variance from the members' deviations and the cosines between their weights. A mean of channels that
-  differ deviates less than each of them; by the rule `"restored"` (the default) BatchNorm scales it up to the members'
-  mean deviation, by the rule `"centroid"`, the paper's, it stays as small as it is.
+- a BatchNorm directly after a producer is part of the neuron. The merged channel is the centroid of the members'
+  outputs in eval mode, `mean_j (a_j z_j + c_j)`. Its running mean is exact, because the centroid is linear; its running
+  variance is estimated from the members' standard deviations and the cosines between their weights. The mean of
+  different channels has a smaller standard deviation than each of them. With the rule `"restored"` (the default)
+  BatchNorm scales it up to the members' mean standard deviation; with `"centroid"`, the paper's rule, it stays small.
 
-A neuron with label -1 is removed together with its connections: pruning, the baseline that merging is compared to.
+A neuron with label -1 is removed together with its connections. This is pruning, the baseline for merging.
 """
 
 from typing import Literal
@@ -28,20 +27,20 @@ from nac_gpu.network.state import selected
 from nac_gpu.network.sums import add_rows
 from nac_gpu.tracing.graph import Group, Member, Norm, Producer
 
-#: How the deviation of a merged channel with BatchNorm is chosen.
+#: How the standard deviation of a merged channel with BatchNorm is chosen.
 Deviation = Literal["restored", "centroid"]
 
 
 class Merger:
-    """Merges one group after another, each seeing the already merged inputs of the ones before (Algorithm 1).
+    """Merges one group after another, so that later groups see the merged inputs of earlier ones (Algorithm 1).
 
-    Until `finish`, all tensors keep their size: a cluster lives at the position of its first neuron, and the positions
-    of the others hold zeros, which change no distance between the neurons of the layers that follow.
+    Until `finish`, all tensors keep their size: a cluster is stored at the position of its first neuron, and the other
+    positions hold zeros. Zeros do not change the distances between the neurons of later layers.
 
     Args:
         state: parameters and buffers by name. They are not changed; merged ones are replaced in the merger's own
             `state`.
-        deviation: how the deviation of a merged channel with BatchNorm is chosen.
+        deviation: how the standard deviation of a merged channel with BatchNorm is chosen.
     """
 
     def __init__(self, state: dict[str, Tensor], deviation: Deviation = "restored") -> None:
@@ -63,12 +62,12 @@ class Merger:
         self.merge_read(group, labels)
 
     def merge_made(self, group: Group, labels: Tensor, masses: Tensor | None = None) -> None:
-        """The first half of `merge`: what makes or scales the neurons.
+        """The first half of `merge`: the producers, and the tensors that scale the neurons.
 
         Args:
             group: the group.
             labels: as for `merge`.
-            masses: weights of the neurons in their cluster's centroid, [n], positive; by default all count the same.
+            masses: weights of the neurons in their cluster's centroid, [n], positive; by default all are equal.
         """
         home, share = _homes(labels.cpu(), masses)
         done: set[str] = set()
@@ -82,14 +81,14 @@ class Merger:
                 self._merge_member(member, home, None if member.tensor in done else share)
 
     def merge_read(self, group: Group, labels: Tensor) -> None:
-        """The second half of `merge`: what reads the neurons."""
+        """The second half of `merge`: the consumers."""
         home, _ = _homes(labels.cpu())
         for member in group.members:
             if member.role == "sum":
                 self._merge_member(member, home, torch.ones(group.size, dtype=torch.float64))
 
     def _merge_member(self, member: Member, home: Tensor, share: Tensor | None) -> None:
-        """Sum up the neurons of each cluster times their share (None: it is done) and note down which are gone."""
+        """Write the weighted sum of each cluster (share None: already written) and record the dropped positions."""
         tensor = self.state[member.tensor]
         source, target = _spread(member.index, home)
         if share is not None:
@@ -114,10 +113,10 @@ class Merger:
         return state
 
     def _merge_normalised(self, producer: Producer, norm: Norm, home: Tensor, share: Tensor) -> set[str]:
-        """A producer and the BatchNorm behind it: merged channels are weighted sums `z_p = sum_j q_j z_j`.
+        """A producer and the BatchNorm after it: merged channels are weighted sums `z_p = sum_j q_j z_j`.
 
-        With slopes `a_j`, `q_j = a_j / sum |a|` leaves the merged weights at the scale of the members' and the slope
-        at their mean size.
+        With slopes `a_j`, the choice `q_j = a_j / sum |a|` keeps the merged weights at the scale of the members'
+        weights, and the slope at their mean magnitude.
         """
         weight = self.state[producer.member.tensor]
         size = weight.shape[producer.member.dim]
@@ -150,7 +149,9 @@ class Merger:
             flat = weight.movedim(producer.member.dim, 0).reshape(size, -1).to(like.dtype)
             directions = flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny)
             merged = total((q * variance.sqrt())[:, None] * directions).square().sum(1)
-            if norm.weight is None and self._deviation == "centroid":  # the slope can only be kept by the variance
+            if (
+                norm.weight is None and self._deviation == "centroid"
+            ):  # without a weight, only the variance can set the slope
                 merged = merged_slope.square().reciprocal() - norm.eps
             merged = torch.where(alone, variance, merged)
             deviation = torch.sqrt(merged + norm.eps)
@@ -163,15 +164,15 @@ class Merger:
             self._put(norm.weight, torch.where(alone, old, gain), source, target)
         if norm.mean is not None:
             self._put(norm.mean, total(q * mean), source, target)
-        if norm.bias is not None:  # offset + slope * mean is the BatchNorm's own bias
+        if norm.bias is not None:  # offset + slope * mean is the bias of BatchNorm
             self._put(norm.bias, total(part * self.state[norm.bias].to(like.dtype)), source, target)
         return done | {name for name in (norm.weight, norm.bias, norm.mean, norm.variance) if name is not None}
 
     def _merge_norm(self, norm: Norm, group: Group, home: Tensor, share: Tensor) -> set[str]:
-        """A BatchNorm with no single producer: the mean of the members' slopes and offsets over mean statistics."""
+        """A BatchNorm without a single producer: mean slopes and offsets, with mean statistics."""
         names = [name for name in (norm.weight, norm.bias, norm.mean, norm.variance) if name is not None]
         if not names or norm.weight is None or norm.variance is None or norm.mean is None or norm.bias is None:
-            return set()  # plain means of what there is
+            return set()  # the tensors that exist are averaged like all others
         member = next(m for m in group.members if m.tensor == norm.weight)
         weight = self.state[norm.weight]
         like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)
@@ -193,7 +194,7 @@ class Merger:
         return set(names)
 
     def _put(self, name: str, values: Tensor, source: Tensor, target: Tensor) -> None:
-        """Write merged per-channel values [size] at the clusters' positions; the other members' become zero."""
+        """Write merged per-channel values [size] at the positions of the clusters; other members become zero."""
         new = loaded(self.state[name]).clone()
         new[source] = 0
         new[target] = values[target].to(new.dtype)
@@ -201,7 +202,7 @@ class Merger:
 
 
 def keeps_all(labels: Tensor) -> bool:
-    """Whether labels, int64 [n], leave every neuron by itself."""
+    """Whether labels, int64 [n], put every neuron in a cluster of its own."""
     return int(labels.max()) + 1 == len(labels)
 
 
@@ -220,13 +221,13 @@ def _homes(labels: Tensor, masses: Tensor | None = None) -> tuple[Tensor, Tensor
 
 
 def _spread(index: Tensor, home: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions that are kept or merged away, and where each goes: two int64 [m] from `index` [n, width]."""
+    """Source and target positions of all neurons that are not removed: two int64 [m] from `index` [n, width]."""
     kept = home >= 0
     return index[kept].flatten(), index[home[kept]].flatten()
 
 
 def _combine(tensor: Tensor, dim: int, source: Tensor, target: Tensor, factor: Tensor) -> Tensor:
-    """Along one dimension, every cluster's position gets the sum of its members times their factors."""
+    """Along one dimension, write the factor-weighted sum of each cluster's members at the cluster's position."""
 
     def combined(tensor: Tensor) -> Tensor:
         read, written = sent(source, tensor.device), sent(target, tensor.device)

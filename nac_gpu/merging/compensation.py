@@ -1,20 +1,20 @@
-"""Compensation: what merging lost, made up for in the layers that read.
+"""Compensation: the consumers of a merged group are refitted to reproduce their original outputs.
 
-The layers that read a merged group are changed so that they make of the merged neurons what they made of the original
-ones. Two ridge regressions on the activations that the original and the merged network have on the same inputs, each
-shrunk towards the one before:
+The original and the merged network run on the same inputs. Two ridge regressions on their activations then correct the
+weights of each consumer:
 
-- of every original neuron on all merged ones, shrunk towards the sum of Eq. (9); folded into the columns;
-- for layers that read several values a neuron (the positions of a kernel, the channels of a head), of what is still
-  missing in their outputs on these values.
+- every original neuron is regressed on all merged ones, shrunk towards the sum of Eq. (9). The coefficients are folded
+  into the columns of the weight;
+- if the consumer reads several values of each neuron (positions of a kernel, channels of a head), the remaining error
+  of its outputs is regressed on these values, shrunk towards the first result.
 
-What they make is linear in what they read, so constants go to their bias, or the mean of the BatchNorm behind. Groups
-are compensated in the order of the pass, on the inputs that the merged network itself has: later layers make up for
-what earlier ones left.
+The intercepts go to the consumer's bias, or to the running mean of the BatchNorm after it. Groups are compensated in
+the order of the forward pass, on the activations of the merged network, so that later consumers also correct the errors
+that earlier ones left.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,20 +23,21 @@ from torch import Tensor, nn
 from nac_gpu.calibration.activity import Activity
 from nac_gpu.calibration.batches import Batches
 from nac_gpu.calibration.moments import RIDGE_NEURONS, Moments, ridge
-from nac_gpu.calibration.readings import Reading, by_channel, outgoing, readings, samples
+from nac_gpu.calibration.readings import Reading, by_channel, columns_of, outgoing, readings, samples
 from nac_gpu.clustering.labels import first_of_each
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.merging.centroids import Merger, keeps_all
 from nac_gpu.network.copying import rebuild
 from nac_gpu.network.moving import sent
 from nac_gpu.network.precision import floating
-from nac_gpu.network.running import ExampleInputs, evaluating
+from nac_gpu.network.running import evaluating
 from nac_gpu.network.state import tensors
 from nac_gpu.network.watching import captured, count_calls, look
 from nac_gpu.tracing.graph import Graph, Group
 
-_RIDGE_VALUES = 5e-2
-_MOST_ROWS = 32768  # positions looked at in the second regression, all batches together
+_RIDGE_VALUES = 5e-2  # ridge penalty of the second regression, relative to the mean square of the values
+_KEPT_BYTES = 1 << 28  # of what the consumers of one group read in the original network
+_MOST_ROWS = 32768  # samples of the second regression, over all batches
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Assigned:
 
     @property
     def first(self) -> Tensor:
-        """The first neuron of each cluster, where the cluster lives: int64 [k]."""
+        """The first neuron of each cluster, at whose position the cluster is stored: int64 [k]."""
         return first_of_each(self.labels)
 
     @property
@@ -64,17 +65,19 @@ class Assigned:
 
 
 class Compensator:
-    """Merges groups one after another, and changes the layers that read them.
+    """Merges groups one after another, and refits their consumers.
 
     Attributes:
-        merger: what it merges with.
+        merger: merges the tensors.
 
     Args:
         model: the original; not changed.
         graph: its record.
         batches: inputs of the model.
-        activities: how the neurons of groups are read on these inputs, by the name of the group.
+        activities: activations and outgoing weights on these inputs, by the name of the group.
         ranks: the processes that divide the batches among them.
+        several: each group is merged several times, to other widths, before the next one: what its consumers read in
+            the original network is kept meanwhile, if that takes little memory.
     """
 
     def __init__(
@@ -84,16 +87,21 @@ class Compensator:
         batches: Batches,
         activities: Mapping[str, Activity],
         ranks: Ranks = ALONE,
+        *,
+        several: bool = False,
     ) -> None:
         self._model, self._graph, self._batches, self._ranks = model, graph, batches, ranks
         self._activities = activities
         self._state = tensors(model)
         self._work = rebuild(model, self._state)
         self._modules = dict(model.named_modules())
+        self._calls: dict[str, int] | None = None
+        self._several = several
+        self._kept: tuple[str, dict[int, dict[str, list[Tensor]]]] = ("", {})
         self.start()
 
     def start(self) -> None:
-        """Begin anew with the original."""
+        """Start again from the original."""
         self.merger = Merger(self._state)
         self._merged = False
 
@@ -107,22 +115,22 @@ class Compensator:
         return self.merger.finish()
 
     def network(self) -> nn.Module:
-        """The network as it is now, with zeros where neurons were merged away; the next merge changes it."""
+        """The network merged so far, with zeros at the positions of dropped neurons; the next merge changes it."""
         for name, tensor in [*self._work.named_parameters(), *self._work.named_buffers()]:
             tensor.data = self.merger.state[name]
         return self._work
 
     def merge(self, group: Group, labels: Tensor) -> None:
-        """Merge one group and compensate for it.
+        """Merge one group and refit its consumers.
 
-        A group that keeps all its neurons is compensated, too, for what was merged before it.
+        The consumers of a group that keeps all its neurons are refitted, too, if an earlier group was merged.
 
         Args:
             group: the group.
             labels: as `Merger.merge` takes them.
 
         Raises:
-            RankError: another rank failed, or was lost.
+            RankError: another rank failed or was lost.
         """
         labels = labels.cpu()
         if not self._merged and keeps_all(labels):
@@ -131,26 +139,27 @@ class Compensator:
         assigned = Assigned(group, labels)
         activity = self._activities.get(group.name)
         self.merger.merge_made(group, labels, None if activity is None else activity.masses())
-        whole = dict(self.merger.state)  # with what is read as it was
+        whole = dict(self.merger.state)  # consumers not merged yet
         self.merger.merge_read(group, labels)
         work = self.network()
         found = {reading.layer: reading for reading in readings(self._model, group)}
         with evaluating(self._model), evaluating(work):
-            calls = count_calls(self._model, self._batches[0], found)
+            calls = self._calls_of(found)
             sums = {
                 layer: _Sums(reading, self._modules[layer], assigned, whole, self.merger.state)
                 for layer, reading in found.items()
                 if layer in calls
             }
 
-            def looked(batch: ExampleInputs) -> dict[str, _Terms]:
-                before = captured(self._model, batch, calls)
+            def looked(number: int) -> dict[str, _Terms]:
+                batch = self._batches[number]
+                before = self._originally(group, number, calls)
                 rows = _MOST_ROWS // len(self._batches)
                 most = {layer: max(1, rows // max(1, len(values))) for layer, values in before.items()}
                 terms = {layer: _Terms() for layer in sums}
 
                 def take(layer: str, merged: Tensor) -> None:
-                    original = before[layer].pop(0) if before[layer] else None  # not needed any more
+                    original = before[layer].pop(0) if before[layer] else None  # pop frees its memory
                     sums[layer].add(terms[layer], original, merged, most[layer])
 
                 look(work, batch, calls, take)
@@ -158,12 +167,35 @@ class Compensator:
                     terms[layer].comparable &= not left
                 return terms
 
-            for terms in self._ranks.share(self._batches if sums else (), looked):
+            for terms in self._ranks.share(range(len(self._batches)) if sums else (), looked):
                 for layer, one in sums.items():
                     one.total.take(terms[layer])
         for layer, one in sums.items():
             if one.total.comparable:
                 self._change(layer, one)
+
+    def _calls_of(self, layers: Iterable[str]) -> dict[str, int]:
+        """How often each of these layers is called in a pass of the original; those that are not called are left out.
+
+        All layers are counted in one pass.
+        """
+        if self._calls is None:
+            plain = [name for name, module in self._modules.items() if columns_of(module) is not None]
+            self._calls = count_calls(self._model, self._batches[0], plain)
+        return {layer: self._calls[layer] for layer in layers if layer in self._calls}
+
+    def _originally(self, group: Group, number: int, calls: Mapping[str, int]) -> dict[str, list[Tensor]]:
+        """What the consumers of a group are called with in the original network, on one of the batches."""
+        if self._kept[0] != group.name:
+            self._kept = group.name, {}
+        kept = self._kept[1]
+        if number in kept:
+            return {layer: list(values) for layer, values in kept[number].items()}
+        found = captured(self._model, self._batches[number], calls)
+        size = sum(value.numel() * value.element_size() for values in found.values() for value in values)
+        if self._several and size * len(self._batches) <= _KEPT_BYTES:
+            kept[number] = {layer: list(values) for layer, values in found.items()}
+        return found
 
     def _change(self, layer: str, sums: "_Sums") -> None:
         state = self.merger.state
@@ -183,11 +215,15 @@ class Compensator:
 
 @dataclass
 class _Terms:
-    """What is summed up over samples: of the merged neurons and what they lack, of the values and the outputs' errors.
+    """Sums over samples.
 
     Attributes:
-        comparable: the original and the merged network called the layer with the same samples, as far as shapes tell.
-            Which samples an expert gets may depend on what was merged; then it cannot be compensated.
+        neurons: moments of the merged neurons.
+        missing: of the merged neurons with the residuals of the original neurons.
+        values: of the values that the consumer reads.
+        errors: of these values with the errors of the consumer's outputs.
+        comparable: the original and the merged network called the consumer with the same number of samples. A router
+            may send other samples to an expert after merging; such an expert is not compensated.
     """
 
     neurons: Moments = field(default_factory=Moments)
@@ -197,19 +233,19 @@ class _Terms:
     comparable: bool = True
 
     def take(self, other: "_Terms") -> None:
-        """Take in those of another batch."""
+        """Add the sums of another batch."""
         for name in ("neurons", "missing", "values", "errors"):
             getattr(self, name).take(getattr(other, name))
         self.comparable = self.comparable and other.comparable
 
 
 class _Sums:
-    """What is summed up for one layer that reads, and what follows from it.
+    """The two regressions of one consumer.
 
     Attributes:
-        reading: the layer.
-        assigned: what it reads.
-        total: of all batches.
+        reading: the consumer.
+        assigned: the group that it reads, with its clusters.
+        total: sums over all batches.
     """
 
     def __init__(
@@ -235,13 +271,13 @@ class _Sums:
         return columns.movedim(2, 0)
 
     def add(self, terms: _Terms, original: Tensor | None, merged: Tensor, most: int) -> None:
-        """Add what one call of the layer says.
+        """Add the samples of one call of the consumer.
 
         Args:
-            terms: those of a batch.
-            original: what it was called with in the original network; None if it was not.
-            merged: the same in the merged network.
-            most: positions to look at in the second regression.
+            terms: sums of the batch.
+            original: input of the consumer in the original network; None if it was not called.
+            merged: its input in the merged network.
+            most: number of samples for the second regression.
         """
         terms.comparable &= original is not None and original.shape == merged.shape
         if original is None or not terms.comparable:
@@ -261,10 +297,10 @@ class _Sums:
         terms.errors.add(values, whole - made)
 
     def solved(self, *, intercept: bool) -> tuple[Tensor, Tensor]:
-        """What to add to the columns of the merged neurons, float64 [k, m, ...], and to the outputs, [out].
+        """The corrections of the merged columns, float64 [k, m, ...], and of the outputs (the intercept), [out].
 
         Args:
-            intercept: there is a place for the constant; else it is to be made up for by the columns as well.
+            intercept: fit an intercept; without it the columns alone have to correct the mean.
         """
         whole, total = self._whole.double(), self.total
         if not total.neurons.count:
@@ -289,14 +325,14 @@ class _Sums:
 
 
 def _multiplied(module: nn.Module, inputs: Tensor, index: Tensor, weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """What a linear layer reads of some neurons, [rows, values], and makes of it, [rows, out]; weight [out, n, m]."""
+    """A linear layer's inputs from some neurons, [rows, values], and its outputs, [rows, out]; weight [out, n, m]."""
     values = floating(by_channel(module, inputs).flatten(0, -2))[:, index.flatten()]
     values = values[:: max(1, len(values) // most)]
     return values, values @ weight.flatten(1).T.to(values.dtype)
 
 
 def _convolved(module: nn.Module, inputs: Tensor, index: Tensor, weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The same of a convolution, at some of its positions; weight [out, n, 1, *kernel]."""
+    """The same for a convolution, on a subset of its output positions; weight [out, n, 1, *kernel]."""
     assert isinstance(module, nn.modules.conv._ConvNd), "chosen by the caller"
     spatial = len(module.kernel_size)
     x = inputs if inputs.ndim == spatial + 2 else inputs[None]
@@ -312,5 +348,5 @@ def _convolved(module: nn.Module, inputs: Tensor, index: Tensor, weight: Tensor,
     for at in range(2, 2 + spatial):
         here = min(step, windows.shape[at])
         windows = windows[(slice(None),) * at + (slice((windows.shape[at] - 1) % here // 2, None, here),)]
-    values = windows.movedim(1, 1 + spatial).flatten(0, spatial).flatten(1)  # channels before the kernel
+    values = windows.movedim(1, 1 + spatial).flatten(0, spatial).flatten(1)  # channels first, then the kernel
     return values, values @ weight.flatten(1).T.to(values.dtype)

@@ -1,4 +1,4 @@
-"""Networks in which neurons are copies of others, and what merging those must give."""
+"""The copies test: networks with duplicated neurons, and the smaller networks that merging them must result in."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,7 +15,7 @@ from nac_gpu.tracing.graph import Choice, Group
 
 
 def copy_neurons(state: Mapping[str, Tensor], group: Group, labels: Tensor) -> dict[str, Tensor]:
-    """Tensors in which all neurons of a cluster compute what its first neuron computes.
+    """Tensors in which all neurons of a cluster are copies of its first neuron.
 
     Args:
         state: tensors by name; not changed.
@@ -47,7 +47,7 @@ def random_assignments(choices: Sequence[Choice], seed: int) -> list[Tensor]:
 
 
 def merged_copies(state: Mapping[str, Tensor], groups: Sequence[Group], labels: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Tensors in which every cluster of identical neurons is one, whose outgoing connections are summed.
+    """Smaller tensors in which every cluster of identical neurons is one neuron, with summed outgoing weights.
 
     Args:
         state: tensors by name; not changed.
@@ -64,13 +64,19 @@ def merged_copies(state: Mapping[str, Tensor], groups: Sequence[Group], labels: 
             all_moves.setdefault((member.tensor, member.dim), []).append((*moved, member.role == "sum"))
     for (name, dim), moves in sorted(
         all_moves.items(), key=lambda item: any(added for _, _, added in item[1])
-    ):  # small ones first
+    ):  # first the tensors that only lose positions
         small[name] = after(small[name], partial(_moved, dim=dim, moves=moves))
     return small
 
 
 def _moved(old: Tensor, dim: int, moves: Sequence[tuple[Tensor, Tensor, bool]]) -> Tensor:
-    """A tensor without positions along one dimension, some of which are added to others: (from, to, added) int64."""
+    """A tensor without the positions that move away along one dimension.
+
+    Args:
+        old: the tensor.
+        dim: the dimension.
+        moves: source and target positions, int64, and whether sources are added to their targets or dropped.
+    """
     kept = torch.ones(old.shape[dim], dtype=torch.bool)
     for source, _, _ in moves:
         kept[source] = False

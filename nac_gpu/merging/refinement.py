@@ -1,12 +1,11 @@
-"""Refinement: the merged network learns to answer as the original does, without labels.
+"""Refinement: the merged network is trained to reproduce the original's outputs, without labels.
 
-Compensation changes one layer at a time, and only the columns that read what was merged. Refinement then changes all
-that merging touched together, by gradient descent on the outputs: the smaller network is to give what the original
-gives on the same inputs (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; for few inputs without
-labels, Wang et al., "Compressing Models with Few Samples: Mimicking then Replacing", CVPR 2022). A few hundred inputs
-are enough because they are looked at in ever other ways: mixed in pairs (Zhang et al., "mixup", ICLR 2018) and, where
-they are images, shifted and mirrored. What such an input shows does not matter: the original is asked what it makes
-of it.
+Compensation refits one consumer at a time, and only the columns that read the merged group. Refinement trains all
+tensors that merging changed together, by gradient descent on the difference of the outputs (Hinton et al., "Distilling
+the Knowledge in a Neural Network", 2015; for few inputs without labels, Wang et al., "Compressing Models with Few
+Samples: Mimicking then Replacing", CVPR 2022). A few hundred inputs are enough because they are augmented differently
+in each pass: mixed in pairs (Zhang et al., "mixup", ICLR 2018) and, if they are images, shifted and mirrored. Augmented
+inputs need no labels, because the original network provides the targets.
 """
 
 import contextlib
@@ -29,12 +28,12 @@ from nac_gpu.network.running import ExampleInputs, arguments, call, evaluating, 
 
 BATCH = 64  # inputs
 PASSES = 80  # over the inputs
-STEPS = 1280  # at most, for small inputs; fewer where they are large
-_RATE = 6e-4  # of Adam
-_RATE_SYNTHETIC = 3e-4  # inputs that were made up are like the true ones only in some respects
+STEPS = 1280  # upper limit for small inputs; lower for large ones
+_RATE = 6e-4  # learning rate of Adam
+_RATE_SYNTHETIC = 3e-4  # lower, because synthetic inputs resemble real ones only partly
 _WARMUP = 20  # steps
-_NEAR = 1e-6  # of the outputs' variance: nothing is left to learn
-_SHIFT = 8  # images are shifted by up to this part of their side
+_NEAR = 1e-6  # an error below this share of the outputs' variance needs no refinement
+_SHIFT = 8  # images are shifted by up to 1/8 of their side
 
 
 def learn(
@@ -48,23 +47,23 @@ def learn(
     seed: int = 0,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Let a merged network learn to answer as the original does; in place.
+    """Train a merged network to reproduce the original's outputs, in place.
 
-    Only the parameters that merging touched change, whether or not they require gradients. What was learnt is kept if
-    it brings the outputs on the batches nearer to the original's.
+    Only the parameters that merging changed are trained, whether or not they require gradients. The result is kept
+    only if it reduces the error of the outputs on the batches.
 
     Args:
         small: the merged network.
         model: the original; not changed.
-        touched: names of the tensors that merging touched.
+        touched: names of the tensors that merging changed.
         batches: inputs of both; tensors are joined and divided into batches of 64.
-        passes: how often each input is looked at, at most: the steps are 1280 at most, and fewer for large images.
-        synthetic: the inputs are not data.
-        seed: of what is mixed, shifted and mirrored; the global random state is not touched.
+        passes: passes over the inputs; at most 1280 steps are made, fewer for large images.
+        synthetic: the inputs are synthetic.
+        seed: of the augmentation; the global random state is not touched.
         ranks: the processes; rank 0 does the work.
 
     Raises:
-        RankError: another rank failed, or was lost.
+        RankError: another rank failed or was lost.
     """
     weights = {name: value for name, value in small.named_parameters() if name in touched}
     if not weights or not passes:
@@ -77,9 +76,9 @@ def learn(
             return _Learning(small, model, weights, batches).found(passes, rate, seed)
         except RankError:
             raise
-        except (RuntimeError, NotImplementedError) as error:  # an operation that has no gradient, too little memory
+        except (RuntimeError, NotImplementedError) as error:  # an operation without gradient, or too little memory
             warnings.warn(
-                f"merged and compensated, but not refined, for its training failed: {error}; refine=0 leaves it out",
+                f"merged and compensated, but not refined, because training failed: {error}; refine=0 skips it",
                 stacklevel=2,
             )
             return {}
@@ -91,10 +90,12 @@ def learn(
 
 
 def _check_memory(weights: Mapping[str, nn.Parameter]) -> None:
-    """Training takes four numbers a weight, and the system may end a process that takes too much.
+    """Check that training fits in memory; otherwise the system might kill the process.
+
+    Training needs four numbers for each weight: value, gradient, and the two moments of Adam.
 
     Raises:
-        RuntimeError: it would take more than half of the memory that there is.
+        RuntimeError: it would take more than half of the memory.
     """
     device = next(iter(weights.values())).device
     needed = 16 * sum(value.numel() for value in weights.values())
@@ -105,12 +106,12 @@ def _check_memory(weights: Mapping[str, nn.Parameter]) -> None:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there / 2:
         raise RuntimeError(
-            f"it takes {needed / 1e9:.1f} GB, expected at most half of the {there / 1e9:.1f} GB of {device}"
+            f"it needs {needed / 1e9:.1f} GB, expected at most half of the {there / 1e9:.1f} GB of {device}"
         )
 
 
 class _Learning:
-    """The smaller network with other weights, and how far its outputs are from the original's."""
+    """Training of the smaller network, with weights of its own until the result is accepted."""
 
     def __init__(
         self, small: nn.Module, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Batches
@@ -126,7 +127,7 @@ class _Learning:
         self._inputs = joined(batches)
 
     def found(self, passes: int, rate: float, seed: int) -> dict[str, Tensor]:
-        """The weights that were learnt, by name; none if they are no better."""
+        """The trained weights by name; empty if they are no better than before."""
         steps = self._steps(passes)
         with evaluating(self._small), evaluating(self._model), self._recurrent():
             before = self._distance()
@@ -136,22 +137,22 @@ class _Learning:
             with torch.enable_grad():
                 self._descend(steps, rate, torch.Generator().manual_seed(seed))
             after = self._distance()
-        better = after is not None and after < before  # not so if it is not finite
+        better = after is not None and after < before  # False for NaN
         return {name: value.detach().to(self._types[name]) for name, value in self._weights.items()} if better else {}
 
     def _fitting_autocast(self) -> contextlib.AbstractContextManager[object]:
-        """In bfloat16, where that is fast, and where the networks' code takes results in another type."""
+        """Autocast to bfloat16 if that is fast here and the networks' code runs with it."""
         fast = all(dtype == torch.float32 for dtype in self._types.values()) and multiplies_bfloat16(self._device)
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=fast)
         try:
             with torch.no_grad(), autocast:
                 self._apart(self._inputs[0])
-        except RuntimeError:  # such as adding to a tensor of float32
+        except RuntimeError:  # such as an in-place addition to a float32 tensor
             return contextlib.nullcontext()
         return autocast
 
     def _recurrent(self) -> contextlib.AbstractContextManager[None]:
-        """Fused recurrent layers have gradients in training mode only."""
+        """Unfuse recurrent layers: the fused ones have gradients only in training mode."""
         recurrent = any(isinstance(module, nn.RNNBase) for module in self._small.modules())
         return in_small_operations(self._small) if recurrent else contextlib.nullcontext()
 
@@ -177,20 +178,20 @@ class _Learning:
             scheduler.step()
 
     def _apart(self, batch: ExampleInputs) -> Tensor | None:
-        """The squared difference of the outputs as a share of their variance; None if there is nothing to compare."""
+        """The squared difference of the outputs, relative to their variance; None if no outputs are comparable."""
         with torch.no_grad():
             expected = list(tensors_in(call(self._model, batch)))
         typed = {name: value.to(self._types[name]) for name, value in self._weights.items()}
         return change(list(tensors_in(functional_call(self._small, typed, *arguments(batch)))), expected)
 
     def _distance(self) -> float | None:
-        """The mean over the inputs as they are."""
+        """The mean error over the inputs, without augmentation."""
         with torch.no_grad():
             return mean_change(self._apart(batch) for batch in self._inputs)
 
 
 def joined(batches: Batches) -> list[ExampleInputs]:
-    """Batches of 64 where they hold nothing but floating tensors of as many inputs; else as they are."""
+    """Batches of 64 if all leaves are floating tensors [batch, ...] of equal batch size; else the batches unchanged."""
     if not all(_divisible(batch) for batch in batches):
         return list(batches)
     leaves, structures = zip(*(pytree.tree_flatten(batch) for batch in batches), strict=True)
@@ -209,7 +210,7 @@ def _divisible(batch: ExampleInputs) -> bool:
 
 
 def looked_at(inputs: Sequence[ExampleInputs], generator: torch.Generator) -> Iterator[ExampleInputs]:
-    """Batches of a list again and again without an end, every time looked at in other ways.
+    """An endless stream of shuffled batches, augmented differently in each pass.
 
     Args:
         inputs: batches, as `joined` makes them.
@@ -227,7 +228,7 @@ def looked_at(inputs: Sequence[ExampleInputs], generator: torch.Generator) -> It
 
 
 def _mixed(batch: ExampleInputs, other: ExampleInputs, generator: torch.Generator) -> ExampleInputs:
-    """Half of the inputs mixed with some of another batch, in random shares."""
+    """Mixup of half of the inputs with inputs of another batch, in random shares."""
     count, others = (len(pytree.tree_leaves(each)[0]) for each in (batch, other))
     share = torch.rand(count, generator=generator)
     share = torch.where(torch.rand(count, generator=generator) < 0.5, share, 1.0)
@@ -243,7 +244,7 @@ def _mixed(batch: ExampleInputs, other: ExampleInputs, generator: torch.Generato
 
 
 def _moved(batch: ExampleInputs, generator: torch.Generator) -> ExampleInputs:
-    """Images shifted by up to an eighth of their sides, edges reflected, and half of them mirrored."""
+    """Images shifted by up to an eighth of their sides, with reflected edges, and half of them mirrored."""
 
     def moved(images: Tensor) -> Tensor:
         if images.ndim != 4:
@@ -255,7 +256,7 @@ def _moved(batch: ExampleInputs, generator: torch.Generator) -> ExampleInputs:
         rows, columns = (s + torch.arange(size) for s, size in zip(shifts, images.shape[2:], strict=True))
         mirrored = torch.rand(count, 1, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
-        found = padded.permute(0, 2, 3, 1)[  # pixels, with all their channels
+        found = padded.permute(0, 2, 3, 1)[  # channels last: whole pixels are gathered
             torch.arange(count, device=device)[:, None, None],
             sent(rows[:, :, None], device),
             sent(columns[:, None], device),

@@ -1,1 +1,1 @@
-"""What holds for any torch.nn.Module: running, copying, comparing, counting and timing it; knows nothing of groups."""
+"""Tools for any torch.nn.Module: run, copy, compare, count and time it. Nothing here depends on groups of neurons."""

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention with fewer heads than its width asks for."""
+"""nn.MultiheadAttention after heads were merged, so that heads * width of a head is less than embed_dim."""
 
 import torch
 from torch import Tensor, nn
@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """What an `nn.MultiheadAttention` becomes when heads are merged; never built, see `shrink`.
+    """An `nn.MultiheadAttention` with fewer heads of unchanged width. Never constructed; `shrink` changes the class.
 
-    PyTorch's own computes the width of a head as `embed_dim // num_heads`, so its heads cannot be fewer. Parameters
-    keep their names; `forward` takes and gives the same.
+    PyTorch's class computes the width of a head as `embed_dim // num_heads`, so it cannot have fewer heads of the same
+    width. Parameters keep their names, and `forward` keeps its arguments and results.
     """
 
     def forward(
@@ -23,7 +23,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention, as `nn.MultiheadAttention.forward`: a mask of one plane a head has as many as there are heads."""
+        """Attention, as `nn.MultiheadAttention.forward`. A 3-D mask needs batch x remaining-heads planes."""
         batched = query.dim() == 3
         if not batched:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
@@ -32,7 +32,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         q, k, v = self._projected(query, key, value)
         batch, length = query.shape[:2]
-        added = k.shape[1] - key.shape[1]  # bias_k and the zeros, which no mask hides
+        added = k.shape[1] - key.shape[1]  # positions of bias_k and of the zeros, which masks never hide
         heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
         mask = None if attn_mask is None else _additive(attn_mask, q.dtype)
         if mask is not None and mask.dim() == 3:
@@ -58,7 +58,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return out if self.batch_first else out.transpose(0, 1), weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Queries, keys and values, [batch, length, heads * width of a head] each."""
+        """Projected queries, keys and values, [batch, length, heads * width of a head] each."""
         if self.in_proj_weight is not None:
             weights = list(self.in_proj_weight.chunk(3))
         else:
@@ -74,13 +74,13 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def shrink(module: nn.MultiheadAttention) -> None:
-    """Let a module whose projections lost heads compute with those that are left; `num_heads` is set by the caller."""
+    """Make a module whose projections lost heads compute with the remaining ones. The caller sets `num_heads`."""
     module.__class__ = MultiheadAttention
-    module._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from its fused path, which asks for all heads
+    module._qkv_same_embed_dim = False  # disables nn.TransformerEncoderLayer's fast path, which needs all heads
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to be added to scores: minus infinity where a boolean one is true."""
+    """The mask in the form that is added to scores: a boolean one becomes minus infinity where it is true."""
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
     return mask.to(dtype)

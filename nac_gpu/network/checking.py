@@ -1,4 +1,4 @@
-"""Whether the weights of a model are such that it can be compressed."""
+"""Checks whether the weights of a model can be compressed."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Every parameter must be floating and finite: Ward's distances mean nothing otherwise.
+    """Check that every parameter is floating and finite; otherwise distances between neurons have no meaning.
 
     Raises:
         TypeError: integer or complex parameters, naming the first.
@@ -22,7 +22,8 @@ def check_weights(model: nn.Module) -> None:
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}, expected a floating type; "
                 "compress the model before it is quantised, or convert it"
             )
-        # One bad value makes the sum bad, in one pass over the memory; a good sum may still overflow.
+        # The sum takes one pass and is not finite if any value is not. But a sum of finite values may overflow, so a
+        # sum that is not finite is followed by an exact check.
         if not bool(torch.isfinite(parameter.sum())) and not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             raise ValueError(

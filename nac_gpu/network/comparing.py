@@ -1,4 +1,4 @@
-"""How far the outputs of two networks are apart."""
+"""Measures of how much the outputs of two networks differ."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,38 +11,45 @@ from nac_gpu.network.running import ExampleInputs, call, evaluating, in_small_op
 
 
 def outputs(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool = False) -> list[Tensor]:
-    """All tensors that the model returns in eval mode, with what auxiliary heads return if asked for.
+    """All tensors that the model returns in eval mode, including those of auxiliary heads if `auxiliary` is set.
 
-    They are to be compared, so CUDA does not round products to TF32.
+    TF32 is off, because its rounding would hide small differences between outputs.
     """
     with evaluating(model, auxiliary=auxiliary), in_small_operations(model), without_tf32():
         return list(tensors_in(call(model, example_inputs)))
 
 
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative error over several tensors, each against its own largest value."""
+    """The largest difference over several floating tensors, each relative to its own largest finite value.
+
+    The difference is 0 where both have the same infinity or both have NaN, infinite where only one has it, and
+    infinite for tensors of different shapes.
+    """
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
         if a.shape != b.shape:
-            return float("inf")
-        if b.numel() and b.is_floating_point():
-            scale = float(b.abs().max()) or 1.0
-            worst = max(worst, float((a - b).abs().max()) / scale)
+            return math.inf
+        if not b.numel() or not b.is_floating_point():
+            continue
+        same = (a == b) | (a.isnan() & b.isnan())
+        error = float((a - b).masked_fill(same, 0).abs().max()) / (float(b.nan_to_num(0, 0, 0).abs().max()) or 1.0)
+        worst = max(worst, math.inf if math.isnan(error) else error)
     return worst
 
 
 def change(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor | None:
-    """How much outputs changed: the squared difference as a share of the variance, the mean over the outputs.
+    """How much outputs changed: the mean squared difference divided by the variance, averaged over the outputs.
 
-    The host does not wait for the device.
+    An output that is constant along the batch is divided by its mean square. The host does not wait for the device.
 
     Args:
-        found: the outputs; those that are not floating, have another shape than expected, or should not vary, do not
-            count.
-        expected: what they were.
+        found: the outputs. Those that are not floating, have another shape than expected, or are expected to be all
+            zero are ignored.
+        expected: the original outputs.
 
     Returns:
-        A scalar: -1, without a gradient, where all outputs that could count should be zero; None if there are none.
+        A scalar; -1, without a gradient, if all comparable outputs are expected to be zero; None if no output is
+        comparable.
     """
     if len(found) != len(expected):
         return None
@@ -62,7 +69,7 @@ def change(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor | None
 
 
 def mean_change(changes: Iterable[Tensor | None]) -> float | None:
-    """The mean of those that are known; None if there are none, or it is not finite."""
+    """The mean of the results of `change` that are known; None if there are none, or if the mean is not finite."""
     shares = [float(share) for share in changes if share is not None]
     known = [share for share in shares if share != -1]
     mean = sum(known) / len(known) if known else None

@@ -1,4 +1,4 @@
-"""Writes merged tensors into a copy of the model, and makes the layers' attributes agree with them."""
+"""Writes merged tensors into a copy of the model, and updates the attributes of its layers (`out_features`, ...)."""
 
 import copy
 from collections.abc import Mapping
@@ -16,13 +16,14 @@ def rebuild(
 ) -> nn.Module:
     """A copy of the model with other tensors.
 
-    Ties stay ties; mode, `requires_grad`, hooks and everything else are the original's.
+    Tied parameters stay tied; mode, `requires_grad`, hooks and everything else are those of the original.
 
     Args:
-        model: left as it is.
+        model: not changed.
         state: a tensor for each name of `tensors(model)`.
-        attributes: of modules that are no tensors' sizes: numbers of heads and groups, sizes kept by the user's code.
-        share: parameters that are the model's own stay so, for a copy that is only run.
+        attributes: of modules, where they do not follow from the shape of a tensor: numbers of heads and groups, sizes
+            that the user's code stores.
+        share: unchanged parameters share memory with the model's, for a copy that is only run and never trained.
     """
     memo: dict[int, Tensor] = {}
     changed: set[int] = set()

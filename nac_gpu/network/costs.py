@@ -1,4 +1,4 @@
-"""What a model costs: parameters, and the operations of one forward pass."""
+"""The size of a model: its parameters, and the floating point operations of one forward pass."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from nac_gpu.network.running import ExampleInputs, call, evaluating, in_small_op
 
 
 class _NoTracker:
-    """In the place of what counts for each module: it fails on views of parameters without gradients."""
+    """Replaces the module tracker of `FlopCounterMode`, which fails on views of parameters without gradients."""
 
     parents = frozenset({"Global"})
 
@@ -19,7 +19,7 @@ class _NoTracker:
 
 
 def flop_counter() -> FlopCounterMode:
-    """A context in which floating point operations are counted, of the whole model only."""
+    """A context that counts floating point operations in total, without a count for each module."""
     counter = FlopCounterMode(display=False)
     vars(counter)["mod_tracker"] = _NoTracker()
     return counter
@@ -27,12 +27,12 @@ def flop_counter() -> FlopCounterMode:
 
 @dataclass(frozen=True)
 class Cost:
-    """Size of a model.
+    """The size of a model, as `cost` returns it.
 
     Attributes:
-        parameters: how many numbers are learnt (tied ones once).
-        flops: floating point operations of one forward pass on the example inputs, 2 per multiply-add, of matrix
-            products and convolutions, as `torch.utils.flop_counter` counts them.
+        parameters: number of learnt values; tied ones count once.
+        flops: floating point operations of one forward pass on the example inputs: those of matrix products and
+            convolutions, 2 per multiply-add, as `torch.utils.flop_counter` counts them.
     """
 
     parameters: int
@@ -40,7 +40,18 @@ class Cost:
 
 
 def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
-    """Count a model's parameters and the operations of its forward pass on these inputs, in eval mode."""
+    """Count a model's parameters, and the operations of its forward pass on these inputs in eval mode.
+
+    Args:
+        model: not changed.
+        example_inputs: as for a call: a tensor, a sequence of arguments, or a mapping of keyword arguments.
+
+    Returns:
+        The number of parameters, and of floating point operations for the whole batch of inputs.
+
+    >>> nac_gpu.cost(nn.Linear(3, 2), torch.ones(1, 3))
+    Cost(parameters=8, flops=12)
+    """
     counter = flop_counter()
     with evaluating(model), in_small_operations(model), counter:
         call(model, example_inputs)

@@ -1,7 +1,7 @@
-"""Tensors whose values are not in memory: each says how its values are made, and makes them whenever they are read.
+"""Lazy tensors: each holds a function that produces its values, and calls it whenever an operation reads them.
 
-A model of such tensors runs with no more of its weights in memory than one operation reads. Merging puts one more step
-behind what makes a tensor, so nothing has to be kept until all groups that touch it are merged.
+A model of such tensors runs with only the weights in memory that the current operation reads. Merging appends a step to
+the function, so a weight need not stay in memory until all groups that contain it are merged.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from torch.utils import _pytree as pytree
 
 _aten = torch.ops.aten
 _SAME = frozenset({_aten.alias, _aten.detach})
-#: Operations other than views that wait until the values of their result are read; all others read them now.
+#: Operations, besides views, whose results are deferred as well. All other operations read the values at once.
 _WAITING = frozenset({_aten.index_select, _aten._to_copy, _aten._unsafe_view, _aten.clone})
 
 
 class Deferred(Tensor):
-    """A tensor that makes its values anew each time an operation reads them, and keeps none."""
+    """A tensor that produces its values anew each time an operation reads them, and stores none."""
 
-    _make: Callable[[], Tensor]  # gives the values
+    _make: Callable[[], Tensor]  # returns the values
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @classmethod
@@ -28,9 +28,9 @@ class Deferred(Tensor):
         """A deferred tensor.
 
         Args:
-            make: gives the values, in memory of their own.
+            make: returns the values, in memory that nothing else uses.
             like: a tensor of the same shape, strides and dtype.
-            device: where the values will be.
+            device: of the values.
         """
         strides = like.stride()
         made = Tensor._make_wrapper_subclass(cls, like.shape, strides=strides, dtype=like.dtype, device=device)
@@ -45,12 +45,12 @@ class Deferred(Tensor):
         return self._make()
 
     def _again(self) -> "Deferred":
-        """Another tensor with the same recipe, which stays when that of this one is replaced."""
+        """Another deferred tensor with the same function; it keeps this one even if `data` of the original is set."""
         return Deferred.of(self._make, self, self.device)
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As of any tensor. `module.to(...)` sets it."""
+        """As for any tensor; `module.to(...)` sets it."""
         return self.detach()
 
     @data.setter
@@ -73,7 +73,7 @@ class Deferred(Tensor):
 
     @classmethod
     def _waiting(cls, func: Any, first: "Deferred", args: Any, kwargs: Any) -> Any:
-        """What the operation returns, each tensor of it deferred."""
+        """The results of an operation as deferred tensors, which run it when they are read."""
         given = kwargs.get("device")
         device = first.device if given is None else torch.device(given)
         on_meta = {**kwargs, "device": torch.device("meta")} if given is not None else kwargs
@@ -88,11 +88,11 @@ class Deferred(Tensor):
 
 
 def after(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """`function(tensor)`; of a deferred tensor it is deferred.
+    """`function(tensor)`; deferred if the tensor is.
 
     Args:
         tensor: not changed.
-        function: gives the same each time, for tensors on any device.
+        function: deterministic, for tensors on any device.
     """
     if not isinstance(tensor, Deferred):
         return function(tensor)
@@ -101,19 +101,19 @@ def after(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def loaded(value: Any) -> Any:
-    """The values of a deferred tensor; anything else as it is."""
+    """The values of a deferred tensor; anything else unchanged."""
     return value.load() if isinstance(value, Deferred) else value
 
 
 def _on_meta(value: Any) -> Any:
-    """A tensor's shape, strides and dtype without values; anything else as it is."""
+    """A meta tensor with a tensor's shape, strides and dtype; anything else unchanged."""
     if not isinstance(value, Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def _check_reads_only(func: Any, args: Any, kwargs: Any) -> None:
-    """What would be written into values that nobody keeps would be lost."""
+    """Reject operations that write into a deferred tensor: it stores no values, so the result would be lost."""
     names = [argument.name for argument in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     for argument in func._schema.arguments:
@@ -125,6 +125,6 @@ def _check_reads_only(func: Any, args: Any, kwargs: Any) -> None:
 
 def _written(what: str, tensor: Tensor) -> RuntimeError:
     return RuntimeError(
-        f"{what} writes into a tensor of the shape {tuple(tensor.shape)} whose values are in a file, where they stay "
-        "as they are; save the compressed model with nac_gpu.save, and train what nac_gpu.load reads"
+        f"{what} writes into a tensor of the shape {tuple(tensor.shape)} whose values are in a file that is only read; "
+        "save the compressed model with nac_gpu.save, and train the model that nac_gpu.load returns"
     )

@@ -1,4 +1,4 @@
-"""Attributes of PyTorch's layers, made to agree with their tensors."""
+"""Updates the size attributes of PyTorch's layers to the shapes of their tensors."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from nac_gpu.network.attention import shrink
 
 
 def set_sizes(module: nn.Module) -> None:
-    """Make a layer's attributes (`in_features`, `out_channels`, ...) say what its tensors are."""
+    """Set a layer's size attributes (`in_features`, `out_channels`, ...) from the shapes of its tensors."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd):
@@ -47,7 +47,7 @@ def set_sizes(module: nn.Module) -> None:
 def _set_convolution(module: nn.modules.conv._ConvNd) -> None:
     rows, columns = (1, 0) if module.transposed else (0, 1)
     made, read = module.weight.shape[rows], module.weight.shape[columns]
-    if module.groups == module.in_channels and module.groups > 1:  # depthwise, with one kernel or several a channel
+    if module.groups == module.in_channels and module.groups > 1:  # depthwise, with one or more kernels per channel
         times = module.out_channels // module.groups
         module.groups = read if module.transposed else made // times
     module.out_channels, module.in_channels = made, read

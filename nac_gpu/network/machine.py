@@ -1,4 +1,4 @@
-"""The machine and the versions that results depend on."""
+"""The hardware and software versions that results depend on."""
 
 import platform
 from datetime import datetime, timezone
@@ -12,10 +12,10 @@ from nac_gpu.network.running import device_of
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """Hardware and versions that a measurement depends on; nothing that names the machine.
+    """Hardware and versions that a measurement depends on; nothing that identifies the machine.
 
     Args:
-        device: where the arithmetic was done.
+        device: on which the measurement ran.
     """
     found: dict[str, str | int] = {"processor": _processor(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
@@ -29,7 +29,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def package_version() -> str:
-    """The version of nac_gpu that is installed; "unknown" where its files are used without being installed."""
+    """The installed version of nac_gpu; "unknown" if its files are used without installation."""
     try:
         return version("nac-gpu")
     except PackageNotFoundError:
@@ -37,7 +37,7 @@ def package_version() -> str:
 
 
 def _processor() -> str:
-    """The CPU's name as its maker gives it, where the system tells."""
+    """The CPU's model name where the system reports it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -45,7 +45,7 @@ def _processor() -> str:
 
 
 def hardware(model: nn.Module) -> str:
-    """What the rounding of a result depends on: processor, number of threads, version of PyTorch."""
+    """Everything that the rounding of a result depends on: processor, number of threads, version of PyTorch."""
     device = device_of(model)
     name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":

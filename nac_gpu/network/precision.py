@@ -1,4 +1,4 @@
-"""In how many digits products and sums are taken."""
+"""The precision of products and sums: TF32, bfloat16, float32, float64."""
 
 import contextlib
 import warnings
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Products and convolutions of float32 on CUDA with all their digits; what the user allows is put back.
+    """Products and convolutions of float32 on CUDA in full precision; the user's settings are restored afterwards.
 
-    TF32 leaves three digits, and is on for convolutions by default: outputs that must agree to five would not.
+    TF32 keeps three digits and is on for convolutions by default, but the outputs compared here must agree to five.
     """
     before = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch 2.9 warns whoever uses the older settings
+        warnings.simplefilter("ignore")  # PyTorch 2.9 warns about the older settings
         for owner, name, precise in (*_OLDER_TF32, *_NEWER_TF32):
-            # An older one cannot be read where the user has set a newer one, and PyTorch 2.8 has no newer ones.
+            # Reading an older setting fails if the user has set a newer one, and PyTorch 2.8 lacks the newer ones.
             with contextlib.suppress(RuntimeError, AttributeError):
                 before.append((owner, name, getattr(owner, name), precise))
         for owner, name, _, precise in before:
@@ -33,7 +33,7 @@ def without_tf32() -> Iterator[None]:
 
 
 class _Products:
-    """The older setting of matrix products as an attribute, so that all settings are alike."""
+    """The older setting for matrix products as an attribute, so that all settings are read and set the same way."""
 
     @property
     def precision(self) -> str:
@@ -57,7 +57,7 @@ _NEWER_TF32 = tuple(  # since PyTorch 2.9
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16: a GPU since Ampere, or a CPU with AMX or AVX-512's instructions."""
+    """Whether the hardware multiplies bfloat16: a GPU since Ampere, or a CPU with AMX or AVX-512 BF16 instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -65,10 +65,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def floating(tensor: Tensor) -> Tensor:
-    """The tensor in the type in which products are taken: float64 stays, everything else is float32."""
+    """The tensor in the dtype used for products: float64 stays float64, everything else becomes float32."""
     return tensor.to(working_dtype(tensor))
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
-    """The type in which sums are taken: at least float32."""
+    """The dtype used for sums over this tensor: float64 for float64, float32 for everything else."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""How a model is run on example inputs: in eval mode, unnoticed, in small operations, counted."""
+"""Runs a model on example inputs: in eval mode, without side effects, with fused operations decomposed if needed."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 def arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor is the only argument, a sequence the arguments, a mapping the keyword arguments."""
+    """Positional and keyword arguments: a tensor is the only one, a sequence is positional, a mapping is by keyword."""
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -23,13 +23,13 @@ def arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str,
 
 
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
-    """One forward pass; see `arguments`."""
+    """Run one forward pass; see `arguments`."""
     positional, named = arguments(example_inputs)
     return model(*positional, **named)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """All tensors of a value: in sequences, mappings, dataclasses and other objects."""
+    """All tensors in a value, also inside sequences, mappings, dataclasses and other objects."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -44,12 +44,12 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter."""
+    """The device of a model's first parameter; the CPU if it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def describe(example_inputs: ExampleInputs) -> str:
-    """Shapes and types of the tensors, and all other values, for people."""
+    """Shapes and dtypes of the tensors, and all other values, for messages."""
     return ", ".join(
         f"{tuple(value.shape)} {value.dtype}".replace("torch.", "") if isinstance(value, Tensor) else repr(value)
         for value in pytree.tree_leaves(example_inputs)
@@ -57,35 +57,45 @@ def describe(example_inputs: ExampleInputs) -> str:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module, *, auxiliary: bool = False, fused: bool = False) -> Iterator[None]:
-    """Eval mode without gradients; every module's mode and the random state are put back, whatever happens.
-
-    Args:
-        model: the model.
-        auxiliary: let modules that only hold other modules believe that they are trained: layers run that run in
-            training only (auxiliary heads), while dropout and normalisations still do what they do in eval mode.
-        fused: leave PyTorch's fused path through transformer layers on, as it is in use; recording cannot see into it.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+def modes_kept(model: nn.Module | None) -> Iterator[None]:
+    """Restore the mode (training or eval) of every module at the end, even after an exception."""
+    modes = [] if model is None else [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        if auxiliary:
-            for module in model.modules():
-                module.training = any(True for _ in module.children())
-        torch.backends.mha.set_fastpath_enabled(fast_path and fused)
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, mode in modes:
             module.training = mode
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module, *, auxiliary: bool = False, fused: bool = False) -> Iterator[None]:
+    """Eval mode without gradients; the mode of every module and the random state are always restored.
+
+    Args:
+        model: the model.
+        auxiliary: set training mode on modules that contain other modules. Layers that only run in training (auxiliary
+            heads) then run, while dropout and normalisations, which contain none, stay in eval mode.
+        fused: keep PyTorch's fused fast path for transformer layers, as in normal use. Recording needs it off, because
+            it hides the single operations.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with modes_kept(model):
+        model.eval()
+        if auxiliary:
+            for module in model.modules():
+                module.training = any(True for _ in module.children())
+        try:
+            torch.backends.mha.set_fastpath_enabled(fast_path and fused)
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
 def in_small_operations(model: nn.Module) -> Iterator[None]:
-    """Attention and LSTM as the matrix products that they are, not as one operation."""
+    """Run attention and recurrent layers as separate matrix products instead of one fused operation."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     on_cuda = device_of(model).type == "cuda"
     before = torch._C._get_mkldnn_enabled(), torch.backends.cudnn.enabled
@@ -93,7 +103,7 @@ def in_small_operations(model: nn.Module) -> Iterator[None]:
         if recurrent:
             torch._C._set_mkldnn_enabled(False)
             torch.backends.cudnn.enabled = False
-        # Without cuDNN, CUDA still runs a recurrent step as one operation; PyTorch's code in Python does not.
+        # Without cuDNN, CUDA still fuses a recurrent step into one operation; PyTorch's Python decomposition does not.
         plain = enable_python_dispatcher() if recurrent and on_cuda else contextlib.nullcontext()
         with sdpa_kernel(SDPBackend.MATH), plain:
             yield

@@ -9,20 +9,20 @@ from torch.utils import _pytree as pytree
 from nac_gpu.network.deferred import Deferred, loaded
 from nac_gpu.network.moving import sent
 
-_CHUNK = 1 << 20  # numbers that are summed at once, to save memory
+_CHUNK = 1 << 20  # how many numbers are summed at once; limits temporary memory
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's parameters and buffers by name (a tied one under its first name), detached."""
+    """The model's parameters and buffers by name, detached; a tied one appears once, under its first name."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach() for name, tensor in named}
 
 
 def selected(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
-    """The positions of a tensor along one dimension that are kept (bool [size]), in the layout that it has.
+    """Select the positions to keep (bool [size]) along one dimension, and preserve the memory format.
 
-    A network in channels_last that became smaller is to be as quick as one.
+    Otherwise a channels_last network would become contiguous, and slower, when it is compressed.
     """
     small = tensor.index_select(dim, sent(kept.nonzero().flatten(), tensor.device))
     layout = _CHANNELS_LAST.get(tensor.ndim)
@@ -37,20 +37,20 @@ def content(tensor: Tensor) -> memoryview:
 
 
 def is_open(model: nn.Module) -> bool:
-    """Whether tensors of a model are in files."""
+    """Whether tensors of a model are still in files: see `nac_gpu.open_model`."""
     return any(isinstance(tensor, Deferred) for tensor in tensors(model).values())
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of parameters and buffers by name, tied ones once."""
+    """Shapes of parameters and buffers by name; tied ones appear once."""
     return {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
 
 
 def fingerprint(model: nn.Module, inputs: Any) -> tuple[object, ...]:
-    """What tells whether a model and its inputs are still what they were: equal as long as no bit has changed.
+    """A value that changes if the model or its inputs change.
 
-    Modules count with their classes, their plain attributes and the number of their hooks; tensors with their form, and
-    a checksum of their bits. The mode (training or not) and the values of tensors in files do not count.
+    It covers the classes, plain attributes and number of hooks of all modules, and dtype, shape, device and a checksum
+    of the bits of all tensors. Training mode and the values of tensors in files are not covered.
     """
     leaves, structure = pytree.tree_flatten(inputs)
     found = [*tensors(model).items(), *((str(place), leaf) for place, leaf in enumerate(leaves))]
@@ -65,7 +65,7 @@ def fingerprint(model: nn.Module, inputs: Any) -> tuple[object, ...]:
 
 
 def _plain(module: nn.Module) -> dict[str, object]:
-    """A module's attributes that are numbers or words, and how many hooks it has."""
+    """A module's attributes that are numbers, strings or tuples, and how many hooks it has."""
     own: dict[str, object] = {
         name: value for name, value in vars(module).items() if isinstance(value, int | float | str | tuple)
     }
@@ -75,11 +75,11 @@ def _plain(module: nn.Module) -> dict[str, object]:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """A number, int64 [], that changes with every single bit, and nearly surely with any set of bits."""
+    """A checksum, int64 [], that any single changed bit changes, and several changed bits almost certainly."""
     flat = tensor.detach().contiguous().flatten()
     words = flat.view(torch.uint8) if flat.numel() * flat.element_size() % 4 else flat.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for number, part in enumerate(words.split(_CHUNK)):
-        odd = torch.arange(1, 2 * len(part), 2, device=part.device)  # which loses no bit of a sum that wraps around
+        odd = torch.arange(1, 2 * len(part), 2, device=part.device)  # odd factors lose no bit modulo 2^64
         total += (part.long() * odd).sum() * (2 * number + 1)
     return total

@@ -1,16 +1,16 @@
-"""Sums over the rows of a cluster, the same bits run after run on every device."""
+"""Sums over the rows of a cluster, reproducible bit for bit on every device."""
 
 from torch import Tensor
 
 
 def add_rows(total: Tensor, dim: int, index: Tensor, parts: Tensor) -> Tensor:
-    """`total.index_add_(dim, index, parts)`, in place, whose order of summing is fixed on CUDA too.
+    """`total.index_add_(dim, index, parts)` in place, but with a fixed order of summation on CUDA too.
 
     Args:
-        total: what is added to.
-        dim: along which dimension.
-        index: int64 [m], the position in `total` that each part is added to, on its device.
-        parts: of the shape of `total`, but m along `dim`.
+        total: the tensor to add to.
+        dim: the dimension along which `index` counts.
+        index: int64 [m], the position in `total` that each part is added to, on the same device.
+        parts: same shape as `total`, except for size m along `dim`.
 
     Returns:
         `total`.
@@ -19,6 +19,6 @@ def add_rows(total: Tensor, dim: int, index: Tensor, parts: Tensor) -> Tensor:
 
 
 def _in_order(total: Tensor, dim: int, index: Tensor, parts: Tensor) -> Tensor:
-    """CUDA's index_add_ adds atomically, in whatever order; index_put_ sorts first."""
+    """Add with index_put_, which sorts first on CUDA; index_add_ uses atomic additions in arbitrary order there."""
     total.movedim(dim, 0).index_put_((index,), parts.movedim(dim, 0), accumulate=True)
     return total

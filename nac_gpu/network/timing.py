@@ -1,6 +1,6 @@
-"""How long forward passes of two networks take.
+"""Times forward passes of two networks.
 
-Both are timed in turn in one run, so that whatever else the machine does falls on both alike.
+The two are timed alternately, so that other load on the machine affects both equally.
 """
 
 import math
@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 
 from nac_gpu.network.running import ExampleInputs, call, device_of, evaluating
 
-_FEWEST, _MOST = 5, 500  # rounds at one batch size, whatever the time budget
+_FEWEST, _MOST = 5, 500  # limits of the number of rounds at one batch size, independent of the time budget
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of a measurement, and where 20 % and 80 % of its values lie."""
+    """The median of a measurement, and its 20 % and 80 % quantiles."""
 
     median: float
     low: float
@@ -30,14 +30,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """One forward pass of both models at one batch size.
+    """The time of one forward pass of both models at one batch size.
 
     Attributes:
         batch: number of inputs.
         before: seconds of the original.
         after: seconds of the compressed model.
-        speedup: the ratio of the two, by rounds; above 1 the compressed model is the faster one.
-        rounds: how many times each ran.
+        speedup: `before / after`, computed for each round; above 1 the compressed model is faster.
+        rounds: how many times each model ran.
     """
 
     batch: int
@@ -53,21 +53,21 @@ class Timing:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was asked for."""
+    """Wait until a CUDA device has finished all queued work; does nothing for other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def batch_of(example_inputs: ExampleInputs, size: int) -> ExampleInputs:
-    """The example inputs repeated, or cut, to another batch size.
+    """The example inputs repeated or truncated to another batch size.
 
     Args:
-        example_inputs: the first tensor with dimensions says how large their batch is; every tensor whose first
-            dimension is as large follows.
-        size: of the batch wanted.
+        example_inputs: their batch size is the first dimension of the first tensor that has dimensions. Every tensor
+            with the same first dimension is resized.
+        size: the new batch size.
 
     Raises:
-        ValueError: no tensor among them has a dimension, or the batch is empty.
+        ValueError: no tensor has a dimension, or the batch is empty.
     """
     found = next(
         (value for value in pytree.tree_leaves(example_inputs) if isinstance(value, Tensor) and value.ndim), None
@@ -87,16 +87,16 @@ def batch_of(example_inputs: ExampleInputs, size: int) -> ExampleInputs:
 def timings(
     model: nn.Module, small: nn.Module, example_inputs: ExampleInputs, timed: Mapping[int, float]
 ) -> tuple[list[Timing], list[str]]:
-    """Time forward passes of both models in turn, in eval mode, after warming up.
+    """Time forward passes of both models alternately, in eval mode, after a warm-up.
 
     Args:
-        model: the original; its mode is put back.
-        small: the compressed model; its mode is put back.
-        example_inputs: repeated along the batch.
-        timed: how many seconds to measure at each batch size, but five rounds at least.
+        model: the original; its mode is restored.
+        small: the compressed model; its mode is restored.
+        example_inputs: repeated or truncated to each batch size.
+        timed: seconds to measure for, by batch size; at least five rounds are measured.
 
     Returns:
-        What was measured, and a line for each batch size at which the models do not run.
+        The measurements, and a line of text for each batch size at which the models do not run.
     """
     measured, failed = [], []
     for size, seconds in timed.items():
@@ -114,13 +114,13 @@ def timings(
 def seconds_in_turn(
     model: nn.Module, small: nn.Module, example_inputs: ExampleInputs, seconds: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of every forward pass of both models in turn, in eval mode, after warming up: float64 [rounds] each.
+    """Seconds of every forward pass of both models, run alternately in eval mode: float64 [rounds] each.
 
     Args:
-        model: one; its mode is put back.
-        small: the other; its mode is put back.
-        example_inputs: what both are called with.
-        seconds: how long to measure, but five rounds at least.
+        model: one model; its mode is restored.
+        small: the other; its mode is restored.
+        example_inputs: the inputs of both.
+        seconds: how long to measure, including the warm-up; at least five rounds are measured.
     """
     device = device_of(model)
 
@@ -133,14 +133,14 @@ def seconds_in_turn(
 
     taken: list[tuple[float, float]] = []
     with evaluating(model, fused=True), evaluating(small, fused=True):
-        # Not in inference mode: tables that a model makes for itself in its first pass must stay usable in training.
+        # Not in inference mode: tensors that a model caches in its first pass must stay usable in training.
         warm = timed(model) + timed(small)
         with torch.inference_mode():
             if warm < seconds:
                 warm = timed(model) + timed(small)
             stop = time.perf_counter() + max(seconds - warm, 0.0)
             while len(taken) < _FEWEST or (time.perf_counter() < stop and len(taken) < _MOST):
-                if len(taken) % 2:  # neither always comes second
+                if len(taken) % 2:  # swap the order each round, so that neither model always runs second
                     after, before = timed(small), timed(model)
                 else:
                     before, after = timed(model), timed(small)
@@ -150,6 +150,6 @@ def seconds_in_turn(
 
 
 def spread(values: np.ndarray) -> Spread:
-    """The median of values [n], and where 20 % and 80 % of them lie."""
+    """The median of values [n], and their 20 % and 80 % quantiles."""
     low, median, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     return Spread(median, low, high)

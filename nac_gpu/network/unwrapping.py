@@ -1,4 +1,4 @@
-"""The network itself: without the wrappers of training, and with the weights that it really computes with."""
+"""Removes training wrappers from a model, and replaces parametrised weights by the values that it computes with."""
 
 import copy
 
@@ -10,12 +10,12 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The module inside DistributedDataParallel, DataParallel or torch.compile, and what was taken off."""
+    """The module inside DistributedDataParallel, DataParallel or torch.compile, and a line for each wrapper removed."""
     said = []
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
-        elif type(model).__name__ == "OptimizedModule":  # of torch.compile
+        elif type(model).__name__ == "OptimizedModule":  # from torch.compile
             inner = model._orig_mod
         else:
             return model, tuple(said)
@@ -25,14 +25,17 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def computed(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The network with plain weights in place of parametrised, normalised or masked ones, and what was changed.
+    """Replace parametrised, normalised or masked weights by plain ones.
 
     Args:
-        model: left as it is; given back itself if there is nothing to do.
+        model: not changed.
+
+    Returns:
+        A copy with plain weights, or the model itself if all its weights are plain; and a line for each change.
     """
     if not any(is_computed(module) for module in model.modules()):
         return model, ()
-    memo: dict[int, Tensor] = {}  # tensors that hooks computed cannot be copied with their history
+    memo: dict[int, Tensor] = {}  # detached copies of tensors that hooks computed: deepcopy fails on autograd history
     for value in (value for module in model.modules() for value in vars(module).values()):
         if isinstance(value, Tensor) and value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()
@@ -58,13 +61,13 @@ _REMOVED = "its parametrisation was removed, the computed tensor stays"
 
 
 def _remove_parametrizations(module: nn.Module) -> list[str]:
-    """Put computed tensors in place of parametrised ones, whose names are given back.
+    """Replace parametrised tensors by their computed values, and return their names.
 
-    PyTorch's own way takes the tensors out of the class that parametrisation made, which the original shares.
+    PyTorch's `remove_parametrizations` changes the class that parametrisation created, which the original shares.
     """
     parametrizations = module._modules.pop("parametrizations")
-    assert isinstance(parametrizations, nn.ModuleDict), "torch keeps them so"
-    parametrizations.eval()  # a power iteration more would change the weight
+    assert isinstance(parametrizations, nn.ModuleDict), "torch stores parametrisations in a ModuleDict"
+    parametrizations.eval()  # in training mode, spectral norm would run another power iteration and change the weight
     values = {}
     for name, chain in parametrizations.items():
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What layers are called with in a forward pass."""
+"""Observes the inputs of layers during a forward pass."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,17 +9,17 @@ from nac_gpu.network.running import ExampleInputs, call
 
 
 class _EnoughError(Exception):
-    """All that was looked for has been seen: the rest of the pass is not needed."""
+    """All requested calls were observed, so the rest of the pass is skipped."""
 
 
 def look(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int], take: Callable[[str, Tensor], None]) -> None:
-    """Show what layers are called with in a forward pass, up to the last of these calls.
+    """Pass the inputs of layers to a function during a forward pass, which stops after the last requested call.
 
     Args:
         model: in eval mode, without gradients (see `evaluating`).
         batch: its inputs.
-        calls: names of the layers, and how many times each is called.
-        take: is given a layer's name and its input, which may change once it returns.
+        calls: how many times each layer is called, by its name.
+        take: is called with a layer's name and its input, which it must copy to keep: later operations may change it.
     """
     modules = dict(model.named_modules())
     missing = sum(calls.values())
@@ -45,14 +45,14 @@ def look(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int], take:
 
 
 def captured(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int]) -> dict[str, list[Tensor]]:
-    """Copies of what layers are called with: see `look`."""
+    """Copies of the inputs of layers, by layer name, one for each call: see `look`."""
     seen: dict[str, list[Tensor]] = {name: [] for name in calls}
     look(model, batch, calls, lambda name, value: seen[name].append(value.clone()))
     return seen
 
 
 def count_calls(model: nn.Module, batch: ExampleInputs, layers: Iterable[str]) -> dict[str, int]:
-    """How many times each of these layers is called in a forward pass; those that are not called are left out."""
+    """How many times each of these layers is called in a forward pass; layers that are not called are omitted."""
     counts = dict.fromkeys(layers, 0)
 
     def take(name: str, _: Tensor) -> None:

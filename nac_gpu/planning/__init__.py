@@ -1,1 +1,1 @@
-"""How wide every group will be: what the user asks for, and what that costs."""
+"""Planning: the width of every group, chosen from what the user asks for."""

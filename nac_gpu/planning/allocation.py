@@ -1,10 +1,11 @@
-"""Budgets: how many neurons every group keeps, so that the whole model costs what it may.
+"""Allocation: how many neurons every group keeps, so that the whole model meets a budget.
 
-One clustering of a group gives a partition for every number of clusters k. Its error e(k) is what a ridge regression
-from the k merged neurons leaves of the activations, as the layers that read see it: `tr(Oᵀ E O) / tr(Oᵀ C O)` for
-outgoing weights O, covariances C of the activations and E of what is left. What that costs is measured where it can be
-(see `nac_gpu.sensitivity`) and added up over the groups. From the full widths on, that group gives up neurons which
-adds the least for what is saved, until the budget is met.
+One dendrogram of a group has a partition for every number of clusters k. Its error e(k) is the share of the consumers'
+output variance that a ridge regression from the k merged neurons leaves unexplained: `tr(Oᵀ E O) / tr(Oᵀ C O)`, with
+outgoing weights O, covariance C of the activations and covariance E of the residuals. Where possible, the resulting
+change of the model's outputs is measured (see `nac_gpu.planning.sensitivity`); these losses are added up over the
+groups. The search is greedy: it starts from the full widths and repeatedly shrinks the group with the least additional
+loss per saved cost, until the budget is met.
 """
 
 import math
@@ -19,13 +20,13 @@ from nac_gpu.tracing.graph import Group
 
 
 class Sizes:
-    """What a model costs at other widths, from its shapes alone.
+    """The cost of a model at other widths, computed from its shapes.
 
     Args:
-        groups: groups that change their widths.
+        groups: groups whose widths vary.
         shapes: of all parameters, by name.
-        operations: of one forward pass, by the name of the parameter that they multiply with.
-        flops: of the whole pass; what no parameter accounts for stays as it is.
+        operations: FLOPs of one forward pass, by the name of the parameter that is multiplied.
+        flops: of the whole pass; operations without a parameter are counted as constant.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Sizes:
             [fixed - float(self._numel.sum()), flops - float(self._flops.sum())], dtype=torch.float64
         )
         deepest = max((sum(1 for other, _ in rows if other == name) for name in names), default=1)
-        self._slopes = torch.zeros(deepest, len(names), len(groups), dtype=torch.float64)  # share of a dim, a neuron
+        self._slopes = torch.zeros(deepest, len(names), len(groups), dtype=torch.float64)  # share of a dim per neuron
         place = {name: number for number, name in enumerate(names)}
         depth = dict.fromkeys(names, 0)
         for (name, dim), row in rows.items():
@@ -58,12 +59,12 @@ class Sizes:
             depth[name] += 1
 
     def cost(self, widths: Tensor) -> Tensor:
-        """Parameters and operations of one pass, float64 [2], for float64 widths [groups]."""
+        """Parameters and FLOPs of one pass, float64 [2], for float64 widths [groups]."""
         shares = self._shares(widths)
         return self._of(shares.prod(0))
 
     def savings(self, widths: Tensor) -> Tensor:
-        """What one neuron less in each group saves, to first order: float64 [2, groups]."""
+        """Parameters and FLOPs saved by removing one neuron of each group, to first order: float64 [2, groups]."""
         shares = self._shares(widths)
         change = torch.zeros(self._slopes.shape[1:], dtype=torch.float64)
         for depth in range(len(shares)):
@@ -72,7 +73,7 @@ class Sizes:
         return torch.stack([self._numel @ change, self._flops @ change])
 
     def _shares(self, widths: Tensor) -> Tensor:
-        """What is left of each dimension of each tensor, [dims, tensors]."""
+        """The remaining share of each dimension of each tensor, [dims, tensors]."""
         return 1 - self._slopes @ (self._before - widths)
 
     def _of(self, shares: Tensor) -> Tensor:
@@ -80,16 +81,16 @@ class Sizes:
 
 
 def allocate(losses: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, most: tuple[float, float]) -> list[int]:
-    """Widths with the least error that cost no more than they may.
+    """Widths within a budget, chosen greedily for the least total loss.
 
     Args:
-        losses: what each group loses, by the number of neurons that are kept.
+        losses: loss of each group, by the number of neurons kept.
         limits: of each group.
-        sizes: what widths cost.
-        most: parameters, and operations of one pass; infinity where there is no limit.
+        sizes: cost of widths.
+        most: budget for parameters and for FLOPs of one pass; infinity for no limit.
 
     Returns:
-        A width for each group; the narrowest where even those cost more.
+        A width for each group; the narrowest ones if even those exceed the budget.
     """
     target = torch.tensor(most, dtype=torch.float64)
     steps = [limit.allowed(list(curve)) for curve, limit in zip(losses, limits, strict=True)]
@@ -121,7 +122,7 @@ def allocate(losses: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, mo
 
 
 def _widest(sizes: Sizes, now: Tensor, group: int, wider: int, step: int, target: Tensor) -> int:
-    """The widest that one group can be below `wider`, in steps, with the others as they are."""
+    """The largest width of one group below `wider`, in steps, that meets the budget; the other groups stay fixed."""
     low, high = int(now[group]), wider
     while high - low > step:
         middle = low + (high - low) // 2 // step * step
@@ -136,7 +137,7 @@ def _widest(sizes: Sizes, now: Tensor, group: int, wider: int, step: int, target
 
 
 def _filled(sizes: Sizes, now: Tensor, limits: Sequence[Limits], losses: Sequence[Curve], target: Tensor) -> list[int]:
-    """Small change: what is left of the budget goes to groups that can still grow by a step, most useful first."""
+    """Spend the rest of the budget: groups grow by one step if they can, in order of loss per cost."""
     order = sorted(
         range(len(limits)),
         key=lambda g: -loss_at(losses[g], int(now[g])) / max(1e-12, float(sizes.savings(now)[:, g].sum())),

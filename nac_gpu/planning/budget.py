@@ -1,4 +1,4 @@
-"""Widths that keep a budget, tried on the network itself: what it really costs then is what counts."""
+"""Choosing widths that meet a budget, checked against the measured cost of the smaller network."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +19,8 @@ from nac_gpu.planning.subject import Subject
 from nac_gpu.planning.trial import Outcome, Trial
 from nac_gpu.tracing.graph import Choice, Group, LeftAlone
 
-_ATTEMPTS = 4  # at a budget, until what it really costs is right
-_TOLERANCE = 0.01
+_ATTEMPTS = 4  # corrections of the target until the measured cost meets the budget
+_TOLERANCE = 0.01  # share of the budget that may stay unused
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Chosen:
     """Widths for a budget.
 
     Attributes:
-        outcome: of their trial.
-        evidence: by what groups were judged.
-        refused: all groups that some trial refused, in order, and why.
-        lines: about the evidence and the budget, for people.
+        outcome: result of their trial.
+        evidence: used to choose the widths.
+        refused: all groups that a trial refused, in order, and why.
+        lines: about the evidence and the budget, for the printed plan.
     """
 
     outcome: Outcome
@@ -41,13 +41,16 @@ class Chosen:
 
 
 def choose(subject: Subject, request: Request, trial: Trial) -> Chosen:
-    """Groups and widths that keep a budget.
+    """Groups and widths that meet a budget.
 
     Raises:
         ValueError: nothing can be compressed, or the budget cannot be met.
     """
     if request.latency is not None and is_open(subject.model):
-        raise ValueError("latency= cannot be measured on a model of nac_gpu.open_model: its weights are in files")
+        raise ValueError(
+            "latency= cannot be measured on a model of nac_gpu.open_model, whose weights are in files; give params= or "
+            "flops="
+        )
     chooser = _Chooser(subject, request, trial)
     asked = request.most(subject.cost.parameters, subject.cost.flops)
     source = chooser.evidence.source
@@ -55,11 +58,11 @@ def choose(subject: Subject, request: Request, trial: Trial) -> Chosen:
         outcome = chooser.within(asked)
         return Chosen(outcome, chooser.evidence, tuple(chooser.refused), (source,))
     watch = Stopwatch(subject.model, subject.inputs, subject.ranks)
-    measured: dict[tuple[int, ...], tuple[float, str]] = {}  # another budget may be what limits the widths
+    measured: dict[tuple[int, ...], tuple[float, str]] = {}  # by widths: another, tighter budget may repeat them
     known: dict[float, tuple[Outcome, str]] = {}
 
     def timed(share: float) -> float:
-        """The share of its time that the network with a share of the model's operations takes."""
+        """The relative latency of the network with this share of the model's operations."""
         outcome = chooser.within((asked[0], min(asked[1], share * subject.cost.flops)))
         widths = tuple(choice.width for choice in outcome.choices)
         if widths not in measured:
@@ -68,7 +71,7 @@ def choose(subject: Subject, request: Request, trial: Trial) -> Chosen:
         known[share] = outcome, line
         return latency
 
-    found = nearest(request.latency, 1.001 * chooser.least / subject.cost.flops, timed)  # above what rounding may take
+    found = nearest(request.latency, 1.001 * chooser.least / subject.cost.flops, timed)  # a margin for rounding
     outcome, line = known[found]
     return Chosen(outcome, chooser.evidence, tuple(chooser.refused), (source, line))
 
@@ -77,8 +80,8 @@ class _Chooser:
     """Finds widths for budgets.
 
     Attributes:
-        evidence: what neurons are judged by.
-        refused: groups that some trial refused, and why.
+        evidence: used to choose the widths.
+        refused: groups that a trial refused, and why.
     """
 
     def __init__(self, subject: Subject, request: Request, trial: Trial) -> None:
@@ -100,12 +103,12 @@ class _Chooser:
 
     @property
     def least(self) -> float:
-        """Operations of a pass of the narrowest network."""
+        """FLOPs of one pass of the narrowest possible network."""
         narrowest = torch.tensor([limits.least for limits in self._own()], dtype=torch.float64)
         return float(self._sizes().cost(narrowest)[1])
 
     def within(self, asked: tuple[float, float]) -> Outcome:
-        """Groups and widths that cost no more than so many parameters and operations.
+        """Groups and widths within a budget of parameters and FLOPs.
 
         Raises:
             ValueError: there are none.
@@ -116,7 +119,7 @@ class _Chooser:
             own = self._own()
             widths = allocate([self._lost[group.name] for group in self._good], own, self._sizes(), most)
             outcome = self._run([Choice(group, width) for group, width in zip(self._good, widths, strict=True)])
-            if len(outcome.choices) < len(self._good):  # some fail at these widths only
+            if len(outcome.choices) < len(self._good):  # some groups fail only at these widths
                 self._good = self._left(outcome)
                 continue
             assert outcome.measured is not None, "all groups passed"

@@ -1,8 +1,8 @@
-"""Budgets of time. Widths do not tell how long a pass takes, so networks are built and timed.
+"""Latency budgets. The time of a forward pass cannot be computed from the widths, so candidate networks are timed.
 
-For a share of the operations, widths are chosen as for any budget (see `nac_gpu.budget`). Which share takes the time
-that may be spent is searched for: a network of the right shapes is built for each guess and timed in turn with the
-model, on its device, in eval mode, on the example inputs. What merging does to the weights changes no times.
+A search finds the share of FLOPs whose network meets the latency budget. For each guess, widths are chosen as for a
+FLOPs budget (see `nac_gpu.planning.budget`). A network of these widths is then built and timed in turn with the model,
+on its device, in eval mode, on the example inputs. Its weights do not matter for the time, so nothing is merged yet.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,14 +18,14 @@ from nac_gpu.network.state import tensors
 from nac_gpu.network.timing import seconds_in_turn, spread
 from nac_gpu.tracing.graph import Choice
 
-_SECONDS = 2.0  # for each guess
+_SECONDS = 2.0  # of timing for each guess
 _GUESSES = 8
-_TOLERANCE = 0.03  # below what may be spent
-_CLOSE = 0.01  # shares of operations that need not be told apart
+_TOLERANCE = 0.03  # share of the budget that may stay unused
+_CLOSE = 0.01  # the search ends when its bounds differ by less, as shares of FLOPs
 
 
 class Stopwatch:
-    """Times smaller networks in turn with the model that they are made from.
+    """Times smaller networks in turn with the original.
 
     Args:
         model: the original; not changed.
@@ -38,7 +38,7 @@ class Stopwatch:
         self._state = tensors(model)
 
     def measure(self, choices: Sequence[Choice]) -> tuple[float, str]:
-        """The share of the model's time that a network of these widths takes, and a line about it for people."""
+        """The latency of a network of these widths relative to the model's, and a line for the printed plan."""
         return self._ranks.sent(self._measured(choices) if self._ranks.rank == 0 else (0.0, ""))
 
     def _measured(self, choices: Sequence[Choice]) -> tuple[float, str]:
@@ -52,20 +52,20 @@ class Stopwatch:
 
 
 def nearest(wanted: float, least: float, timed: Callable[[float], float]) -> float:
-    """The largest share of the operations, of those tried, at which the time is no more than wanted.
+    """Search for the largest share of FLOPs whose relative latency is at most `wanted`.
 
     Args:
-        wanted: share of the time, less than 1.
-        least: share of the operations that cannot be saved.
-        timed: the share of the time that a share of the operations takes.
+        wanted: relative latency, less than 1.
+        least: the smallest possible share of FLOPs.
+        timed: measures the relative latency at a share of FLOPs.
 
     Returns:
-        A share that was tried: the last one that was in time.
+        The last share tried that met the budget.
 
     Raises:
-        ValueError: even the least takes longer.
+        ValueError: even the smallest network takes longer.
     """
-    slow, quick = (1.0, 1.0), None  # shares of operations and of time
+    slow, quick = (1.0, 1.0), None  # bounds: (share of FLOPs, relative latency)
     share, found = max(wanted, least), 1.0
     aim = (1 - _TOLERANCE / 2) * wanted
     for guess in range(1, _GUESSES + 1):
@@ -81,7 +81,7 @@ def nearest(wanted: float, least: float, timed: Callable[[float], float]) -> flo
         else:
             slow = share, found
         if quick is None:
-            slope = max((1 - found) / (1 - share), 1e-6)  # part of the time does not depend on the operations
+            slope = max((1 - found) / (1 - share), 1e-6)  # secant step; a part of the time is constant
             share = max(min(max(share - (found - aim) / slope, 0.3 * share), 0.97 * share), least)
         else:
             if slow[0] - quick[0] < _CLOSE:

@@ -1,4 +1,4 @@
-"""Which groups a layer's name stands for, in `only=`, `skip=`, `width=` and `limits=`, and what these say of them."""
+"""Names of layers in `only=`, `skip=`, `width=` and `limits=`: which groups they mean, and the resulting widths."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from nac_gpu.tracing.graph import Graph, Group, LeftAlone
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern stands for a layer: it is the layer's name, a module that holds it, or fits either.
+    """Whether a pattern means a layer: it equals or matches the name of the layer or of a module that contains it.
 
     >>> [matches("layer4.0.conv1", pattern) for pattern in ("layer4", "*.conv1", "conv1")]
     [True, True, False]
@@ -19,12 +19,12 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def stands_for(pattern: str, group: Group) -> bool:
-    """Whether a pattern stands for one of the layers that make a group."""
+    """Whether a pattern means one of a group's producers."""
     return any(matches(name, pattern) for name in (group.name, *group.layers))
 
 
 def with_groups(graph: Graph, wanted: Sequence[tuple[str, int]]) -> Graph:
-    """The graph with these groups, by name and size, among them units' channels that are groups otherwise.
+    """The graph with these groups, by name and size; a unit group may be replaced by its groups of channels.
 
     Raises:
         ValueError: the graph lacks one.
@@ -41,11 +41,11 @@ def with_groups(graph: Graph, wanted: Sequence[tuple[str, int]]) -> Graph:
 
 
 def filtered(graph: Graph, only: Names, skip: Names) -> Graph:
-    """The graph with the groups that `only` and `skip` leave; the others are left alone.
+    """The graph with the groups that `only` and `skip` select; the others are left alone.
 
     Raises:
-        TypeError: one name in place of several.
-        ValueError: a name that fits no layer.
+        TypeError: a single string instead of a sequence of names.
+        ValueError: a name that matches no layer.
     """
     for option, patterns in (("only", only or ()), ("skip", skip or ())):
         if isinstance(patterns, str):
@@ -68,9 +68,9 @@ def filtered(graph: Graph, only: Names, skip: Names) -> Graph:
 
 
 def nothing_to_compress(graph: Graph) -> ValueError:
-    """The error for a graph without groups: why there are none, and what would help."""
+    """The error for a graph without groups: why there are none, and the remedies."""
     if not graph.left_alone:
-        why = "no Linear or convolution makes channels that another one reads; expected at least two such layers"
+        why = "expected at least two linear layers or convolutions, where one reads the channels of the other"
         return ValueError(f"nothing to compress: {why}")
     remedies = dict.fromkeys(alone.remedy for alone in graph.left_alone if alone.remedy)
     reasons = [f"{alone.layer} ({alone.size}): {alone.reason}" for alone in graph.left_alone]
@@ -83,7 +83,7 @@ def widths_of(graph: Graph, width: Width) -> list[int]:
     """The number of neurons to keep in each group.
 
     Raises:
-        ValueError: an unknown layer, two widths for one group, or a width outside of what is possible.
+        ValueError: an unknown layer, two widths for one group, or a width out of range.
     """
     if not isinstance(width, Mapping):
         return [kept_of(group.name, group.size, float(width)) for group in graph.groups]
@@ -101,15 +101,15 @@ def widths_of(graph: Graph, width: Width) -> list[int]:
 
 
 def limits_of(graph: Graph, request: Request, step: int) -> list[Limits]:
-    """Between which widths each group may end, for a budget.
+    """The fewest and most neurons of each group, for a budget.
 
-    A layer that `width` names has that width; one number is the most that any group keeps. Without limits, a group
+    Layers named in `width` have a fixed width; a single number is the maximum of every group. Without limits, a group
     keeps at least one neuron.
 
     Raises:
         ValueError: an unknown layer, or limits out of range.
     """
-    exact: dict[str, int] = {}  # of groups that are fixed
+    exact: dict[str, int] = {}  # fixed widths by group
     if isinstance(request.width, Mapping):
         named = {group.name for pattern in request.width for group in _groups_of(graph, pattern)}
         pairs = zip(graph.groups, widths_of(graph, request.width), strict=True)
@@ -138,13 +138,13 @@ def limits_of(graph: Graph, request: Request, step: int) -> list[Limits]:
 
 
 def kept_of(name: str, size: int, value: int | float, what: str = "neurons") -> int:
-    """How many neurons a width keeps.
+    """The number of neurons that a width keeps.
 
     Args:
-        name: of the layer, for errors.
-        size: how many neurons it has.
+        name: of the layer, for error messages.
+        size: number of its neurons.
         value: a number (int) or a share (float).
-        what: it is a number of, for errors.
+        what: the things counted, for error messages.
 
     Raises:
         ValueError: out of range.
@@ -161,7 +161,7 @@ def kept_of(name: str, size: int, value: int | float, what: str = "neurons") -> 
 
 
 def _groups_of(graph: Graph, pattern: str) -> list[Group]:
-    """The groups that a key of a mapping stands for; a group's own name, such as `qkv#2`, stands for that one only.
+    """The groups that a key of a mapping means; the exact name of a group, such as `qkv#2`, means only that one.
 
     Raises:
         ValueError: there are none.

@@ -1,4 +1,4 @@
-"""The plan of a compression: how wide every group will be, and what is left alone and why. Nothing changes yet."""
+"""The plan of a compression: the width of every group, and what is left alone and why."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -10,17 +10,20 @@ from nac_gpu.tracing.graph import LeftAlone
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """One group.
+    """One group in a plan.
 
     Attributes:
-        name: of the layer that makes its neurons first.
-        layers: all that make them.
-        before: how many there are.
-        after: how many are kept.
-        units: they are heads of attention, or groups of channels, not channels.
-        parameters_before: how many parameters belong to them, in all layers that make, scale or read them; a weight
-            between two groups belongs to both.
-        parameters_after: the same of the compressed model.
+        name: of its first producer.
+        layers: names of all its producers.
+        before: number of neurons.
+        after: number of neurons kept.
+        units: the neurons are attention heads or groups of channels, not channels.
+        parameters_before: number of parameters in the rows, scales and columns of its neurons, over all layers; a
+            weight between two groups counts for both.
+        parameters_after: the same for the compressed model.
+
+    >>> nac_gpu.GroupPlan("conv1", ("conv1",), before=64, after=16).after
+    16
     """
 
     name: str
@@ -41,7 +44,12 @@ class Plan:
         left_alone: neurons that cannot, with the reason.
         before: cost of the model.
         after: cost of the compressed model.
-        changes: what else will be different: wrappers and parametrisations that are taken off.
+        changes: notes: wrappers and parametrisations that are removed, and how neurons are compared.
+
+    >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> plan = nac_gpu.plan(model, torch.zeros(1, 8), width=0.25)
+    >>> plan.after.parameters
+    108
     """
 
     groups: tuple[GroupPlan, ...]
@@ -51,24 +59,38 @@ class Plan:
     changes: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, object]:
-        """What is copied and pickled: not what was found out about the model when the plan was made."""
+        """The fields, without the cached evidence about the model: copies and pickles stay small."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def widths(self) -> dict[str, int]:
-        """Neurons kept, by group. To change some: `nac.plan(model, inputs, width={**plan.widths, "conv1": 12})`."""
+        """Neurons kept, by group. To change some: `nac_gpu.plan(model, inputs, width={**plan.widths, "conv1": 12})`.
+
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> nac_gpu.plan(model, torch.zeros(1, 8), width=0.25).widths
+        {'0': 8}
+        """
         return {group.name: group.after for group in self.groups}
 
     def to_json(self) -> str:
-        """The plan as JSON."""
+        """The plan as JSON, which `from_json` reads.
+
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> text = nac_gpu.plan(model, torch.zeros(1, 8), width=0.25).to_json()
+        """
         return json.dumps(asdict(self), indent=2)
 
     @staticmethod
     def from_json(text: str) -> "Plan":
-        """A plan from its JSON.
+        """A plan from the JSON that `to_json` wrote.
 
         Raises:
-            ValueError: the text is not a plan's JSON.
+            ValueError: the text is not the JSON of a plan.
+
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> plan = nac_gpu.plan(model, torch.zeros(1, 8), width=0.25)
+        >>> nac_gpu.Plan.from_json(plan.to_json()) == plan
+        True
         """
         try:
             value: dict[str, Any] = json.loads(text)

@@ -1,4 +1,4 @@
-"""From a network and what is asked of it to a plan that was tried, with what it takes to carry it out."""
+"""From a network and a request to a tested plan, with everything that is needed to carry it out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,13 +23,13 @@ from nac_gpu.tracing.graph import Choice, Graph, Group
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan with what it takes to carry it out.
+    """A plan with everything that is needed to carry it out.
 
     Attributes:
         plan: the plan.
         subject: the network, with its record.
         choices: the groups with their widths, in the order of the plan.
-        evidence: what its neurons were judged by, if they had to be.
+        evidence: used to choose the widths; None if the user gave them.
     """
 
     plan: Plan
@@ -48,7 +48,7 @@ class Prepared:
         return tuple(choice.group for choice in self.choices)
 
     def known(self, request: Request) -> Evidence:
-        """What is known of the neurons: what the plan was judged by, or else found out now."""
+        """The evidence of the plan, gathered now if there is none yet."""
         if self.evidence is not None:
             return self.evidence
         subject = self.subject
@@ -59,8 +59,8 @@ def plan_for(network: Network, request: Request) -> Prepared:
     """Make a plan.
 
     Raises:
-        ValueError: an unknown layer, a width that is not possible, nothing to compress, a budget that cannot be met.
-        RuntimeError: the forward pass fails, or another rank made another plan.
+        ValueError: an unknown layer, a width out of range, nothing to compress, or a budget that cannot be met.
+        RuntimeError: the forward pass fails, or the ranks made different plans.
     """
     subject = recorded(network)
     trial = Trial(subject.model, subject.inputs, auxiliary=subject.graph.auxiliary)
@@ -86,18 +86,18 @@ def plan_for(network: Network, request: Request) -> Prepared:
 
 
 def replay(network: Network, plan: Plan, request: Request) -> Prepared:
-    """The groups of a plan that was made for this model.
+    """Prepare a plan that was made before for this model.
 
-    What was found out when the plan was made is not found out again, if the model and its inputs are still the same.
+    The record and the evidence that the plan keeps are reused if the model and its inputs are unchanged.
 
     Args:
         network: the network.
         plan: the plan.
-        request: says on what neurons are observed.
+        request: its `calibration` and `seed` define the evidence.
 
     Raises:
         ValueError: the plan was made for another model, or cannot be carried out on these inputs.
-        RuntimeError: the forward pass fails, or another rank made another plan.
+        RuntimeError: the forward pass fails, or the ranks made different plans.
     """
     memory = _memory_of(plan)
     fits = memory is not None and memory.fingerprint == fingerprint(network.model, network.inputs)
@@ -122,14 +122,14 @@ def replay(network: Network, plan: Plan, request: Request) -> Prepared:
 
 @dataclass(frozen=True)
 class _Memory:
-    """What was found out when a plan was made.
+    """Results that a plan keeps for `replay`.
 
     Attributes:
         fingerprint: of the network and its inputs.
         graph: its record, with the groups of the plan.
         choices: the groups with their widths.
-        evidence: what the neurons were judged by, without the tensors of the network.
-        calibration: the calibration data that the evidence is from, or the word.
+        evidence: used to choose the widths, without the tensors of the network.
+        calibration: the `calibration` argument that the evidence is from.
         seed: of synthetic inputs.
     """
 
@@ -141,7 +141,7 @@ class _Memory:
     seed: int
 
     def evidence_for(self, network: Network, request: Request) -> Evidence | None:
-        """The evidence, if it is what the request would find out."""
+        """The evidence, if the request would gather the same; else None."""
         if self.evidence is None:
             return None
         words = isinstance(request.calibration, str) and isinstance(self.calibration, str)
@@ -154,7 +154,7 @@ _KEPT_AS = "_memory"
 
 
 def keep(prepared: Prepared, request: Request) -> Plan:
-    """The plan, which remembers what was found out, so that `replay` need not find it out again."""
+    """The plan, with the record and the evidence attached so that `replay` can reuse them."""
     subject, evidence = prepared.subject, prepared.evidence
     memory = _Memory(
         fingerprint(subject.model, subject.inputs),
@@ -164,12 +164,12 @@ def keep(prepared: Prepared, request: Request) -> Plan:
         request.calibration,
         request.seed,
     )
-    object.__setattr__(prepared.plan, _KEPT_AS, memory)  # no field: it is neither compared nor saved
+    object.__setattr__(prepared.plan, _KEPT_AS, memory)  # not a field, so it is neither compared nor saved
     return prepared.plan
 
 
 def forget(plan: Plan) -> None:
-    """Free what the plan remembers: it was carried out."""
+    """Free the attached record and evidence, once the plan was carried out."""
     vars(plan).pop(_KEPT_AS, None)
 
 
@@ -178,7 +178,7 @@ def _memory_of(plan: Plan) -> _Memory | None:
 
 
 def _plan(subject: Subject, choices: tuple[Choice, ...], measured: Measured) -> Plan:
-    """The plan, the same on every rank."""
+    """The plan; raises if the ranks made different ones."""
     parameters = {name: parameter.shape for name, parameter in subject.model.named_parameters()}
     groups = tuple(
         GroupPlan(
@@ -199,7 +199,7 @@ def _plan(subject: Subject, choices: tuple[Choice, ...], measured: Measured) -> 
 def _parameters_of(
     choice: Choice, parameters: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]
 ) -> tuple[int, int]:
-    """How many parameters belong to a group's neurons, before and after."""
+    """The number of parameters that belong to a group's neurons, before and after."""
     counts = []
     for share, sizes in ((1.0, parameters), (choice.width / choice.group.size, shapes)):
         others: dict[str, float] = {}  # the share of each tensor that belongs to other neurons

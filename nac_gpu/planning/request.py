@@ -1,15 +1,15 @@
-"""What the user asks for: widths by layer, shares of parameters, FLOPs or time, limits, names of layers."""
+"""The request of the user: widths, budgets of parameters, FLOPs or latency, limits, and names of layers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nac_gpu.calibration.batches import Calibration
 
-#: How many neurons to keep: one share of all, or numbers (int) and shares (float) by the names of layers.
+#: How many neurons to keep: one share for all groups, or numbers (int) and shares (float) by names of layers.
 Width = float | Mapping[str, int | float]
-#: Names of layers, of modules that hold layers, or patterns.
+#: Names of layers, names of modules that contain layers, or patterns.
 Names = Sequence[str] | None
-#: What may be spent: a share of the model's own (float), or a number (int).
+#: A budget: a share of the model's own cost (float), or an absolute number (int).
 Share = int | float
 #: Fewest and most neurons of a layer, each a number (int) or a share (float).
 LimitsByLayer = Mapping[str, tuple[int | float, int | float]]
@@ -17,12 +17,12 @@ LimitsByLayer = Mapping[str, tuple[int | float, int | float]]
 
 @dataclass(frozen=True)
 class Limits:
-    """Between which widths a group may end.
+    """The range of widths of a group.
 
     Attributes:
         least: fewest neurons.
         most: most neurons.
-        step: a width is a multiple of this, or one of the limits.
+        step: widths are multiples of this, or one of the limits.
     """
 
     least: int
@@ -30,7 +30,7 @@ class Limits:
     step: int = 1
 
     def allowed(self, widths: Sequence[int]) -> list[int]:
-        """The widths among these that may be taken, ascending, with both limits."""
+        """These widths, rounded to the step and within the limits, ascending, with both limits."""
         rounded = {max(self.step, round(width / self.step) * self.step) for width in widths}
         inside = {width for width in rounded if self.least <= width <= self.most}
         return sorted(inside | {self.least, self.most})
@@ -38,29 +38,29 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for: how small the model is to become, and by what that is judged.
+    """How small the model has to become, and the inputs used to decide where to save.
 
     Attributes:
-        width: how many neurons to keep. One number is the share of every group's neurons that is kept, in (0, 1]. A
-            mapping goes from names (of a layer, of a module that holds layers, or a pattern such as `"features.*"`) to
-            a number of neurons (int) or a share (float); layers that it does not name keep their width. Beside a
-            budget, one number is the most that any group keeps, and the layers that a mapping names are fixed while
+        width: how many neurons to keep. A single number is a share in (0, 1] for every group. A mapping from names (of
+            a layer, of a module that contains layers, or a pattern such as `"features.*"`) gives a number of neurons
+            (int) or a share (float); layers that it does not name keep their width. Together with a budget, a single
+            number is the maximum share of every group, and layers named in a mapping are fixed while the widths of
             the others are chosen.
-        params: the parameters of the whole model after: a share of those before (float), or a number (int).
-        flops: the same for the operations of a forward pass on the example inputs.
-        latency: the same for the time of that pass, a share of the model's own (float), measured by timing networks
-            of several sizes in turn with the model, where it is (see `nac_gpu.planning.latency`). Budgets may be given
-            together.
-        limits: for a budget, the fewest and most neurons of layers (by names as in `width`), numbers or shares.
-        multiple_of: for a budget, widths are multiples of this; by default 8 on CUDA, where odd widths are slow, and
-            for a latency, else 1.
-        only: names as in `width`: nothing else is compressed.
-        skip: the same, of what is not compressed.
-        calibration: by what a budget judges neurons, and on what they are compared and compensated: batches of
-            unlabelled inputs, such as a list of tensors or a DataLoader (a few hundred inputs; labels beside them are
-            not used); `"dream"` for synthetic inputs where the model can make some (see `nac_gpu.calibration.dream`
-            and `nac_gpu.calibration.tokens`), else as `"none"`; `"none"` for the weights alone, which is quick.
-        seed: of synthetic inputs, and of methods that draw numbers; the global random state is not touched.
+        params: budget for the parameters of the whole model: a share (float) or an absolute number (int).
+        flops: the same for the FLOPs of a forward pass on the example inputs.
+        latency: the same for the time of that pass, as a share (float) of the model's own. Networks of several sizes
+            are timed in turn with the model, on its device (see `nac_gpu.planning.latency`). Several budgets may be
+            combined.
+        limits: for a budget, fewest and most neurons of layers (named as in `width`), as numbers or shares.
+        multiple_of: for a budget, chosen widths are multiples of this. By default 8 on CUDA, where other widths are
+            slow, and for a latency budget; else 1.
+        only: names as in `width`; nothing else is compressed.
+        skip: names as in `width`; these are not compressed.
+        calibration: inputs for choosing widths, comparing neurons and compensation. Batches of unlabelled inputs, such
+            as a list of tensors or a DataLoader (a few hundred inputs; labels are ignored); `"dream"` for synthetic
+            inputs where the model allows it (see `nac_gpu.calibration.dream` and `nac_gpu.calibration.tokens`), else
+            the same as `"none"`; `"none"` to use only the weights, which is quick.
+        seed: of synthetic inputs and of random methods; the global random state is not touched.
     """
 
     width: Width | None = None
@@ -76,19 +76,19 @@ class Request:
 
     @property
     def budget(self) -> bool:
-        """Widths are to be chosen."""
+        """Whether widths have to be chosen to meet a budget."""
         return self.params is not None or self.flops is not None or self.latency is not None
 
     @property
     def says_how_small(self) -> bool:
-        """Something in it makes a plan, or is part of one."""
+        """Whether it contains anything that defines widths."""
         return self.budget or self.width is not None or self.limits is not None or self.multiple_of is not None
 
     def check(self) -> None:
-        """Whether this makes sense by itself.
+        """Check the request by itself, without a model.
 
         Raises:
-            ValueError: nothing is asked for, or what is asked for is out of range.
+            ValueError: neither widths nor a budget are given, or a value is out of range.
         """
         if self.width is None and not self.budget:
             raise ValueError("expected width=, params=, flops= or latency= (or a plan, to compress), got none of them")
@@ -112,10 +112,10 @@ class Request:
             )
 
     def check_beside_plan(self) -> None:
-        """Whether nothing here contradicts a plan that is given, too.
+        """Check that the request contains nothing that a given plan has decided already.
 
         Raises:
-            ValueError: something does.
+            ValueError: it does.
         """
         if self.says_how_small:
             raise ValueError("expected either a plan or width=, params=, flops= or latency=, got both")
@@ -125,11 +125,11 @@ class Request:
             )
 
     def arguments(self) -> dict[str, object]:
-        """What can be compared between ranks: all but the calibration data."""
+        """The arguments that must be equal on all ranks: all but the calibration data."""
         return {name: value for name, value in vars(self).items() if name != "calibration"}
 
     def most(self, parameters: int, flops: int) -> tuple[float, float]:
-        """Parameters and operations that may be spent, of a model that has these."""
+        """The budget for parameters and FLOPs, given those of the model; infinity for no limit."""
         return _most(self.params, parameters), _most(self.flops, flops)
 
 

@@ -1,8 +1,8 @@
-"""How much the model's outputs change when one group alone is merged: what a budget adds up over the groups.
+"""Sensitivity: how much the model's outputs change when one group alone is merged.
 
-The error e(k) of a group (see `nac_gpu.budget`) does not say how much the layers that follow make of it. So a few
-errors are tried out, compensated for, and the change of the outputs is measured, as a share of their variance over the
-inputs. In between it grows like a power of e.
+The error e(k) of a group (see `nac_gpu.planning.allocation`) does not tell how strongly it affects the outputs. So each
+group is merged and compensated at a few errors, and the change of the outputs is measured relative to their variance
+over the inputs. Between these points the change is interpolated as a power of e.
 """
 
 import math
@@ -20,28 +20,28 @@ from nac_gpu.network.comparing import change, mean_change
 from nac_gpu.network.running import call, evaluating, tensors_in
 from nac_gpu.tracing.graph import Graph, Group
 
-_TRIED = (0.03, 0.1, 0.3)  # errors
-_INPUTS = 256  # at most so many, where batches are tensors
-_STEEPEST, _FLATTEST = 4.0, 0.5  # powers of e
-_MOST = 12.0
+_TRIED = (0.03, 0.1, 0.3)  # errors at which the change of the outputs is measured
+_INPUTS = 256  # enough inputs for a measurement, if batches are tensors
+_STEEPEST, _FLATTEST = 4.0, 0.5  # bounds of the exponent of e
+_MOST = 12.0  # upper bound of a loss
 
 
 def losses(
     model: nn.Module, graph: Graph, groups: Sequence[Group], evidence: Evidence, ranks: Ranks = ALONE
 ) -> dict[str, Curve]:
-    """What merging each group to k neurons costs, by name and k; comparable between groups.
+    """The loss of merging each group to k neurons, by name and k; comparable between groups.
 
-    Without activations, or where the outputs cannot be compared, `-log(1 - e)` of the group's own error.
+    Without activations, or if the outputs cannot be compared, it is `-log(1 - e)` of the group's own error.
 
     Args:
         model: not changed.
         graph: its record.
-        groups: groups.
-        evidence: what is known of their neurons.
+        groups: the groups.
+        evidence: about their neurons.
         ranks: the processes that divide the groups among them.
 
     Raises:
-        RankError: another rank failed, or was lost.
+        RankError: another rank failed or was lost.
     """
     curves = evidence.curves(groups, ranks)
     plain: dict[str, Curve] = {
@@ -50,12 +50,12 @@ def losses(
     batches = _some(evidence.batches)
     if not batches:
         return plain
-    compensator = Compensator(model, graph, batches, evidence.activities)
+    compensator = Compensator(model, graph, batches, evidence.activities, several=True)
     with evaluating(model):
         expected = [_outputs(model, batch) for batch in batches]
 
     def measured(group: Group) -> dict[float, float] | None:
-        """Changes of the outputs by the error; None where the outputs cannot be compared."""
+        """Changes of the outputs, by the error of the group; None if the outputs cannot be compared."""
         curve = curves[group.name]
         points: dict[float, float] = {}
         for error in _TRIED if group.name in evidence.activities else ():
@@ -78,7 +78,7 @@ def losses(
 
 
 def _some(batches: Batches) -> Batches:
-    """The first few batches."""
+    """The first batches, until they have enough inputs."""
     chosen: list[Any] = []
     count = 0
     for batch in batches:
@@ -101,7 +101,7 @@ def _changed(model: nn.Module, batches: Batches, expected: Sequence[Sequence[Ten
 
 
 def _through(points: dict[float, float], curve: Curve) -> Curve:
-    """Losses at all widths: straight lines through the logarithms of the measured points."""
+    """Losses at all widths, piecewise linear in the logarithms of the measured points."""
     known = sorted((math.log(error), math.log(change)) for error, change in points.items())
     errors, changes = [x for x, _ in known], [y for _, y in known]
 

@@ -1,4 +1,4 @@
-"""The network that is to become smaller, and what is known of it."""
+"""The network to be compressed, with its record and cost."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from nac_gpu.tracing.graph import Graph
 
 @dataclass(frozen=True)
 class Network:
-    """A user's model without what training has put around it.
+    """A user's model without wrappers and parametrisations.
 
     Attributes:
-        model: the network itself (see `nac_gpu.network.unwrapping`), with weights that are floating and finite.
-        inputs: what it is called with, those of rank 0.
-        changes: what was taken off, for people.
+        model: the network itself (see `nac_gpu.network.unwrapping`); its weights are floating and finite.
+        inputs: example inputs of rank 0.
+        changes: what was removed, for the printed plan.
         ranks: the processes that work together.
     """
 
@@ -28,13 +28,13 @@ class Network:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether some of it is on a GPU."""
+        """Whether any parameter is on a GPU."""
         return any(parameter.is_cuda for parameter in self.model.parameters())
 
 
 @dataclass(frozen=True)
 class Subject(Network):
-    """A network with what one recorded pass tells of it.
+    """A network with the record of one forward pass.
 
     Attributes:
         graph: the record.

@@ -1,4 +1,4 @@
-"""A user's model is taken: without wrappers, checked, and recorded."""
+"""Taking a user's model: wrappers are removed, weights are checked, and a forward pass is recorded."""
 
 from torch import nn
 
@@ -14,10 +14,10 @@ from nac_gpu.tracing.trace import record
 
 
 def take(model: nn.Module, example_inputs: ExampleInputs, ranks: Ranks = ALONE) -> Network:
-    """The network itself, checked; the user's model is not changed.
+    """The network without wrappers, checked; the user's model is not changed.
 
     Raises:
-        ValueError: weights that are not finite, or another model than on rank 0.
+        ValueError: weights are not finite, or the model differs from that of rank 0.
         TypeError: integer or complex weights.
     """
     inputs = ranks.sent(example_inputs)

@@ -1,7 +1,7 @@
-"""Does merging a group leave a correct network? Tried on the example inputs, before anything is promised.
+"""The trial: before a plan is returned, the copies test checks on the example inputs that each group can be merged.
 
-Some neurons of every group are made copies of others. Merging copies must not change the function at all; if it does,
-or if the smaller network does not run (a size is written into the model's code), the group is left alone.
+Some neurons of every group are overwritten with copies of others. Merging copies must not change the outputs. If it
+does, or if the smaller network does not run (because a size is hard-coded in the model), the group is left alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,25 +10,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from nac_gpu.merging.attributes import attributes, guesses
 from nac_gpu.merging.copies import copy_neurons, merged_copies, random_assignments
 from nac_gpu.network.comparing import outputs, relative_error
 from nac_gpu.network.copying import rebuild
 from nac_gpu.network.costs import Cost, flop_counter
-from nac_gpu.network.probes import in_dtype, lively
+from nac_gpu.network.probes import SAME, probed
 from nac_gpu.network.running import ExampleInputs
-from nac_gpu.network.state import tensors
 from nac_gpu.tracing.graph import Choice, Group, LeftAlone
 
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative
-_SURE = 1e-5  # in float32: no more than its rounding, float64 need not be asked
+_WIDEST = 1e-4  # relative error that float32 may make where an operation has no float64
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A smaller network that answers as it should.
+    """Cost and shapes of a smaller network that passed the trial.
 
     Attributes:
         cost: of the network.
@@ -41,13 +38,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of trying to merge some groups.
+    """The result of a trial.
 
     Attributes:
-        choices: the groups that can be merged, all together, with the attributes that have to follow them. Channels
-            stand in the place of units (heads, groups) that cannot be merged.
+        choices: the groups that can be merged, all together, with the attributes that have to follow them. Units
+            (heads, groups) that cannot be merged are replaced by their channels.
         measured: the network of these choices; None if no group can be merged.
-        refused: groups that cannot, and why.
+        refused: groups that cannot be merged, and why.
     """
 
     choices: tuple[Choice, ...]
@@ -56,12 +53,13 @@ class Outcome:
 
 
 class Trial:
-    """Tries groups on the example inputs. What was tried once is remembered.
+    """Tests groups on the example inputs, and caches the results.
 
     Args:
         model: not changed.
-        example_inputs: as for `record`; inputs and parameters that hold one constant are replaced by random ones.
-        auxiliary: compare what auxiliary heads return, too.
+        example_inputs: as for `record`. Constant inputs and parameters are replaced by random ones, because they would
+            hide errors.
+        auxiliary: also compare the outputs of auxiliary heads.
         seed: of the choice of copies.
     """
 
@@ -74,15 +72,15 @@ class Trial:
         self._auxiliary = auxiliary
         self._modules = dict(model.named_modules())
         double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
-        # float64 where float32 does not tell, and float32 for good where an operation has no float64.
+        # float64 if float32 is not conclusive, and float32 again if an operation does not support float64.
         self._next = [] if double else [torch.float64, torch.float32]
         self._set_dtype(torch.float64 if double else torch.float32)
 
     def run(self, choices: Sequence[Choice]) -> Outcome:
-        """Which of these groups can be merged to these widths.
+        """Find out which of these groups can be merged to these widths.
 
-        All at once first, in halves where that fails. What passed in parts is tried together in the end: that is the
-        network whose cost counts.
+        All groups are tried at once; if that fails, in parts. Finally all groups that passed are tried together, and
+        the cost of that network is measured.
         """
         asked = tuple((choice.group.name, choice.group.size, choice.width) for choice in choices)
         if asked not in self._outcomes:
@@ -106,18 +104,12 @@ class Trial:
         return Outcome(tuple(good), together, tuple(refused))
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(self._seed)
         self._dtype = dtype
-        self._passed.clear()  # a wider type is stricter
-        parameters = {name for name, _ in self._model.named_parameters()}
-        self._state = {
-            name: lively(value, generator) if name in parameters else value
-            for name, value in pytree.tree_map(lambda value: in_dtype(value, dtype), tensors(self._model)).items()
-        }
-        self._lively_inputs = pytree.tree_map(lambda value: lively(in_dtype(value, dtype), generator), self._inputs)
+        self._passed.clear()  # the test is stricter in float64
+        self._state, self._lively_inputs = probed(self._model, self._inputs, dtype, self._seed)
 
     def _tried(self, choices: Sequence[Choice]) -> Measured | str:
-        """The network with these groups merged, all at once, or why they cannot be."""
+        """Merge these groups all at once: the measured network, or the reason why that fails."""
         asked = tuple((c.group.name, c.group.size, c.group.attributes, c.width) for c in choices)
         if asked in self._passed:
             return self._passed[asked]
@@ -127,43 +119,43 @@ class Trial:
         return found
 
     def _compared(self, choices: Sequence[Choice]) -> Measured | str:
-        """As `_tried`.
+        """As `_tried`, without the cache.
 
-        In float32 first: it takes half the time, and what it rounds away it rounds away in the user's network too. Only
-        a difference that could be more than rounding is looked at in float64, and from then on all is.
+        float32 comes first, because it takes half the time. If the difference could be more than rounding, this trial
+        and all later ones use float64.
         """
         labels = random_assignments(choices, self._seed)
         try:
             expected = self._answers(self._with_copies(choices, labels))
-        except Exception:  # an operation that this type has not
+        except Exception:  # an operation that does not support this dtype
             if not self._next:
                 raise
             return self._again(choices)
         counter = flop_counter()
         try:
-            # The first of a cluster's neurons is itself in the network of copies too: no need to merge those.
+            # The first neuron of each cluster is unchanged in the network of copies, so the original state can be used.
             merged = merged_copies(self._state, [choice.group for choice in choices], labels)
             small = rebuild(self._model, merged, attributes(self._model, choices), share=True)
             found = self._answers(small, counter)
-        except Exception as error:  # whatever the user's code raises when a width is not what it was written for
+        except Exception as error:  # the user's code may raise anything at a width that it does not expect
             return f"the smaller network does not run: {type(error).__name__}: {error}"
         error = relative_error(found, expected)
-        if self._dtype == torch.float32 and self._next and not error <= _SURE:
+        if self._dtype == torch.float32 and self._next and not error <= SAME[self._dtype]:
             return self._again(choices)
-        if not error <= TOLERANCE[self._dtype]:
+        if not error <= (_WIDEST if self._dtype == torch.float32 else SAME[self._dtype]):
             return f"merging identical neurons changed the outputs (relative error {error:.1e})"
         cost = Cost(sum(parameter.numel() for parameter in small.parameters()), counter.get_total_flops())
         return Measured(cost, {name: tensor.shape for name, tensor in merged.items()})
 
     def _with_copies(self, choices: Sequence[Choice], labels: Sequence[torch.Tensor]) -> nn.Module:
-        """The network in which neurons of a cluster are copies of one."""
+        """The network in which all neurons of a cluster are copies of the first."""
         state = self._state
         for choice, own in zip(choices, labels, strict=True):
             state = copy_neurons(state, choice.group, own)
         return rebuild(self._model, state, share=True)
 
     def _answers(self, network: nn.Module, counter: Any = None) -> list[torch.Tensor]:
-        """All that a network returns; the counter counts the operations of what eval mode runs."""
+        """All outputs of a network; the counter counts the FLOPs of the eval mode only."""
         if counter is None:
             found = outputs(network, self._lively_inputs)
         else:
@@ -174,12 +166,12 @@ class Trial:
         return found
 
     def _again(self, choices: Sequence[Choice]) -> Measured | str:
-        """The same in the next type, in which all other trials will be made."""
+        """Repeat the comparison in the next dtype, which all later trials use, too."""
         self._set_dtype(self._next.pop(0))
         return self._compared(choices)
 
     def _good(self, choices: Sequence[Choice], refused: list[LeftAlone]) -> list[Choice]:
-        """Those that can be merged, in parts; what cannot is added to `refused`."""
+        """The choices that can be merged, found by bisection; the others are added to `refused`."""
         if not choices:
             return []
         found = self._tried(choices)
@@ -196,11 +188,11 @@ class Trial:
         return self._good(choices[:half], refused) + self._good(choices[half:], refused)
 
     def _kind(self, group: Group) -> str:
-        """What groups have in common whose fates are alike: units in modules of one class, or channels."""
+        """A key for groups that are expected to pass or fail together: units in modules of one class, or channels."""
         return " ".join(sorted({type(self._modules.get(name, self._model)).__qualname__ for name in group.units}))
 
     def _good_alike(self, choices: Sequence[Choice], why: str, refused: list[LeftAlone]) -> list[Choice]:
-        """Units of one kind: what is found out about the first of them is taken to hold for all."""
+        """Units of one kind: the attributes that work for the first are tried for all."""
         first = choices[0]
         if len(choices) > 1:
             found = self._tried([first])
@@ -227,7 +219,7 @@ class Trial:
         return good
 
     def _guessed(self, choice: Choice, number: int) -> Choice:
-        """The choice with the attributes of a guess, by its number: the last one if there are fewer."""
+        """The choice with the attributes of a guess, by number; the last guess if there are fewer."""
         found = list(guesses(self._modules, choice.group))
         return replace(choice, group=replace(choice.group, attributes=found[min(number, len(found) - 1)]))
 

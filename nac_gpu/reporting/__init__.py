@@ -1,1 +1,1 @@
-"""What a compression did, measured: as a page, as text, as JSON."""
+"""The report of a compression, measured on both models: as an HTML page, as text, as JSON."""

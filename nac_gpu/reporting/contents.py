@@ -1,4 +1,4 @@
-"""What a report holds. Whatever is drawn or written from it needs neither the models nor the data any more."""
+"""The contents of a report: all measured values, so that writing it needs neither the models nor the data."""
 
 import json
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from nac_gpu.reporting.measuring import Accuracy
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model is.
+    """The size of a model.
 
     Attributes:
         parameters: as `nac_gpu.cost` counts them.
         flops: of one forward pass on the example inputs, as `nac_gpu.cost` counts them.
-        bytes: of its state dict as `torch.save` writes it.
+        bytes: size of its state dict as `torch.save` writes it.
     """
 
     parameters: int
@@ -33,13 +33,13 @@ class Size:
 
 @dataclass(frozen=True)
 class GroupCurve:
-    """What merging one group costs.
+    """The error curve of one group.
 
     Attributes:
         group: its plan.
-        errors: by the number of neurons that are kept, the share of a variance that is lost, 0 to 1.
-        by_activations: it is the variance of what the group's readers make, after they have been refitted; else that
-            of the neurons' weights, within clusters.
+        errors: lost share of a variance, 0 to 1, by the number of neurons kept.
+        by_activations: the variance is that of the consumers' outputs, after they are refitted; else the share of the
+            variance of the neurons' weights within clusters.
     """
 
     group: GroupPlan
@@ -48,7 +48,7 @@ class GroupCurve:
 
     @property
     def error(self) -> float:
-        """The error at the width that was chosen."""
+        """The error at the chosen width."""
         return loss_at(self.errors, self.group.after)
 
 
@@ -59,7 +59,7 @@ class Tree:
     Attributes:
         group: its plan.
         dendrogram: of its neurons, on the CPU.
-        labels: int64 [n], the cluster of each neuron where the dendrogram is cut.
+        labels: int64 [n], the cluster of each neuron at the chosen width.
     """
 
     group: GroupPlan
@@ -73,9 +73,9 @@ class Filters:
 
     Attributes:
         layer: its name.
-        before: the original's, float32 [n, height, width, colours] on the CPU, with 1 or 3 colours.
-        after: the compressed model's, [k, height, width, colours]; None if they are not the merged ones.
-        clusters: which of the original's became each of the compressed model's.
+        before: filters of the original, float32 [n, height, width, colours] on the CPU, with 1 or 3 colours.
+        after: filters of the compressed model, [k, height, width, colours]; None if they differ from the merged ones.
+        clusters: for each filter of the compressed model, the original filters that were merged into it.
     """
 
     layer: str
@@ -84,7 +84,7 @@ class Filters:
     clusters: tuple[tuple[int, ...], ...]
 
     def merged(self) -> list[int]:
-        """The clusters of more than one filter, strongest first: the weakest filters look like noise."""
+        """The clusters of more than one filter, ordered by their weakest filter: the weakest ones look like noise."""
         norms = self.before.flatten(1).norm(dim=1)
         several = [number for number, members in enumerate(self.clusters) if len(members) > 1]
         return sorted(several, key=lambda number: -float(norms[list(self.clusters[number])].min()))
@@ -92,22 +92,29 @@ class Filters:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What a compression did, made by `nac_gpu.report`.
+    """The report of a compression, made by `nac_gpu.report`.
 
     Attributes:
         title: headline.
         inputs: shapes of the example inputs.
-        plan: groups, widths, what was left alone.
+        plan: groups, widths, and what was left alone.
         before: size of the original.
         after: size of the compressed model.
         timings: at each batch size.
         accuracy: on the data set, if one was given.
-        curves: what merging costs, group by group.
-        tree: the dendrogram of the chosen layer.
-        filters: the first layer's, or why there are none to show.
-        evidence: by what the neurons were compared, in a line.
+        curves: error curves of the groups.
+        tree: dendrogram of the chosen layer.
+        filters: of the first layer, or the reason why there are none to show.
+        evidence: one line that says how neurons were compared.
         environment: processor, threads, versions.
-        notes: what could not be measured, and why.
+        notes: measurements that failed, and why.
+
+    >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> small = nac_gpu.compress(model, torch.zeros(1, 8), width=0.25, calibration="none")
+    >>> found = nac_gpu.report(model, small, torch.zeros(1, 8), calibration="none", timed={})
+    >>> found.save("report.html")
+    >>> print(found.to_text().splitlines()[4])
+    | parameters      |      420 |        108 | 3.89× |
     """
 
     title: str
@@ -125,7 +132,7 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def to_html(self) -> str:
-        """One page that needs no network, no script and no other file. Its pictures need matplotlib.
+        """A self-contained HTML page, without scripts or external files. Its pictures need matplotlib.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -135,20 +142,20 @@ class Report:
         return html(self)
 
     def to_text(self) -> str:
-        """The figures as plain text with Markdown tables."""
+        """The numbers as plain text with Markdown tables."""
         from nac_gpu.reporting.text import plain_text
 
         return plain_text(self)
 
     def to_json(self) -> str:
-        """All figures, with every curve and the dendrogram as SciPy writes it. Seconds, bytes, shares from 0 to 1."""
+        """All numbers, with all error curves and SciPy's linkage matrix. Units: seconds, bytes, shares from 0 to 1."""
         return json.dumps(self._values(), indent=2, ensure_ascii=False)
 
     def save(self, path: str | Path) -> None:
-        """Write the report; the file is the old one or the whole new one, whenever the process is stopped.
+        """Write the report atomically: if the process stops, the file is either the old one or the complete new one.
 
         Args:
-            path: its suffix says what is written: `.html`, `.txt`, `.md` or `.json`. Missing folders are made.
+            path: its suffix defines the format: `.html`, `.txt`, `.md` or `.json`. Missing folders are created.
 
         Raises:
             ValueError: another suffix.

@@ -1,4 +1,4 @@
-"""The filters of the first layer as pictures, with the ones that are merged (Figure 4 of Wang et al. 2020)."""
+"""The filters of the first layer as pictures, grouped by cluster (Figure 4 of Wang et al. 2020)."""
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,19 @@ from nac_gpu.planning.prepare import Prepared
 from nac_gpu.reporting.contents import Filters
 from nac_gpu.tracing.graph import Group
 
-_LIKE = 0.7  # median cosine of merged filters and their members' mean, above which they belong together
+_LIKE = 0.7  # smallest median cosine between the compressed model's filters and the means of the clusters
 
 
 def first_filters(
     prepared: Prepared, small: nn.Module, example_inputs: ExampleInputs, evidence: Evidence
 ) -> Filters | str:
-    """The first layer's filters, or why there are none to show.
+    """The filters of the first layer, or the reason why there are none to show.
 
     Args:
         prepared: plan and original.
         small: the compressed model, without wrappers and parametrisations.
         example_inputs: what both are called with.
-        evidence: what the neurons are clustered by.
+        evidence: used to cluster the neurons.
     """
     group, planned = prepared.groups[0], prepared.plan.groups[0]
     weight = group.producers[0].member.tensor
@@ -41,7 +41,7 @@ def first_filters(
 
 
 def _picture(model: nn.Module, group: Group, example_inputs: ExampleInputs) -> tuple[int, int, int] | None:
-    """Colours, height and width of the pictures that the rows of the group's first weight are."""
+    """Colours, height and width of the group's filters as pictures; None if they do not read images."""
     producer = group.producers[0]
     member, module = producer.member, dict(model.named_modules()).get(producer.layer)
     rows = torch.arange(len(model.get_parameter(member.tensor)))

@@ -1,4 +1,4 @@
-"""`report`: measures both models, works out again what the compression saw, and puts it together."""
+"""`report`: measures both models and recomputes the evidence of the compression."""
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from nac_gpu.reporting.filters import first_filters
 from nac_gpu.reporting.matching import matched, plain
 from nac_gpu.reporting.measuring import accuracy, bytes_on_disk
 
-#: Seconds of timing by batch size.
+#: Default seconds of timing, by batch size.
 TIMED: Mapping[int, float] = MappingProxyType({1: 5.0, 64: 5.0})
 
 
@@ -39,30 +39,30 @@ def report(
     layer: str | None = None,
     timed: Mapping[int, float] = TIMED,
 ) -> Report:
-    """What a compression did: sizes, times, accuracy, widths, what merging cost, what was left alone and why.
+    """Report on a compression: sizes, times, accuracy, widths, errors, and what was left alone and why.
 
-    Both models are measured where they are. What the neurons were compared by is worked out again, which takes as long
-    as it did then. To change the title: `dataclasses.replace(report, title=...)`.
+    Both models are measured on their device. The evidence about the neurons is gathered again, which takes as long as
+    it took for the compression. To change the title: `dataclasses.replace(report, title=...)`.
 
     Args:
         model: the original.
-        small: what `nac_gpu.compress` made of it; it may have been fine-tuned since.
-        example_inputs: what both are called with; to time them the inputs are repeated along their first dimension.
-        plan: what `small` was made with; by default the plan that it remembers, else widths are found by comparing the
-            tensors of both models.
-        calibration: what `small` was made with; `"none"` to compare neurons by their weights, which is quick.
-        data: batches (inputs, labels) to count right answers on.
-        layer: whose dendrogram to draw; by default the first whose neurons were merged.
-        timed: how many seconds to time at each batch size; at least five passes are made.
+        small: the model that `nac_gpu.compress` returned; it may have been fine-tuned since.
+        example_inputs: what both are called with; for timing they are repeated along their first dimension.
+        plan: the plan of `small`. By default the one stored with the model; if there is none, the widths are inferred
+            from the shapes of both models.
+        calibration: as for the compression; `"none"` to compare neurons by their weights, which is quick.
+        data: batches (inputs, labels) for measuring the accuracy.
+        layer: draw the dendrogram of this layer; by default the first whose neurons were merged.
+        timed: seconds of timing by batch size; at least five passes are made.
 
     Raises:
-        ValueError: `small` was not made of `model` by this plan, or is on another device; an unknown layer, a wrong
-            batch size or time, data without batches or whose labels fit no output; or as `nac_gpu.plan`.
-        TypeError: data that is not made of pairs, or as `nac_gpu.plan`.
+        ValueError: `small` was not made from `model` with this plan, or is on another device; an unknown layer; a batch
+            size or time out of range; empty data, or labels that fit no output; or as `nac_gpu.plan`.
+        TypeError: data that does not consist of pairs, or as `nac_gpu.plan`.
 
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
-    >>> small = nac_gpu.compress(model, torch.zeros(1, 8), width=0.25)
-    >>> nac_gpu.report(model, small, torch.zeros(1, 8), timed={}).after.parameters
+    >>> small = nac_gpu.compress(model, torch.zeros(1, 8), width=0.25, calibration="none")
+    >>> nac_gpu.report(model, small, torch.zeros(1, 8), calibration="none", timed={}).after.parameters
     108
     """
     device = _checked(model, small, timed)
@@ -94,7 +94,7 @@ def _checked(model: nn.Module, small: nn.Module, timed: Mapping[int, float]) -> 
     """The device of both models.
 
     Raises:
-        ValueError: they are on two, or there is nothing to time in this way.
+        ValueError: they are on different devices, or a batch size or time is out of range.
     """
     devices = device_of(model), device_of(small)
     if devices[0] != devices[1]:
@@ -120,7 +120,7 @@ def _size(model: nn.Module, example_inputs: ExampleInputs) -> Size:
 
 
 def _chosen(prepared: Prepared, layer: str | None) -> int:
-    """The number of the group to draw.
+    """The index of the group whose dendrogram is drawn.
 
     Raises:
         ValueError: no group has this layer.

@@ -1,4 +1,4 @@
-"""What was done to a model, read off the compressed one: its tensors' sizes say how many neurons each group kept."""
+"""Finding the plan of a compressed model: stored with it, or inferred from the shapes of its tensors."""
 
 import contextlib
 from collections.abc import Sequence
@@ -23,23 +23,23 @@ _ADVICE = "give the model and the plan that it was made with"
 def matched(
     model: nn.Module, small: nn.Module, example_inputs: ExampleInputs, plan: Plan | None, request: Request
 ) -> Prepared:
-    """The plan that made `small` of `model`, with the groups that it speaks of.
+    """Prepare the plan that turned `model` into `small`.
 
     Args:
         model: the original.
         small: the compressed model, without wrappers and parametrisations.
         example_inputs: what both are called with.
-        plan: by default the one that `small` remembers, else it is found out, which costs a second trial.
-        request: says on what neurons are observed.
+        plan: by default the one stored with `small`; if there is none, it is inferred, which needs a second trial.
+        request: its `calibration` and `seed` define the evidence.
 
     Raises:
-        ValueError: `small` was not made of `model`, or not by this plan; or the sizes leave open by which.
+        ValueError: `small` was not made from `model`, or not with this plan; or the shapes do not determine the widths.
     """
     _check_names(plain(model), small)
     network = take(model, example_inputs)
     origin = origin_of(small)
     if plan is None and origin is not None:
-        with contextlib.suppress(ValueError):  # it was made of another model: perhaps of what this one became
+        with contextlib.suppress(ValueError):  # the stored plan may belong to an earlier compression
             return _checked(replay(network, origin.plan, request), small)
     if plan is None:
         prepared = plan_for(network, Request(width=0.5))
@@ -50,12 +50,12 @@ def matched(
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The network itself: without wrappers, with the weights that it really computes with."""
+    """The network without wrappers and parametrisations."""
     return computed(unwrapped(model)[0])[0]
 
 
 def _widths(prepared: Prepared, small: nn.Module) -> list[int]:
-    """How many neurons each group kept: a linear system, for several groups may run through one dimension.
+    """The number of neurons that each group kept, from a linear system: several groups may share one dimension.
 
     Raises:
         ValueError: it has no solution, or more than one.
@@ -83,10 +83,10 @@ def _widths(prepared: Prepared, small: nn.Module) -> list[int]:
 
 
 def _check_names(model: nn.Module, small: nn.Module) -> None:
-    """Whether both have the same tensors, of whatever sizes.
+    """Check that both models have tensors of the same names.
 
     Raises:
-        ValueError: naming the first that one of them lacks.
+        ValueError: names the first tensor that one of them lacks.
     """
     before, after = tensors(model), tensors(small)
     other = next((name for name in [*before, *after] if (name in before) != (name in after)), None)
@@ -98,10 +98,10 @@ def _check_names(model: nn.Module, small: nn.Module) -> None:
 
 
 def _checked(prepared: Prepared, small: nn.Module) -> Prepared:
-    """What was prepared, if every tensor of the compressed model has the size that the plan gives it.
+    """Check that every tensor of the compressed model has the shape that the plan results in.
 
     Raises:
-        ValueError: naming the first that has not.
+        ValueError: names the first tensor of another shape.
     """
     before, after = _shapes(prepared.model), _shapes(small)
     expected = {name: list(shape) for name, shape in before.items()}

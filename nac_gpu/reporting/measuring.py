@@ -1,4 +1,4 @@
-"""What the original and the compressed model really take and give: bytes, right answers."""
+"""Measuring both models: bytes on disk and accuracy."""
 
 import io
 import math
@@ -15,13 +15,13 @@ from nac_gpu.network.running import call, device_of, evaluating, tensors_in
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers on a data set.
+    """Accuracy of both models on a data set.
 
     Attributes:
-        labels: how many there were.
-        before: share of them that the original gets right.
-        after: share of them that the compressed model gets right.
-        agreement: share for which both give the same answer, right or wrong.
+        labels: number of labels.
+        before: accuracy of the original, 0 to 1.
+        after: accuracy of the compressed model, 0 to 1.
+        agreement: share of labels for which both models predict the same class, right or wrong.
     """
 
     labels: int
@@ -31,7 +31,7 @@ class Accuracy:
 
     @property
     def deviations(self) -> tuple[float, float]:
-        """Standard deviations of both shares that so many labels leave open."""
+        """Standard errors of both accuracies for this number of labels."""
         before, after = (math.sqrt(share * (1 - share) / self.labels) for share in (self.before, self.after))
         return before, after
 
@@ -52,23 +52,23 @@ class _Counter(io.RawIOBase):
 
 
 def bytes_on_disk(model: nn.Module) -> int:
-    """How large a file `torch.save(model.state_dict(), ...)` writes; nothing is written."""
+    """The size of the file that `torch.save(model.state_dict(), ...)` would write; nothing is written."""
     counter = _Counter()
     torch.save(model.state_dict(), counter)  # pyright: ignore[reportArgumentType]
     return counter.bytes
 
 
 def accuracy(model: nn.Module, small: nn.Module, data: Iterable[Any]) -> Accuracy:
-    """How often both models' largest output is that of the right class.
+    """Top-1 accuracy of both models.
 
     Args:
-        model: the original; its mode is put back.
-        small: the compressed model; its mode is put back.
-        data: batches (inputs, labels): class numbers, int [batch] for outputs [batch, classes], or with positions
-            behind: [batch, ...] for [batch, classes, ...]. Inputs are what the models are called with.
+        model: the original; its mode is restored.
+        small: the compressed model; its mode is restored.
+        data: batches (inputs, labels) with inputs as the models take them. Labels are class numbers, int [batch] for
+            outputs [batch, classes], or [batch, ...] for outputs [batch, classes, ...].
 
     Raises:
-        TypeError: a batch is no such pair.
+        TypeError: a batch is not such a pair.
         ValueError: there is no batch, or no output fits the labels.
     """
     count, right_before, right_after, same = 0, 0, 0, 0
@@ -93,7 +93,7 @@ def accuracy(model: nn.Module, small: nn.Module, data: Iterable[Any]) -> Accurac
 
 
 def _classes(output: Any, labels: Tensor) -> Tensor:
-    """The classes that an output names: the first tensor in it that has one score a class for every label."""
+    """The predicted classes: argmax of the first output that has a score of each class for every label."""
     shapes = []
     for scores in tensors_in(output):
         if scores.ndim > 1 and scores.shape[:1] + scores.shape[2:] == labels.shape:

@@ -1,4 +1,4 @@
-"""The report as one page of HTML: no scripts, nothing fetched, light and dark, for phones and desktops."""
+"""The report as a self-contained HTML page: no scripts, light and dark mode, for phones and desktops."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from nac_gpu.reporting.contents import GroupCurve, Report
 
 
-_CURVES = 24  # pictures of groups at most; the text and the JSON have all
-_CLUSTERS, _MEMBERS = 36, 8  # of merged filters that are shown at most
+_CURVES = 24  # most error curves that are drawn; the text and the JSON contain all
+_CLUSTERS, _MEMBERS = 36, 8  # most clusters of filters that are drawn, and most filters of each
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -112,14 +112,14 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int], css: str, label: str) -> str:
-    """A table whose cells are HTML, the first of each row its heading.
+    """A table of HTML cells; the first cell of each row is its heading.
 
     Args:
         header: of the columns.
         rows: of cells.
-        numbers: columns that hold numbers.
-        css: class of the box around it: where it does not fit it scrolls, or its cells are stacked (`stack`, `cells`).
-        label: what a screen reader calls it.
+        numbers: columns that contain numbers.
+        css: class of the box around it: on small screens it scrolls, or its cells are stacked (`stack`, `cells`).
+        label: for screen readers.
     """
     style = [' class="number"' if column in numbers else "" for column in range(len(header))]
     head = "".join(f'<th scope="col"{kind}>{cell}</th>' for cell, kind in zip(header, style, strict=True))
@@ -262,12 +262,12 @@ def _left_alone(report: Report) -> str:
 
 
 def _name(layer: str) -> str:
-    """A layer's name, which may be broken after a dot."""
+    """A layer's name as HTML that may break after a dot."""
     return escape(layer).replace(".", ".<wbr>")
 
 
 def _folded(names: Sequence[str], most: int) -> str:
-    """Names, HTML already; those that are too many are folded away."""
+    """A list of names (HTML), of which all but the first `most` are folded away."""
     shown, hidden = ", ".join(names[:most]), names[most:]
     if not hidden:
         return shown

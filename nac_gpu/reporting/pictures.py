@@ -1,4 +1,4 @@
-"""Pictures as SVG inside a page: text and axes in the colour of the page's text, readable light and dark."""
+"""Pictures as inline SVG: text and axes have the page's text colour, so they are readable in light and dark mode."""
 
 import base64
 import io
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-_TEXT = "#010203"  # stands for the colour of the page's text until the picture is written
-_LINE, _CUT = "#3f8fd2", "#d9772b"  # read well on white and on black
-_LEAVES = 1024  # branches of a dendrogram that are drawn at most
-_NUMBERED = 40  # leaves that have room for a number each
+_TEXT = "#010203"  # placeholder, replaced by the page's text colour
+_LINE, _CUT = "#3f8fd2", "#d9772b"  # readable on white and on black
+_LEAVES = 1024  # most branches of a dendrogram that are drawn
+_NUMBERED = 40  # most leaves that get a number
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nac_gpu",
@@ -44,13 +44,13 @@ _STYLE: dict[Any, Any] = {
 def _figure(
     size: tuple[float, float], place: tuple[float, float, float, float], name: str, label: str, out: list[str]
 ) -> Iterator["Axes"]:
-    """Axes to draw on, whose picture is added to `out` as SVG.
+    """Axes to draw on; the picture is appended to `out` as SVG.
 
     Args:
         size: width and height in inches.
-        place: of the axes: left, bottom, width and height as shares; a layout that is worked out is slow.
+        place: of the axes: left, bottom, width and height as shares (automatic layout is slow).
         name: makes identifiers unique in the page.
-        label: what a screen reader says.
+        label: for screen readers.
         out: gets the SVG.
 
     Raises:
@@ -74,7 +74,7 @@ def _figure(
 
 
 def _inline(svg: str, name: str, label: str) -> str:
-    """An SVG file as an element of a page: identifiers of its own, no addresses of namespaces, which HTML knows."""
+    """An SVG file as an element of a page: unique identifiers, no XML namespaces, which HTML does not need."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
@@ -86,7 +86,7 @@ def _inline(svg: str, name: str, label: str) -> str:
 
 
 def curve(found: GroupCurve, name: str) -> str:
-    """What merging a group costs, by the number of neurons that are kept, with the cut: SVG.
+    """The error curve of a group, with the chosen width: SVG.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -122,7 +122,7 @@ def dendrogram(tree: Tree, name: str) -> str:
     with _figure((9.0, 3.8), (0.08, 0.1, 0.85, 0.88), name, label, out) as axes:
         from matplotlib.collections import LineCollection
 
-        width = min(1.2, max(0.5, 120 / len(order)))  # hundreds of leaves must not run together
+        width = min(1.2, max(0.5, 120 / len(order)))  # thin lines keep hundreds of leaves apart
         for kept, colour, alpha in ((False, _TEXT, 0.6), (True, _LINE, 1.0)):
             mine = [line for merge, line in enumerate(lines, first) if (merge < made) == kept]
             axes.add_collection(LineCollection(mine, colors=colour, linewidths=width, alpha=alpha))
@@ -150,11 +150,11 @@ def dendrogram(tree: Tree, name: str) -> str:
 
 
 def _layout(tree: Tree) -> tuple[int, list[np.ndarray], list[int]]:
-    """Where the merges of a dendrogram are drawn.
+    """The layout of a dendrogram.
 
     Returns:
-        The first merge that is drawn; for each from there on the corners of its bracket, float [4, 2]; and the
-        clusters at the bottom, from left to right.
+        The number of the first merge that is drawn; the corners of the brackets of this and all later merges, float
+        [4, 2] each; and the clusters at the bottom, from left to right.
     """
     n = tree.dendrogram.n
     merges = tree.dendrogram.merges.tolist()
@@ -180,7 +180,7 @@ def _layout(tree: Tree) -> tuple[int, list[np.ndarray], list[int]]:
 
 
 def png(picture: Any) -> str:
-    """A filter as the address of a PNG inside the page: grey or its colours are zero, however strong it is.
+    """A filter as a data URL of a PNG, scaled to full contrast; grey is zero.
 
     Args:
         picture: [height, width, colours], 1 or 3 colours.

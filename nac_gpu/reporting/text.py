@@ -1,4 +1,4 @@
-"""Numbers as people read them, tables, and the report as plain text."""
+"""Human-readable numbers, tables, and the report as plain text."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ if TYPE_CHECKING:
     from nac_gpu.reporting.contents import GroupCurve, Report
 
 
-#: What is measured, of the original, of the compressed model, and how the two compare.
+#: Name of a measurement, its value for the original and for the compressed model, and their ratio.
 Row = tuple[str, str, str, str]
 HEADER: Row = ("", "original", "compressed", "ratio")
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """`12.3 %` of a share from 0 to 1."""
+    """A share from 0 to 1 as a percentage, such as `12.3 %`."""
     return f"{100 * share:.{digits}f} %"
 
 
 def lost(error: float) -> str:
-    """An error as a percentage, with a digit more where it is small."""
+    """An error as a percentage, with an additional digit if it is small."""
     return percent(error, 1 if error >= 0.01 or not error else 2)
 
 
 def seconds(value: float) -> str:
-    """A time in the unit that suits it, three digits."""
+    """A time in s, ms or µs, with three digits."""
     unit, scale = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("µs", 1e6)
     return f"{_three(value * scale)} {unit}"
 
 
 def byte_count(value: int) -> str:
-    """A number of bytes in the decimal unit that suits it, three digits."""
+    """A number of bytes in B, kB, MB or GB, with three digits."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= scale:
             return f"{_three(value / scale)} {unit}"
@@ -43,7 +43,7 @@ def byte_count(value: int) -> str:
 
 
 def count(value: float) -> str:
-    """A large number in thousands, millions or billions, three digits."""
+    """A large number with a suffix k, M, G or T, and three digits."""
     for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{_three(value / scale)} {unit}"
@@ -51,7 +51,7 @@ def count(value: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio as `4.20` with the sign of multiplication behind it."""
+    """A ratio such as `4.20×`."""
     return f"{_three(ratio) if ratio < 10 else f'{ratio:,.0f}'}\N{MULTIPLICATION SIGN}"
 
 
@@ -61,12 +61,12 @@ def _three(value: float) -> str:
 
 
 def spread(value: Spread) -> str:
-    """The median with where 20 % and 80 % of the values lie."""
+    """The median, with the 20th and 80th percentiles."""
     return f"{seconds(value.median)} ({seconds(value.low)} to {seconds(value.high)})"
 
 
 def before_and_after(report: Report) -> list[Row]:
-    """All that was measured of both models."""
+    """All measurements of both models."""
     before, after = report.before, report.after
     rows: list[Row] = [
         ("parameters", f"{before.parameters:,}", f"{after.parameters:,}", ratio(before.parameters, after.parameters)),
@@ -81,7 +81,7 @@ def before_and_after(report: Report) -> list[Row]:
 
 
 def ratio(before: int, after: int) -> str:
-    """How many times as large the first is; a dash if there is nothing to compare."""
+    """The ratio of before to after; a dash if after is zero."""
     return times(before / after) if after else "-"
 
 
@@ -102,18 +102,18 @@ def _right(accuracy: Accuracy) -> Row:
 
 
 def throughput(batch: int, latency: Spread) -> str:
-    """Inputs a second, with their spread, from the seconds of a batch."""
+    """Inputs per second, with their spread, from the seconds of a batch."""
     middle, low, high = (f"{batch / value:,.{0 if batch / value >= 100 else 1}f}" for value in vars(latency).values())
     return f"{middle}/s ({high} to {low})"
 
 
 def points(accuracy: Accuracy) -> str:
-    """By how many points of a hundred the accuracy changed."""
+    """The change of the accuracy in percentage points."""
     return f"{100 * (accuracy.after - accuracy.before):+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def explanations(report: Report) -> list[str]:
-    """How the numbers came about, in sentences."""
+    """Sentences that explain how the numbers were measured."""
     lines = [f"FLOPs are those of one pass on the example inputs: {report.inputs}; 2 per multiply-add."]
     if report.timings:
         rounds = ", ".join(f"{timing.rounds} at batch {timing.batch:,}" for timing in report.timings)
@@ -130,7 +130,7 @@ def explanations(report: Report) -> list[str]:
 
 
 def by_reason(left_alone: Iterable[LeftAlone]) -> dict[str, list[LeftAlone]]:
-    """What was left alone, by the reason why."""
+    """What was left alone, grouped by reason."""
     found: dict[str, list[LeftAlone]] = {}
     for alone in left_alone:
         found.setdefault(alone.reason, []).append(alone)
@@ -138,12 +138,12 @@ def by_reason(left_alone: Iterable[LeftAlone]) -> dict[str, list[LeftAlone]]:
 
 
 def machine(report: Report) -> str:
-    """The machine and the versions, in a line."""
+    """The machine and the versions, in one line."""
     return ", ".join(f"{name}: {value}" for name, value in report.environment.items())
 
 
 def lost_of(curve: GroupCurve) -> str:
-    """What the variance is of that a curve's error is a share of."""
+    """The quantity whose variance is lost in an error curve."""
     return "what its readers make" if curve.by_activations else "its weights"
 
 

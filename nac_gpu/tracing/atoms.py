@@ -1,12 +1,14 @@
-"""Which channel is where: atoms of a union-find, and the planes of atoms that tensors carry through a forward pass.
+"""Tracks channels through a forward pass: atoms in a union-find, and planes of atoms that label tensors.
 
-An *atom* is one index of one dimension of a parameter or buffer, `(tensor name, dim, index)`, numbered by an int64. A
-*slot* is one `(tensor name, dim)`, a contiguous range of atoms. A *plane* is an int64 tensor of atoms that broadcasts
-to the tensor it describes (size 1 along every dimension where it does not vary); `NONE` marks places without a label.
+An *atom* is one index of one dimension of a parameter or buffer, `(tensor name, dim, index)`, numbered by an int64. For
+example, `("0.weight", 0, 5)` is row 5 of the first layer: its neuron 5. A *slot* is one `(tensor name, dim)`, a
+contiguous range of atoms. A *plane* is an int64 tensor of atoms that broadcasts to the tensor it describes (size 1
+along every dimension where it does not vary); `NONE` marks positions without a label.
 
-Where channels are regrouped, C to (h, d), they can be merged along either axis. At the level of `CHANNELS`, d merges,
-in step over h; at the level of `UNITS`, whole rows h merge: heads of attention, groups of a convolution. Equations hold
-at one of the levels or at both. A unit has an atom of its own, in a slot without a tensor.
+Where the model reshapes channels from C to (h, d), they can be merged along either axis. At the level `CHANNELS`,
+channels merge along d, with the same assignment in all rows h. At the level `UNITS`, whole rows h merge: attention
+heads, groups of a convolution. Each equation holds at one of the levels or at both. A unit has an atom of its own, in a
+slot without a tensor.
 """
 
 from bisect import bisect_right
@@ -18,7 +20,7 @@ from torch import Tensor
 
 NONE = -1
 MEAN = 1  # role of a slot: merged neurons keep the mean (rows of a producer, per-channel parameters)
-SUM = 2  # role of a slot: merged neurons add up (columns of a consumer), Eq. (9) of the paper
+SUM = 2  # role of a slot: merged neurons are summed (columns of a consumer), Eq. (9) of the paper
 CHANNELS = 1
 UNITS = 2
 BOTH = CHANNELS | UNITS
@@ -30,10 +32,13 @@ class Labels:
 
     Attributes:
         planes: each an int64 tensor broadcastable to the tensor's shape, no two varying along the same dimension.
-        parameter: the tensor is a parameter, or only a rearrangement of one.
-        source: number of the producing operation whose bare result this is (before anything nonlinear), else None.
-        pending: holds as soon as something reads the tensor: an average that nobody looks at keeps nothing apart.
-        uniform: the tensor was made in the pass and holds one constant at whatever size: initial states, say.
+        parameter: the tensor is a parameter, or a view or rearrangement of one.
+        source: number of the production whose output this tensor is, unchanged except for views and rearrangements;
+            None for all other tensors.
+        uniform: the tensor was created in the pass with one constant value that does not depend on its size, such as
+            the initial state of an LSTM.
+        pending: separations that take effect once an operation reads the tensor. A mean that is computed but never
+            used must not prevent merging.
     """
 
     planes: tuple[Tensor, ...] = ()
@@ -44,7 +49,7 @@ class Labels:
 
 
 def compact(plane: Tensor) -> Tensor | None:
-    """The plane with size 1 along every dimension where it does not vary; None if it holds no label at all."""
+    """The plane with size 1 along every dimension where it does not vary; None if it has no label at all."""
     for dim in range(plane.ndim):
         if plane.stride(dim) == 0:  # expanded
             plane = plane.narrow(dim, 0, min(1, plane.shape[dim]))
@@ -59,7 +64,7 @@ def compact(plane: Tensor) -> Tensor | None:
 
 
 def varying(plane: Tensor) -> tuple[int, ...]:
-    """Dimensions along which a compact plane varies (a plane of one single atom varies nowhere)."""
+    """Dimensions along which a compact plane varies; none for a plane of a single atom."""
     return tuple(dim for dim, size in enumerate(plane.shape) if size > 1)
 
 
@@ -67,7 +72,7 @@ def varying(plane: Tensor) -> tuple[int, ...]:
 class Slot:
     """One dimension of one parameter or buffer: atoms `first` to `first + size - 1`.
 
-    Units have slots whose tensor is the empty string; `module` is then where they were met.
+    Slots of units have an empty string as tensor, and `module` names the module that combines the units.
     """
 
     tensor: str
@@ -79,7 +84,7 @@ class Slot:
 
 @dataclass
 class Separation:
-    """Atoms with different keys must not be merged; at the same key they may.
+    """Atoms with different keys must not be merged with each other; atoms with the same key may be.
 
     Attributes:
         atoms: int64 [m].
@@ -95,17 +100,17 @@ class Separation:
 
     @property
     def parts(self) -> bool:
-        """Some atoms of it are kept apart from each other, not only from all others."""
+        """Whether it keeps some of its atoms apart from each other, and not only from all other atoms."""
         return bool((self.keys != self.keys[:1]).any())
 
 
 @dataclass
 class Atoms:
-    """All atoms of a recorded pass, the equations between them, their roles, and what keeps them apart and why."""
+    """All atoms of a recorded pass with their roles, the equations between them, and separations with their reasons."""
 
     slots: list[Slot] = field(default_factory=list)
     separations: list[Separation] = field(default_factory=list)
-    _firsts: list[int] = field(default_factory=list)  # of the slots
+    _firsts: list[int] = field(default_factory=list)  # first atom of each slot, ascending
     _by_name: dict[tuple[str, int], Slot] = field(default_factory=dict)
     _edges: list[tuple[Tensor, int]] = field(default_factory=list)
     _roles: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -116,7 +121,7 @@ class Atoms:
         return self.slots[-1].first + self.slots[-1].size if self.slots else 0
 
     def of(self, tensor: str, dim: int, size: int) -> Tensor:
-        """The atoms of a tensor's dimension, int64 [size]; its slot is made on first use."""
+        """The atoms of a tensor's dimension, int64 [size]; the slot is created on first use."""
         key = (tensor, dim)
         if key not in self._by_name:
             self._by_name[key] = self._add(Slot(tensor, dim, self.count, size))
@@ -124,7 +129,7 @@ class Atoms:
         return torch.arange(slot.first, slot.first + slot.size)
 
     def units(self, size: int, module: str) -> Tensor:
-        """New atoms for units met in a module, int64 [size]."""
+        """New atoms for units that a module combines, int64 [size]."""
         slot = self._add(Slot("", 0, self.count, size, module))
         return torch.arange(slot.first, slot.first + size)
 
@@ -134,33 +139,33 @@ class Atoms:
         return slot
 
     def slot_numbers(self) -> Tensor:
-        """The number of the slot of every atom, int64 [count]."""
+        """The number of the slot that each atom is in, int64 [count]."""
         sizes = torch.tensor([slot.size for slot in self.slots], dtype=torch.int64)
         return torch.repeat_interleave(torch.arange(len(self.slots)), sizes)
 
     def slot_at(self, atom: int) -> Slot:
-        """The slot that an atom lies in."""
+        """The slot that an atom is in."""
         return self.slots[bisect_right(self._firsts, atom) - 1]
 
     def unite(self, left: Tensor, right: Tensor, level: int = BOTH) -> None:
-        """Atoms that must share one assignment, elementwise: two planes that broadcast; `NONE` in either is skipped."""
+        """Note elementwise that atoms share one assignment. The planes are broadcast; `NONE` in either is skipped."""
         left, right = torch.broadcast_tensors(left, right)
         different = (left != right) & (left >= 0) & (right >= 0)
         if bool(different.any()):
             self._edges.append((torch.stack([left[different], right[different]]), level))
 
     def role(self, atoms: Tensor, role: int) -> None:
-        """Note that these atoms are used as `MEAN` or `SUM`; an atom used as both cannot be merged."""
+        """Note that these atoms are used as `MEAN` or as `SUM`; atoms used as both cannot be merged."""
         atoms = atoms.flatten()
         self._roles.append((atoms[atoms >= 0], role))
 
     def separate(self, plane: Tensor, dims: Sequence[int], reason: str, level: int = BOTH) -> None:
-        """Keep the atoms of a plane apart along these dimensions."""
+        """Note that atoms at different positions along these dimensions must not be merged."""
         self.separations.append(self.separation(plane, dims, reason, level))
 
     @staticmethod
     def separation(plane: Tensor, dims: Sequence[int], reason: str, level: int = BOTH) -> Separation:
-        """What `separate` notes down."""
+        """The separation that `separate` notes."""
         key = torch.zeros((), dtype=torch.int64)
         for dim in dims:
             shape = [1] * plane.ndim
@@ -170,7 +175,7 @@ class Atoms:
         return Separation(plane[known], key.expand(plane.shape)[known], reason, level)
 
     def freeze(self, atoms: Tensor, reason: str, level: int = BOTH) -> None:
-        """These atoms must stay as they are (`NONE` among them is ignored)."""
+        """Note that these atoms must not be merged with anything; `NONE` is ignored."""
         atoms = atoms.flatten()
         atoms = atoms[atoms >= 0]
         self.separations.append(Separation(atoms, atoms, reason, level))
@@ -185,7 +190,7 @@ class Atoms:
         return roles
 
     def codes(self, level: int) -> Tensor:
-        """A number for every atom, int64 [count]: atoms may only be merged if theirs are equal."""
+        """A hash of each atom's separations and keys, int64 [count]: only atoms with equal hashes may be merged."""
         codes = torch.zeros(self.count, dtype=torch.int64)
         own = [separation for separation in self.separations if separation.level & level]
         if not own:
@@ -196,7 +201,7 @@ class Atoms:
         return codes.index_add_(0, torch.cat([separation.atoms for separation in own]), mixed)
 
     def classes(self, level: int) -> Tensor:
-        """The class of every atom, int64 [count]: the lowest atom that it is united with, directly or not."""
+        """The class of each atom, int64 [count]: the lowest atom that it is united with, directly or indirectly."""
         parent = torch.arange(self.count)
         edges = [edge for edge, at in self._edges if at & level]
         if not edges:
@@ -209,7 +214,7 @@ class Atoms:
                 return parent
             left, right = left[open_edges], right[open_edges]
             a, b = a[open_edges], b[open_edges]
-            # Hook the higher root under the lowest that meets it, then shorten all paths.
+            # Attach each higher root to the lowest root that an edge connects it to, then compress all paths.
             parent.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
             while True:
                 shorter = parent[parent]
@@ -219,7 +224,7 @@ class Atoms:
 
 
 def scramble(values: Tensor) -> Tensor:
-    """Every int64 to another one, well mixed (the finaliser of splitmix64, in arithmetic that wraps around)."""
+    """A hash of each int64: the finaliser of splitmix64, computed modulo 2^64."""
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         values = (values ^ ((values >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return values ^ ((values >> 31) & ((1 << 33) - 1))

@@ -1,4 +1,4 @@
-"""Recurrent cells that CUDA runs as one operation, as the operations that they are made of."""
+"""Decompositions of the recurrent cells that CUDA runs as one fused operation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,12 @@ from torch import Tensor
 def _lstm_cell(
     inputs: Tensor, hidden: Tensor, state: Tensor, input_bias: Tensor | None = None, hidden_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The new hidden state and state of an LSTM cell, [batch, n] each, and its gates [batch, 4 n], before activation.
+    """The new hidden and cell state of an LSTM cell, [batch, n] each, and its gates before activation, [batch, 4 n].
 
     Args:
-        inputs: what the input makes of the gates, [batch, 4 n].
-        hidden: what the hidden state makes of them, [batch, 4 n].
-        state: [batch, n].
+        inputs: contribution of the input to the gates, [batch, 4 n].
+        hidden: contribution of the hidden state to the gates, [batch, 4 n].
+        state: the cell state, [batch, n].
         input_bias: [4 n].
         hidden_bias: [4 n].
     """
@@ -39,7 +39,8 @@ def _biased(gates: Tensor, bias: Tensor | None) -> Tensor:
     return gates if bias is None else gates + bias
 
 
-#: By the operation of CUDA. What they give besides the states is for a backward pass only, and nobody reads it here.
+#: Decompositions by CUDA's fused operation. Results other than the states only serve the backward pass; a recorded pass
+#: never reads them.
 CELLS: dict[Any, Callable[..., tuple[Tensor, ...]]] = {
     torch.ops.aten._thnn_fused_lstm_cell.default: _lstm_cell,
     torch.ops.aten._thnn_fused_gru_cell.default: _gru_cell,

@@ -1,4 +1,4 @@
-"""What a recorded pass tells: groups of neurons that share one assignment, and what is left alone and why."""
+"""The result of a recorded pass: groups of neurons that share one assignment, and neurons left alone with reasons."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,14 +8,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Member:
-    """One dimension of one tensor that a group runs through.
+    """One dimension of one tensor that is indexed by the neurons of a group.
+
+    For example, a hidden layer of `nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))` has the members
+    dimension 0 of `0.weight`, dimension 0 of `0.bias` (both `"mean"`) and dimension 1 of `2.weight` (`"sum"`).
 
     Attributes:
         tensor: name of the parameter or buffer.
         dim: the dimension.
-        role: `"mean"` (merged neurons keep the mean) or `"sum"` (Eq. (9): they add up).
-        index: int64 [n, m], the positions along the dimension that belong to each of the n neurons (m is 1, but for
-            example a block of columns where a channel was flattened).
+        role: `"mean"` (merged neurons keep the mean) or `"sum"` (merged neurons are summed, Eq. (9)).
+        index: int64 [n, m], the m positions along the dimension that belong to each of the n neurons. m is 1 in most
+            cases; a channel that was flattened before a linear layer has a block of m columns.
     """
 
     tensor: str
@@ -26,13 +29,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Producer:
-    """A weight that makes the neurons of a group, with what is needed to compare and merge them.
+    """A weight that makes the neurons of a group, with the tensors that are needed to compare and merge them.
 
     Attributes:
-        member: its rows.
+        member: the rows of the weight.
         layer: name of its module.
         bias: name of the bias added in the same operation, or None.
-        norm: the BatchNorm that takes its bare result and nothing else does, or None.
+        norm: the BatchNorm directly after the layer, if nothing else reads the layer's output; else None.
     """
 
     member: Member
@@ -54,18 +57,18 @@ class Norm:
 
 @dataclass(frozen=True)
 class Group:
-    """Neurons that one assignment must serve together.
+    """Neurons that share one assignment, because their channels are the same wherever they are used.
 
     Attributes:
-        name: name of the layer that first makes them.
+        name: name of the first layer that makes them.
         size: number n of neurons.
-        members: every dimension of every tensor that they run through.
-        producers: the members that make them, in the order of the forward pass.
-        norms: BatchNorms over them that stand behind no single producer.
-        units: modules in which these neurons are whole units, heads of attention or groups of channels; none if they
-            are channels.
-        attributes: (module, attribute) of whole numbers that shrink as the group does: heads, sizes kept by code.
-        otherwise: groups of channels to be compressed if these units cannot be.
+        members: every dimension of every tensor that is indexed by these neurons.
+        producers: the weights that make them, in the order of the forward pass.
+        norms: BatchNorms over them that do not belong to a single producer.
+        units: modules that combine these neurons as whole units (attention heads, groups of channels); empty if the
+            neurons are single channels.
+        attributes: (module, attribute) of integers that shrink with the group: numbers of heads, sizes stored by code.
+        otherwise: groups of channels to compress instead if these units cannot be merged.
     """
 
     name: str
@@ -98,7 +101,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """Neurons that are not compressed: the layer that makes them, how many, and why."""
+    """Neurons that are not compressed: the layer that makes them, their number, and the reason."""
 
     layer: str
     size: int
@@ -106,7 +109,7 @@ class LeftAlone:
 
     @property
     def remedy(self) -> str | None:
-        """What would let them be compressed; None where nothing would, because their number is part of the function."""
+        """A change of the model that would allow compression; None if their number is part of the model's function."""
         return next((remedy for part, remedy in _REMEDIES.items() if part in self.reason), None)
 
 
@@ -130,15 +133,15 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Graph:
-    """What a recorded pass tells.
+    """The result of a recorded pass.
 
     Attributes:
         groups: in the order of the pass.
-        left_alone: what is in no group.
-        auxiliary: layers were seen that run in training only.
-        flops: of the pass, as `nac_gpu.cost` counts them.
-        operations: of the pass, by the name of the parameter that they multiply with.
-        norms: by the name of a weight, the BatchNorm that takes its bare result and nothing else does.
+        left_alone: neurons that are in no group.
+        auxiliary: the pass includes layers that only run in training.
+        flops: floating point operations of the pass, as `nac_gpu.cost` counts them.
+        operations: floating point operations by the name of the parameter that they multiply with.
+        norms: by the name of a weight, the BatchNorm directly after it, if nothing else reads the weight's output.
     """
 
     groups: tuple[Group, ...]

@@ -1,4 +1,4 @@
-"""What the record's equations say: groups of neurons that share one assignment, and what is left alone and why."""
+"""Derives groups of neurons from the equations of a recorded pass, and reasons for neurons that are left alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +14,13 @@ from nac_gpu.tracing.recorder import Normalisation, Notes
 
 @dataclass(frozen=True)
 class _Level:
-    """The groups at one level, and what is known of every atom there.
+    """The groups at one level (channels or units), and the status of every atom.
 
     Attributes:
-        found: groups with the production that first makes them and their first atom.
-        grouped: bool [atoms], in a group.
-        reasons: int64 [atoms], number of the reason why an atom's class is in no group.
-        made: bool [atoms], a production makes an atom of its class.
+        found: groups, each with the number of the production that first makes it and its first atom.
+        grouped: bool [atoms], whether the atom is in a group.
+        reasons: int64 [atoms], number of the reason why the atom's class is in no group.
+        made: bool [atoms], whether a production makes an atom of the same class.
     """
 
     found: list[tuple[tuple[int, int], Group]]
@@ -33,14 +33,14 @@ _ONE = "there is only one of them"
 _UNREAD = "nothing reads these channels"
 _TIED = "its weight both makes and reads these channels"
 _OF_UNITS = "each belongs to another head or group"
-_FREE = (_ONE, _UNREAD, _TIED, _OF_UNITS)  # reasons that say nothing was frozen
+_FREE = (_ONE, _UNREAD, _TIED, _OF_UNITS)  # reasons other than separations and freezes
 
 
 def find_groups(notes: Notes) -> Graph:
-    """Classes of atoms with the same signature are the neurons of one group.
+    """Find the groups: the neurons of a group are the classes of atoms with the same signature.
 
-    At the level of channels first. Units (heads, groups) are groups where the channels alone do not account for all the
-    weights that make them.
+    Groups of channels are found first. A group of units (heads, groups of a convolution) replaces the groups of
+    channels that it overlaps if those do not cover all the weights that make the units.
     """
     atoms = notes.atoms
     if not atoms.count or not notes.productions:
@@ -52,7 +52,7 @@ def find_groups(notes: Notes) -> Graph:
     found, grouped = list(channels.found), channels.grouped.clone()
     if any(not slot.tensor for slot in atoms.slots):
         units = _level(notes, UNITS, makers, numbers)
-        owner = torch.full((atoms.count,), -1, dtype=torch.int64)  # the group of channels that an atom makes
+        owner = torch.full((atoms.count,), -1, dtype=torch.int64)  # number of the group that an atom produces
         for number, (_, group) in enumerate(channels.found):
             owner[_atoms_of(notes, group)] = number
         rivalled: set[int] = set()
@@ -81,7 +81,7 @@ def find_groups(notes: Notes) -> Graph:
 
 
 def _in_no_production(notes: Notes, channels: _Level, reasons: Sequence[str]) -> dict[tuple[str, str], int]:
-    """Weights that were frozen before anything was multiplied with them: layer, reason, and size along dimension 0."""
+    """Weights that were frozen before any product used them: size along dimension 0 by layer and reason."""
     slots: dict[str, list[Slot]] = {}
     for slot in notes.atoms.slots:
         slots.setdefault(slot.tensor, []).append(slot)
@@ -97,7 +97,7 @@ def _in_no_production(notes: Notes, channels: _Level, reasons: Sequence[str]) ->
 
 
 def _norms_behind(makers: Makers) -> dict[str, Norm]:
-    """By the name of a weight, the BatchNorm that takes its bare result and nothing else does."""
+    """By the name of a weight, the BatchNorm directly after it, if nothing else reads the weight's output."""
     pairs = zip(makers.slots, makers.behind, strict=True)
     return {slot.tensor: _norm(makers.norms[number]) for slot, number in pairs if number is not None}
 
@@ -122,7 +122,7 @@ def _level(notes: Notes, level: int, makers: Makers, numbers: dict[str, int]) ->
     made, why, usable = _usable(notes, level, classes, virtual, numbers)
 
     used = (usable & ((roles > 0) | virtual)).nonzero().flatten()
-    used = used[classes[used].argsort(stable=True)]  # by class, in each by atom
+    used = used[classes[used].argsort(stable=True)]  # sorted by class, then by atom
     _, row, sizes = classes[used].unique_consecutive(return_inverse=True, return_counts=True)
     starts = sizes.cumsum(0) - sizes
     place = torch.arange(len(used)) - starts[row]
@@ -130,7 +130,7 @@ def _level(notes: Notes, level: int, makers: Makers, numbers: dict[str, int]) ->
     signatures = torch.zeros(len(sizes), dtype=torch.int64).index_add_(0, row, token)
     _, which, of_each = signatures.unique(return_inverse=True, return_counts=True)
     of_no_tensor = virtual.nonzero().flatten()
-    grouped = torch.zeros(atoms.count, dtype=torch.bool)  # of classes at first
+    grouped = torch.zeros(atoms.count, dtype=torch.bool)  # indexed by class here, by atom in the result
     found = []
     order = which.argsort(stable=True)
     for rows in order.split(of_each.tolist()):
@@ -161,24 +161,24 @@ def _usable(
     """Which atoms may be in groups at a level, and why the others may not.
 
     Args:
-        notes: the record.
-        level: the level.
+        notes: the notes of the recorded pass.
+        level: `CHANNELS` or `UNITS`.
         classes: int64 [atoms], their classes at this level.
-        virtual: bool [atoms]: atoms of units, which are in no tensor.
-        numbers: of the reasons.
+        virtual: bool [atoms], whether the atom stands for a unit and is in no tensor.
+        numbers: the number of each reason.
 
     Returns:
-        For every atom: the number of the production that first makes its class, or how many there are; the number of
-        the reason why it is kept apart; and whether it may be in a group.
+        For every atom: the number of the production that first makes its class (the number of productions if there is
+        none); the number of the reason why it cannot be merged; and whether it may be in a group.
     """
     count, roles = notes.atoms.count, notes.atoms.roles()
 
     def classes_with(mask: Tensor) -> Tensor:
-        """Bool [atoms]: the class of the atom has an atom of the mask."""
+        """Bool [atoms]: whether the class of the atom has any atom of the mask."""
         return torch.zeros(count, dtype=torch.bool).index_fill_(0, classes[mask], True)[classes]
 
     def first_with(found: Sequence[Tensor]) -> Tensor:
-        """Int64 [atoms]: the number of the first of these sets that has an atom of the atom's class, or how many."""
+        """Int64 [atoms]: the first of the sets that has an atom of the same class; `len(found)` if none has."""
         number = torch.full((count,), len(found), dtype=torch.int64)
         if found:
             of_each = torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(set_) for set_ in found]))
@@ -201,7 +201,7 @@ def _usable(
 
 
 def _unique_names(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """Two groups made by one layer (a split, say) get `#2`, `#3`, ... behind the layer's name."""
+    """Append `#2`, `#3`, ... to the names of further groups of the same layer (for example if its output is split)."""
     count: dict[str, int] = {}
     named = []
     for group in groups:
@@ -214,9 +214,16 @@ def _unique_names(groups: Sequence[Group]) -> tuple[Group, ...]:
 def _group(
     columns: Tensor, neurons: Tensor, roles: Tensor, notes: Notes, makers: Makers, made: int, units: tuple[str, ...]
 ) -> Group:
-    """A group from its neurons' atoms, int64 [n, atoms of each], whose columns lie in the slots [atoms of each].
+    """Build a group from the atoms of its neurons.
 
-    The production of the number `made` makes them first.
+    Args:
+        columns: int64 [m], the number of the slot of each of a neuron's m atoms.
+        neurons: int64 [n, m], the atoms of each neuron.
+        roles: int64 [atoms], role bits.
+        notes: the notes of the recorded pass.
+        makers: the productions.
+        made: number of the production that first makes the neurons.
+        units: modules that combine the neurons as units.
     """
     members = {}
     for number in dict.fromkeys(columns.tolist()):
@@ -238,5 +245,5 @@ def _group(
 
 
 def _layer(slot: Slot) -> str:
-    """The layer that a weight belongs to; a parameter of another name stands for itself."""
+    """The layer that a weight belongs to; for a parameter that is not called `weight`, its own name."""
     return slot.tensor.removesuffix(".weight")

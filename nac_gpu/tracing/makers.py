@@ -1,4 +1,4 @@
-"""Which weights make channels, and which BatchNorm stands right behind each: looked up once for all groups."""
+"""Index of the weights that make channels, and of the BatchNorm directly after each; built once for all groups."""
 
 from collections.abc import Iterable
 
@@ -9,13 +9,13 @@ from nac_gpu.tracing.recorder import Normalisation, Notes
 
 
 class Makers:
-    """What the record's productions and normalisations say of the tensors.
+    """The weights, biases and BatchNorms of all productions of a recorded pass.
 
     Attributes:
-        slots: by the number of a production, where its weight names the channels.
-        biases: by the number of a production, the name of the bias added in the same operation, or None.
-        behind: by the number of a production, that of the one BatchNorm that takes its bare result and nothing else
-            does, or None.
+        slots: for each production, the slot of its weight whose atoms name the channels.
+        biases: for each production, the name of the bias added in the same operation, or None.
+        behind: for each production, the number of the BatchNorm directly after it, if nothing else reads its output;
+            else None.
         norms: the normalisations.
     """
 
@@ -26,15 +26,16 @@ class Makers:
         self.slots = [slot(production.atoms) for production in notes.productions]
         self.biases = [None if p.bias is None else slot(p.bias).tensor for p in notes.productions]
         self.norms: list[Normalisation] = notes.normalisations
-        self._uses: dict[tuple[str, int], list[int]] = {}  # productions by weight and dimension
+        self._uses: dict[tuple[str, int], list[int]] = {}  # numbers of productions, by weight and dimension
         for number, made in enumerate(self.slots):
             self._uses.setdefault((made.tensor, made.dim), []).append(number)
         of_source: dict[int | None, list[int]] = {}
-        same: dict[tuple[str | None, ...], list[int]] = {}  # normalisations by their tensors
+        same: dict[tuple[str | None, ...], list[int]] = {}  # numbers of normalisations, by the names of their tensors
         for number, norm in enumerate(self.norms):
             of_source.setdefault(norm.source, []).append(number)
             same.setdefault(norm.tensors, []).append(number)
-        self._with: dict[str, list[int]] = {}  # by the name of a tensor, the first normalisation with the same tensors
+        # Numbers of normalisations by the name of a tensor; of several with all tensors in common, only the first.
+        self._with: dict[str, list[int]] = {}
         for tensors, numbers in same.items():
             for name in tensors:
                 if name is not None:
@@ -48,7 +49,7 @@ class Makers:
             self.behind.append(found[0] if own else None)
 
     def norms_with(self, names: Iterable[str]) -> list[int]:
-        """Numbers of the normalisations that have one of these tensors; of those with the same tensors, the first."""
+        """Numbers of the normalisations that use one of these tensors; of several with the same tensors, the first."""
         return sorted({number for name in names for number in self._with.get(name, ())})
 
     def first_uses(self, makers: Iterable[tuple[str, int]]) -> list[int]:

@@ -1,6 +1,6 @@
-"""What the record notes down while it watches a forward pass: the words in which the rules speak.
+"""The notes of a recorded forward pass, and the operations with which rules write them.
 
-A rule is a function `(notes, call) -> labels of the outputs`. It reads the labels of what the operation reads, and
+A rule is a function `(notes, call) -> labels of the outputs`. It looks up the labels of an operation's inputs, and
 notes equations, roles, productions and freezes.
 """
 
@@ -37,7 +37,7 @@ class Normalisation:
         channels: int64 [channels] atoms that it normalises.
         tensors: names of weight, bias, running mean and running variance (None where there is none).
         eps: added to the variance.
-        source: number of the production whose bare result it normalises, or None.
+        source: number of the production whose direct output it normalises, or None.
     """
 
     channels: Tensor
@@ -64,17 +64,17 @@ class Call:
 
     @property
     def name(self) -> str:
-        """Its name, see `name_of`."""
+        """The operation's name: see `name_of`."""
         return name_of(self.func)
 
     @property
     def in_place(self) -> bool:
-        """It writes into one of its arguments."""
+        """Whether the operation writes into one of its arguments."""
         return self.func._schema.is_mutable
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        """The tensors that it reads, flattened."""
+        """All tensors among the arguments, flattened."""
         return [value for value in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(value, Tensor)]
 
     @cached_property
@@ -90,16 +90,16 @@ class Call:
 
 @dataclass
 class Notes:
-    """Everything noted so far.
+    """Everything noted so far in a recorded pass.
 
     Attributes:
-        atoms: filled by the rules.
-        name_of: the name of a parameter or buffer of the model, None for other tensors.
-        labels_of: the labels of a tensor that an operation reads.
-        module: the name of the module that is running.
+        atoms: atoms, equations, roles and separations.
+        name_of: returns the name of a parameter or buffer of the model, None for other tensors.
+        labels_of: returns the labels of a tensor.
+        module: returns the name of the module that is running.
         productions: in the order of the pass.
         normalisations: in the order of the pass.
-        uses: how often a production's bare result is read by anything but movement.
+        uses: how many operations, except those that only move data, read the output of each production.
     """
 
     atoms: Atoms
@@ -115,29 +115,29 @@ class Notes:
         return self.labels_of(tensor).planes
 
     def freeze(self, tensors: Iterable[Tensor], reason: str) -> None:
-        """Freeze every label of these tensors, with the running module's name in the reason."""
+        """Freeze all atoms of these tensors; the reason gets the running module's name."""
         for tensor in tensors:
             self.freeze_planes(self.planes(tensor), reason)
 
     def freeze_planes(self, planes: Iterable[Tensor], reason: str, level: int = BOTH) -> None:
-        """Freeze these atoms, with the running module's name in the reason."""
+        """Freeze the atoms of these planes; the reason gets the running module's name."""
         for plane in planes:
             self.atoms.freeze(plane, f"{reason} in {self.module()}", level)
 
     def separate(self, plane: Tensor, dims: Sequence[int], reason: str, level: int = BOTH) -> None:
-        """Keep atoms apart along these dimensions, with the running module's name in the reason."""
+        """Keep atoms apart along these dimensions; the reason gets the running module's name."""
         self.atoms.separate(plane, dims, f"{reason} in {self.module()}", level)
 
     def count_use(self, tensors: Iterable[Tensor]) -> None:
-        """These tensors are read by an operation that does more than move them."""
+        """Note that an operation that does more than move data reads these tensors."""
         for source in {self.labels_of(tensor).source for tensor in tensors}:
             if source is not None:
                 self.uses[source] = self.uses.get(source, 0) + 1
 
     def along(self, tensor: Tensor, dim: int) -> Tensor | None:
-        """The atoms along one dimension, int64 [size]; None if unlabelled.
+        """The atoms along one dimension, int64 [size]; None if it has no labels.
 
-        Where they vary elsewhere too, all that stand at one position are united.
+        If their plane also varies along other dimensions, all atoms at one position of this dimension are united.
         """
         dim %= tensor.ndim
         for plane in self.planes(tensor):
@@ -154,7 +154,7 @@ class Notes:
         return None
 
     def _home(self, plane: Tensor, tensor: Tensor) -> int:
-        """Where a plane of a single atom belongs: a parameter's own dimension, else the channel dimension 1."""
+        """The dimension of a plane with a single atom: that of the parameter, else the channel dimension 1."""
         if self.labels_of(tensor).parameter:
             return self.atoms.slot_at(int(plane.flatten()[0])).dim
         return min(1, tensor.ndim - 1)
@@ -167,19 +167,20 @@ class Notes:
         level: int = BOTH,
         pending: list[Separation] | None = None,
     ) -> list[Tensor]:
-        """An operation lets values meet along these dimensions: what varies there stays apart there.
+        """Note that an operation combines values along these dimensions, as softmax or a mean does.
 
-        Rows of such values are units: where a plane varies along other dimensions too, whole rows can be merged.
+        Channels that vary along these dimensions are separated. If their plane also varies along other dimensions, the
+        rows along those are units, which can still be merged as a whole.
 
         Args:
             planes: of one tensor.
-            dims: along which values meet.
+            dims: along which values are combined.
             reason: shown to the user.
-            level: `UNITS` where the equations of the channels are known to the caller.
-            pending: takes the separations, where they are to hold only once the result is read.
+            level: of the separation; `UNITS` if the caller notes the equations between channels itself.
+            pending: a list that receives the separations if they take effect only once the result is read.
 
         Returns:
-            What is left once these dimensions are gone: planes that do not vary along them, and planes of units.
+            The planes that remain when these dimensions are reduced: those that do not vary along them, and units.
         """
         mixed, left = set(dims), []
         for plane in planes:
@@ -203,7 +204,7 @@ class Notes:
         return left
 
     def meet(self, left: Tensor, right: Tensor) -> Tensor:
-        """One plane for two of the same layout; channels that meet are united."""
+        """Combine two planes that vary along the same dimensions into one; atoms at the same position are united."""
         left, right = torch.broadcast_tensors(left, right)
         both = (left >= 0) & (right >= 0)
         self.atoms.unite(left[both], right[both])
@@ -211,7 +212,7 @@ class Notes:
         return torch.where(left >= 0, left, right)
 
     def join(self, planes: Iterable[Tensor]) -> list[Tensor]:
-        """The planes of a result from those of all operands, aligned to its dimensions."""
+        """The planes of an elementwise result, from the planes of all operands aligned to its dimensions."""
         found: dict[tuple[int, ...], Tensor] = {}
         for plane in planes:
             dims = varying(plane)
@@ -232,9 +233,10 @@ class Notes:
         return list(found.values())
 
     def _absorb(self, small: Tensor, large: Tensor) -> None:
-        """A plane meets one that varies along more dimensions.
+        """Unite a plane with one that varies along more dimensions.
 
-        Along the axis that channels merge along, they share an assignment; along the others, units do.
+        If the small plane varies along the axis of `inner_axis`, its channels share an assignment with the channels of
+        the large one; otherwise with its units.
         """
         dims, reason = varying(small), "channels meet values that are laid out in another way"
         if self.is_units(small):
@@ -246,18 +248,18 @@ class Notes:
         self.separate(large, dims, reason, BOTH - level)
 
     def is_units(self, plane: Tensor) -> bool:
-        """The plane's atoms are units, not channels."""
+        """Whether the plane's atoms are units, not channels."""
         return not self.atoms.slot_at(int(plane.max())).tensor
 
     def check_context(self, tensor: Tensor, plane: Tensor) -> list[int]:
-        """An unlabelled operand that differs along labelled channels keeps them from being merged.
+        """Separate channels if an operand without labels has different values for them.
 
         Args:
             tensor: the operand.
             plane: of the channels, with as many dimensions as the result.
 
         Returns:
-            The dimensions of the plane along which it differs.
+            The dimensions of the plane along which the operand has different values.
         """
         labels, offset = self.labels_of(tensor), plane.ndim - tensor.ndim
         if labels.uniform:
@@ -266,7 +268,7 @@ class Notes:
         differs = [
             dim
             for dim in varying(plane)
-            # stride 0: one value, expanded
+            # along dimensions of stride 0 one value was expanded, so it does not differ
             if dim not in labelled and dim >= offset and tensor.shape[dim - offset] > 1 and tensor.stride(dim - offset)
         ]
         if differs:
@@ -274,13 +276,13 @@ class Notes:
         return differs
 
     def per_channel(self, atoms: Tensor, channels: Tensor) -> None:
-        """A parameter with one value (or kernel) for each channel: both int64 [channels]."""
+        """Note a parameter with one value (or kernel) per channel, by its and the channels' atoms, int64 [channels]."""
         self.atoms.role(atoms, MEAN)
         self.atoms.unite(atoms, channels)
         self.freeze_planes([atoms[channels < 0]], "acts on values that are not channels")
 
     def produce(self, atoms: Tensor, bias: Tensor | None) -> int:
-        """Channels are made, named by these atoms [channels]; gives the production's number."""
+        """Note a production of channels, named by these atoms, int64 [channels]; returns the production's number."""
         atoms = atoms.flatten()
         self.atoms.role(atoms, MEAN)
         bias_atoms = self.along(bias, -1) if bias is not None and self.labels_of(bias).parameter else None
@@ -290,18 +292,18 @@ class Notes:
 
 @cache
 def name_of(func: torch._ops.OpOverload) -> str:
-    """An operation's name, the same for the in-place form (`relu_` is `relu`)."""
+    """An operation's name; the in-place form has the same (`relu` for `relu_`)."""
     name = func.overloadpacket.__name__
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
 def aligned(plane: Tensor, ndim: int) -> Tensor:
-    """The plane with as many dimensions as a result that it is broadcast to."""
+    """The plane with leading dimensions of size 1 added, as in broadcasting to `ndim` dimensions."""
     return plane.reshape((1,) * (ndim - plane.ndim) + plane.shape)
 
 
 def inner_axis(plane: Tensor) -> int:
-    """The axis along which channels merge, where a plane varies along several: the one whose atoms lie nearest."""
+    """The axis along which channels merge if a plane varies along several: the one with the smallest step of atoms."""
 
     def step(dim: int) -> int:
         return abs(int(plane.select(dim, 1).flatten()[0] - plane.flatten()[0])) or plane.numel()

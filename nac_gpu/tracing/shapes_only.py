@@ -1,9 +1,9 @@
-"""A forward pass in outline: every operation is seen, but products are not computed.
+"""A forward pass that computes shapes only: every operation is recorded, but matrix products are not computed.
 
-The record asks which operations read which tensors, and of what shape. Products, and all that follows from them, give
-memory that is never filled: only their shapes are worked out, on PyTorch's meta device. Sizes, positions and masks are
-computed as ever. Once an open value would decide what happens next (a number that the host reads, a mask, an index),
-`ValuesNeededError` says that the pass has to be made with all values.
+Recording only needs to know which operations read which tensors, and their shapes. Products, and everything computed
+from them, return uninitialised memory; their shapes come from PyTorch's meta device. Sizes, positions and masks are
+computed as usual. If an uncomputed value would decide what happens next (a number read by the host, a mask, an index),
+`ValuesNeededError` says that the pass must be repeated with all values.
 """
 
 from dataclasses import dataclass
@@ -19,25 +19,25 @@ from torch.utils.flop_counter import flop_registry
 
 
 class ValuesNeededError(RuntimeError):
-    """What happens next depends on values that were not computed."""
+    """The next step of the model depends on values that were not computed."""
 
 
 class Outline:
-    """Runs operations without their arithmetic.
+    """Runs operations, but computes only the shapes of products and of everything that depends on them.
 
     Attributes:
-        failed: values were needed. The model's own code may have caught the error.
+        failed: whether uncomputed values were needed. Needed because the model's own code may catch the error.
     """
 
     def __init__(self) -> None:
         self.failed = False
-        # Memory without values, by the id of its storage. It is given back once the pass is done with it; the reference
-        # keeps the id from being given to others.
+        # Storages without values, by id. The weak reference lets their memory be freed, but keeps the id from being
+        # reused for another storage.
         self._open: dict[int, StorageWeakRef] = {}
-        self._known: dict[Any, Any] = {}  # shapes of results: PyTorch works some of them out in Python
+        self._known: dict[Any, Any] = {}  # cache of result shapes, because PyTorch computes some of them in slow Python
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What the operation returns, with or without values."""
+        """The result of an operation, with or without values."""
         tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         unknown = [tensor for tensor in tensors if tensor.untyped_storage()._cdata in self._open]
         movement = func.is_view or torch.Tag.inplace_view in func.tags
@@ -58,7 +58,7 @@ class Outline:
         leaves, form = pytree.tree_flatten((args, kwargs))
         given = tuple(_Shape.of(value) if isinstance(value, Tensor) else value for value in leaves)
         if func._overloadpacket in flop_registry or _is_composite(func):
-            out = _shapes_of_result(func, given, form)  # what counts operations looks on
+            out = _shapes_of_result(func, given, form)  # not cached, so that the FLOP counter sees every call
         else:
             with _disable_current_modes():
                 key = (func, given, str(form))
@@ -83,9 +83,9 @@ class Outline:
         self._open[reference.cdata] = reference
 
 
-@dataclass(frozen=True)  # a tuple would be a container to pytree
+@dataclass(frozen=True)  # not a named tuple, which pytree would flatten
 class _Shape:
-    """What is known of a tensor without values."""
+    """Sizes, strides and dtype of a tensor without values."""
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -100,7 +100,7 @@ class _Shape:
 
 
 def _shapes_of_result(func: Any, given: tuple[Any, ...], form: pytree.TreeSpec) -> Any:
-    """What an operation returns for its flattened arguments, with a shape in place of every tensor."""
+    """The result of an operation, with a `_Shape` in place of every tensor, from its flattened arguments."""
     meta = torch.device("meta")
     with _disable_current_modes():
         leaves = [value.empty(meta) if isinstance(value, _Shape) else value for value in given]
@@ -113,5 +113,5 @@ def _shapes_of_result(func: Any, given: tuple[Any, ...], form: pytree.TreeSpec) 
 
 @cache
 def _is_composite(func: torch._ops.OpOverload) -> bool:
-    """It is made of other operations, perhaps of products."""
+    """Whether the operation is a composite of other operations, which may include products."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")

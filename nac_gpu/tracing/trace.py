@@ -1,8 +1,8 @@
-"""One recorded forward pass of a model: which channels belong together, and which must be left alone.
+"""Records one forward pass of a model to find which channels belong together, and which must be left alone.
 
-The pass runs on example inputs, in eval mode and without gradients, under a `TorchDispatchMode`: every ATen operation
-is seen, however the model is written. `nac_gpu.rules` says what each operation does to channels; `nac_gpu.groups` turns
-the equations into groups.
+The pass runs on example inputs, in eval mode and without gradients, under a `TorchDispatchMode` that intercepts every
+ATen operation, however the model is written. `nac_gpu.tracing.rules` defines what each operation does to channels;
+`nac_gpu.tracing.grouping` derives groups from the resulting equations.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ from nac_gpu.tracing.shapes_only import Outline
 
 
 class _Labelled:
-    """The labels of the tensors of a pass that are still there."""
+    """The labels of all tensors of a pass that still exist."""
 
     def __init__(self, model: nn.Module, atoms: Atoms) -> None:
         self.names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
         self._own = {id(tensor) for tensor in model.parameters()}
-        statistics = ("running_mean", "running_var")  # per channel, as weights are
+        statistics = ("running_mean", "running_var")  # have one value per channel, like weights
         self._own |= {id(tensor) for name, tensor in model.named_buffers() if name.endswith(statistics)}
         self._atoms = atoms
         self._known = WeakTensorKeyDictionary()
 
     def of(self, tensor: Tensor) -> Labels:
-        """The labels of a tensor; those of parameters and statistics are made when it is first read."""
+        """The labels of a tensor; those of parameters and BatchNorm statistics are created on first use."""
         if tensor not in self._known and id(tensor) in self._own:
             planes = []
             for dim, size in enumerate(tensor.shape):
@@ -52,24 +52,24 @@ class _Labelled:
         return self._known[tensor] if tensor in self._known else Labels()
 
     def put(self, tensor: Tensor, labels: Labels) -> None:
-        """Note down the labels of a result, or of what was written into."""
+        """Store the labels of a tensor that an operation returned or wrote into."""
         if labels.planes or labels.uniform or labels.pending or tensor in self._known:
             self._known[tensor] = labels
 
 
 class _Record(TorchDispatchMode):
-    """Carries labels along with every tensor of the pass."""
+    """Propagates labels from the inputs of every operation of the pass to its outputs."""
 
     def __init__(self, model: nn.Module, run: Callable[[Any, Any, Any], Any]) -> None:
         super().__init__()
-        self._run = run  # an operation
+        self._run = run  # runs an operation, with or without values
         self.flops = 0
-        self.operations: dict[str, int] = {}  # by the name of the parameter that they multiply with
-        self.modules: list[str] = [type(model).__name__]  # that are running, the innermost last
+        self.operations: dict[str, int] = {}  # FLOPs by the name of the parameter that they multiply with
+        self.modules: list[str] = [type(model).__name__]  # running modules, the innermost last
         self._sizes = {name: len(tensor) for name, tensor in model.named_parameters() if tensor.ndim > 1}
         atoms, modules = Atoms(), self.modules
         self.labelled = labelled = _Labelled(model, atoms)
-        self.notes = Notes(  # none of these holds the record, whose memory is given back as soon as it is done with
+        self.notes = Notes(  # no closure refers to self: a reference cycle would delay freeing the memory of the pass
             atoms,
             name_of=lambda tensor: labelled.names.get(id(tensor)),
             labels_of=labelled.of,
@@ -77,7 +77,7 @@ class _Record(TorchDispatchMode):
         )
 
     def unread(self) -> dict[str, int]:
-        """Weights that nothing has read, and how many neurons each makes."""
+        """Weights that no operation has read, and how many neurons each makes."""
         seen = {slot.tensor for slot in self.notes.atoms.slots}
         return {name: size for name, size in self._sizes.items() if name not in seen}
 
@@ -96,12 +96,13 @@ class _Record(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note down the operations that multiply with a parameter."""
+        """Add the FLOPs of an operation to the parameter that it multiplies with, if any."""
         counted = flop_registry.get(func._overloadpacket)
         if counted is None:
             return
         for value in args:
-            labels = self.labelled.of(value) if isinstance(value, Tensor) and value.ndim > 1 else Labels()  # no biases
+            # biases have one dimension and are skipped
+            labels = self.labelled.of(value) if isinstance(value, Tensor) and value.ndim > 1 else Labels()
             if not labels.parameter or not labels.planes:
                 continue
             name = self.notes.atoms.slot_at(int(labels.planes[0].max())).tensor
@@ -112,19 +113,19 @@ class _Record(TorchDispatchMode):
 def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     """Run the model on example inputs and find its groups.
 
-    Layers that do not run in eval mode are looked for in a second pass (see `evaluating`).
+    If some weights are not read, a second pass also runs layers that only run in training (see `evaluating`).
 
     Args:
-        model: left exactly as it was.
+        model: not changed.
         example_inputs: as for a call: a tensor, a sequence of arguments, or a mapping of keyword arguments.
 
     Raises:
-        RuntimeError: the forward pass failed; names the module, with the original error as its cause.
+        RuntimeError: the forward pass failed; names the module, and has the original error as its cause.
     """
     seen = _pass(model, example_inputs, auxiliary=False)
     auxiliary, flops, operations = False, seen.flops, seen.operations
     if seen.unread():
-        with contextlib.suppress(RuntimeError):  # training may need targets, say
+        with contextlib.suppress(RuntimeError):  # in training the model may need more arguments, such as targets
             again = _pass(model, example_inputs, auxiliary=True)
             auxiliary = set(again.unread()) < set(seen.unread())
             seen = again if auxiliary else seen
@@ -138,12 +139,13 @@ NOT_RUN = "it does not run on these example inputs"
 
 
 def _pass(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool) -> _Record:
-    """A recorded pass: in outline where that can be done.
+    """One recorded pass: with shapes only if possible, otherwise with all values.
 
-    What the model keeps of the outline (a cache, the last activations) is kept by a copy that shares its tensors.
+    The pass with shapes runs on a copy that shares the model's tensors, because the model may store activations without
+    values (in a cache, for example).
     """
     outline = Outline()
-    with contextlib.suppress(Exception):  # of which the pass with values tells
+    with contextlib.suppress(Exception):  # a real error occurs again in the pass with values, and is reported there
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         seen = _Record(model, outline)
         _run(copy.deepcopy(model, dict(shared)), example_inputs, seen, auxiliary=auxiliary)
@@ -161,7 +163,7 @@ def _pass(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool) -
 
 
 def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxiliary: bool) -> None:
-    """One recorded pass; what the model returns is frozen."""
+    """Run one forward pass in a recording mode, and freeze the channels of the outputs."""
     names = {module: name for name, module in model.named_modules() if module is not model}
 
     def enter(module: nn.Module, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""Fine-tuning: one short training loop, in mixed precision, resumable, with the original as a teacher if wanted."""
+"""Fine-tuning: a short training loop in mixed precision, resumable, with optional distillation from the original."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nac_gpu.files.atomic import atomically
 from nac_gpu.network.moving import to_device
 from nac_gpu.network.precision import multiplies_bfloat16
-from nac_gpu.network.running import call, device_of
+from nac_gpu.network.running import call, device_of, modes_kept
 from nac_gpu.network.unwrapping import unwrapped
 from nac_gpu.training.loss import Objective
 
@@ -24,14 +24,14 @@ Precision = Literal["auto", "bfloat16", "float32"]
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the data.
+    """The record of one pass over the data.
 
     Attributes:
         number: 1 for the first.
         loss: mean over the batches of this process.
-        learning_rate: at its end.
-        seconds: of training.
-        measured: what the callbacks gave.
+        learning_rate: at the end of the epoch.
+        seconds: duration of the training, without callbacks.
+        measured: numbers that the callbacks returned, by name.
     """
 
     number: int
@@ -67,49 +67,54 @@ def finetune(
     progress: bool = False,
     seed: int = 0,
 ) -> list[Epoch]:
-    """Train a model in place, for instance one that was just compressed.
+    """Train a model in place, for instance after `nac_gpu.compress`.
 
-    The learning rate rises linearly, then falls linearly to zero. Weights decay; biases and the parameters of
-    normalisations (whatever has one dimension) do not. A model wrapped in `DistributedDataParallel` is trained on its
-    process' share of the data: give the loader a `DistributedSampler`; the first process writes the checkpoint.
+    The learning rate rises linearly, then falls linearly to zero. Weight decay applies to weights, but not to biases
+    and the parameters of normalisations (all parameters with one dimension). To train on several processes, wrap the
+    model in `DistributedDataParallel` and give the loader a `DistributedSampler`; rank 0 writes the checkpoint.
 
     Args:
-        model: its device decides where; parameters that do not require gradients stay.
-        loader: gone through once an epoch, such as a DataLoader. A batch is a pair (inputs, targets), or a mapping of
-            keyword arguments as models of transformers take them (with "labels"); with a teacher, inputs alone are
-            enough. Its `set_epoch`, or its sampler's, is called if there is one.
+        model: trained on its device; parameters that do not require gradients are not changed.
+        loader: batches of one epoch, such as a DataLoader. A batch is a pair (inputs, targets), or a mapping of keyword
+            arguments (with "labels") for models of transformers; with a teacher, inputs alone are enough. `set_epoch`
+            of the loader or its sampler is called if there is one.
         epochs: passes over the data.
-        learning_rate: the largest.
-        warmup: share of the steps in which it rises.
-        momentum: of SGD with Nesterov's momentum, which is used unless there is an `optimizer`.
-        weight_decay: of weights.
+        learning_rate: its maximum.
+        warmup: share of the steps in which the learning rate rises.
+        momentum: of SGD with Nesterov's momentum, the default optimizer.
+        weight_decay: of the weights.
         optimizer: called with parameter groups and `lr=`, such as `torch.optim.AdamW`.
-        max_norm: gradients longer than this, over all parameters together, are shortened to it.
-        loss: of outputs and targets, a scalar; by default the model's own where its outputs have a `loss`, else
-            cross-entropy.
-        teacher: the network whose outputs are to be met, such as the original; it is not trained.
+        max_norm: gradients are clipped to this norm, over all parameters together.
+        loss: function of outputs and targets that returns a scalar. By default the `loss` of the outputs if there is
+            one, else cross-entropy.
+        teacher: the network for distillation, such as the original; it is not trained.
         distillation: the teacher's share of the loss, in [0, 1]: `temperature ** 2` times the Kullback-Leibler
             divergence of the softened class probabilities (Hinton et al. 2015).
-        temperature: by which logits are divided there.
-        precision: arithmetic of the forward pass: "bfloat16" (autocast), "float32" (that of the weights), or "auto":
-            bfloat16 where the hardware multiplies it.
-        steps_per_epoch: how many batches make an epoch; needed for loaders that have no length.
-        checkpoint: a file that is kept after every epoch; the same call goes on from it, and one that is complete is
-            only loaded.
-        settings: what else the training depends on, such as the augmentation, in plain values: kept in the checkpoint,
-            which serves only the same.
-        callbacks: called with the model and the epoch after each; numbers that they return by name are kept with the
-            epoch. The model's mode may be changed.
+        temperature: divides the logits for distillation.
+        precision: of the forward pass: "bfloat16" (autocast), "float32" (the dtype of the weights), or "auto", which is
+            bfloat16 if the hardware supports it.
+        steps_per_epoch: number of batches in an epoch; needed for loaders without length.
+        checkpoint: file written after every epoch. The same call resumes from it; if it is complete, the model is only
+            loaded.
+        settings: other settings that the training depends on, such as the augmentation, as plain values. They are
+            saved in the checkpoint, and resuming with other settings is an error.
+        callbacks: called with the model and the epoch after each epoch; the numbers by name that they return are added
+            to the epoch. They may change the model's mode.
         progress: show a progress bar (needs tqdm).
-        seed: of dropout and of loaders that shuffle by the global random state, which is put back at the end.
+        seed: of dropout and of loaders that shuffle with the global random state, which is restored at the end.
 
     Returns:
-        The epochs, from the first, also those that an earlier call made. The model is in the mode in which it came.
+        All epochs, including those of a run that was resumed. The model's mode is restored.
 
     Raises:
-        ValueError: options out of range, nothing to train, a loss that is no longer finite, or a checkpoint that was
+        ValueError: options out of range, no trainable parameters, a loss that is not finite, or a checkpoint that was
             made with other options.
-        TypeError: a loader without length, batches or outputs of a kind that is not understood.
+        TypeError: a loader without length, or batches or outputs of an unsupported type.
+
+    >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> data = [(torch.randn(16, 8), torch.randint(4, (16,)))]
+    >>> [epoch.number for epoch in nac_gpu.finetune(model, data, epochs=2)]
+    [1, 2]
     """
     options = {
         "epochs": epochs,
@@ -136,44 +141,41 @@ def finetune(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         done = _resume(path, plain, stepper, scheduler, options, device)
-    modes = [(module, module.training) for module in model.modules()]
     cuda = [device] if device.type == "cuda" else []
     objective = Objective(loss, teacher, distillation, temperature)
-    try:
-        with torch.random.fork_rng(cuda), _evaluating(teacher):
-            for number in range(len(done) + 1, epochs + 1):
-                torch.manual_seed(seed * 1000 + number - 1)  # an epoch is the same whether or not the run was resumed
-                start = time.perf_counter()
-                model.train()
-                total = torch.zeros((), device=device)
-                for batch in _batches(loader, number, epochs, length, progress):
-                    with _autocast(precision, device):
-                        outputs, inputs, targets = _forward(model, to_device(batch, device, non_blocking=True))
-                        value = objective(outputs, inputs, targets)
-                    value.backward()
-                    if max_norm is not None:
-                        nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
-                    stepper.step()
-                    stepper.zero_grad(set_to_none=True)
-                    scheduler.step()
-                    total += value.detach()
-                mean = float(total) / length
-                if not math.isfinite(mean):
-                    raise ValueError(
-                        f"the loss of epoch {number} is {mean}, expected a finite one; lower learning_rate="
-                        f"{learning_rate:g}" + ("" if path is None else f" (the epoch before is in {path})")
-                    )
-                epoch = Epoch(number, mean, float(scheduler.get_last_lr()[0]), time.perf_counter() - start)
-                for callback in callbacks:
-                    measured = dict(epoch.measured) | dict(callback(model, epoch) or {})
-                    epoch = Epoch(number, mean, epoch.learning_rate, epoch.seconds, measured)
-                done.append(epoch)
-                if path is not None and _first_process():
-                    last = number == epochs
-                    _keep(path, plain, None if last else (stepper, scheduler), done, options)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.random.fork_rng(cuda), modes_kept(model), modes_kept(teacher):
+        if teacher is not None:
+            teacher.eval()
+        for number in range(len(done) + 1, epochs + 1):
+            torch.manual_seed(seed * 1000 + number - 1)  # so that a resumed run equals an uninterrupted one
+            start = time.perf_counter()
+            model.train()
+            total = torch.zeros((), device=device)
+            for batch in _batches(loader, number, epochs, length, progress):
+                with _autocast(precision, device):
+                    outputs, inputs, targets = _forward(model, to_device(batch, device, non_blocking=True))
+                    value = objective(outputs, inputs, targets)
+                value.backward()
+                if max_norm is not None:
+                    nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+                stepper.step()
+                stepper.zero_grad(set_to_none=True)
+                scheduler.step()
+                total += value.detach()
+            mean = float(total) / length
+            if not math.isfinite(mean):
+                raise ValueError(
+                    f"the loss of epoch {number} is {mean}, expected a finite one; lower learning_rate="
+                    f"{learning_rate:g}" + ("" if path is None else f" (the previous epoch is in {path})")
+                )
+            epoch = Epoch(number, mean, float(scheduler.get_last_lr()[0]), time.perf_counter() - start)
+            for callback in callbacks:
+                measured = dict(epoch.measured) | dict(callback(model, epoch) or {})
+                epoch = Epoch(number, mean, epoch.learning_rate, epoch.seconds, measured)
+            done.append(epoch)
+            if path is not None and _first_process():
+                last = number == epochs
+                _keep(path, plain, None if last else (stepper, scheduler), done, options)
     return done
 
 
@@ -211,7 +213,7 @@ def _sgd(momentum: float, device: torch.device) -> Callable[..., torch.optim.Opt
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:
-    """The learning rate at a step, as a share of the largest."""
+    """The learning rate at a step, relative to its maximum."""
     rise = max(1, round(steps * warmup))
     return (step + 1) / rise if step < rise else (steps - step) / max(1, steps - rise)
 
@@ -237,7 +239,7 @@ def _length(loader: Iterable[Any], steps_per_epoch: int | None) -> int:
 
 
 def _batches(loader: Iterable[Any], number: int, epochs: int, length: int, progress: bool) -> Iterator[Any]:
-    """The batches of an epoch, which is told its number."""
+    """The batches of an epoch, after `set_epoch` of the loader or its sampler."""
     for place in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         told = getattr(place, "set_epoch", None)
         if callable(told):
@@ -265,7 +267,7 @@ def _autocast(precision: Precision, device: torch.device) -> contextlib.Abstract
 
 
 def _forward(model: nn.Module, batch: Any) -> tuple[Any, Any, Any]:
-    """What the model makes of a batch, its inputs, and the targets (None where there are none)."""
+    """The outputs of the model on a batch, the inputs, and the targets (None without targets)."""
     if isinstance(batch, Mapping):
         return call(model, batch), batch, batch.get("labels")
     if isinstance(batch, list | tuple):
@@ -275,19 +277,6 @@ def _forward(model: nn.Module, batch: Any) -> tuple[Any, Any, Any]:
     if isinstance(batch, Tensor):
         return call(model, batch), batch, None
     raise TypeError(f"a batch is {type(batch).__name__}, expected (inputs, targets), a mapping or a tensor")
-
-
-@contextlib.contextmanager
-def _evaluating(teacher: nn.Module | None) -> Iterator[None]:
-    """The teacher in eval mode; its modes are put back."""
-    modes = [] if teacher is None else [(module, module.training) for module in teacher.modules()]
-    try:
-        if teacher is not None:
-            teacher.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _first_process() -> bool:
@@ -311,7 +300,7 @@ def _keep(path: Path, model: nn.Module, moving: Any, done: Sequence[Epoch], opti
 def _resume(
     path: Path, model: nn.Module, optimizer: Any, scheduler: Any, options: Mapping[str, Any], device: torch.device
 ) -> list[Epoch]:
-    """The epochs of a checkpoint, whose state everything takes on."""
+    """Load a checkpoint into model, optimizer and scheduler, and return its epochs."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         made, epochs = state["options"], [Epoch(**epoch) for epoch in state["epochs"]]

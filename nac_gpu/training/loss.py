@@ -1,4 +1,4 @@
-"""What training minimises: the loss of the targets, the distance from a teacher, or a share of each."""
+"""The training objective: the loss on targets, distillation from a teacher, or a weighted sum of both."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from nac_gpu.network.running import call
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """The training objective.
 
     Attributes:
-        loss: of outputs and targets, or None for the default.
+        loss: function of outputs and targets, or None for the default.
         teacher: or None.
-        share: of the loss that is the teacher's.
-        temperature: of both networks' class probabilities.
+        share: the teacher's share of the loss.
+        temperature: divides the logits of both networks for distillation.
     """
 
     loss: Callable[[Any, Any], Tensor] | None
@@ -28,12 +28,12 @@ class Objective:
     temperature: float
 
     def __call__(self, outputs: Any, inputs: Any, targets: Any) -> Tensor:
-        """A scalar.
+        """The loss of a batch, a scalar.
 
         Args:
             outputs: of the model.
             inputs: of the model and of the teacher.
-            targets: or None where there are none.
+            targets: or None without targets.
 
         Raises:
             TypeError: neither targets nor a teacher, or outputs without logits.
@@ -64,7 +64,7 @@ def _own_loss(outputs: Any) -> Tensor | None:
 
 
 def _logits(outputs: Any) -> Tensor:
-    """Scores of the classes, in the last dimension: the output, its `logits`, or the first of several outputs."""
+    """The logits, with classes in the last dimension: the output, its `logits`, or the first of several outputs."""
     for found in (outputs, getattr(outputs, "logits", None)):
         if isinstance(found, Tensor):
             return found
@@ -72,7 +72,9 @@ def _logits(outputs: Any) -> Tensor:
         return outputs["logits"]
     if isinstance(outputs, list | tuple) and outputs and isinstance(outputs[0], Tensor):
         return outputs[0]
-    raise TypeError(f"the model gives {type(outputs).__name__}, expected a tensor or something with logits; give loss=")
+    raise TypeError(
+        f"the model returns {type(outputs).__name__}, expected a tensor or an output with logits; give loss="
+    )
 
 
 def _divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
@@ -81,6 +83,6 @@ def _divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
             f"the teacher's outputs have the shape {tuple(wanted.shape)}, expected that of the model's, "
             f"{tuple(logits.shape)}"
         )
-    dim = 1 if logits.ndim > 3 else -1  # of images of scores, and of sequences
+    dim = 1 if logits.ndim > 3 else -1  # [batch, classes, height, width] has classes in dim 1, all else in the last
     found, target = (F.log_softmax(x.float() / temperature, dim) for x in (logits, wanted))
     return temperature**2 * F.kl_div(found, target, reduction="none", log_target=True).sum(dim).mean()

@@ -154,7 +154,18 @@ def a_view(start: int) -> None:
     merge_centroids(torch.rand(71 * 20, dtype=torch.float64)[start % 2 :][: 70 * 20].view(70, 20), clusters)
 
 
-WORK = {f.__name__: f for f in (distances, panels, search, rounds, packing, finishing, seeding, a_view)}
+def a_view_in_a_group(start: int) -> None:
+    """The same for one tensor of a tuple."""
+    from nac_gpu.kernels import merge_pairs
+
+    costs, clusters = state(64)
+    clusters.made_at = torch.zeros(65, dtype=torch.float64)[start % 2 :][:64]
+    merge_pairs(costs, clusters)
+
+
+WORK = {
+    f.__name__: f for f in (distances, panels, search, rounds, packing, finishing, seeding, a_view, a_view_in_a_group)
+}
 
 if __name__ == "__main__":
     main()

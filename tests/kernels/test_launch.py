@@ -44,8 +44,9 @@ def test_the_number_of_the_round_is_passed_on(name, told):
         assert launch == found[0]
 
 
-def test_what_was_compiled_for_aligned_points_is_not_launched_on_others(told):
-    aligned, not_aligned, aligned_again = told[1]["a_view"]
+@pytest.mark.parametrize("name", ["a_view", "a_view_in_a_group"])
+def test_what_was_compiled_for_aligned_memory_is_not_launched_on_other(name, told):
+    aligned, not_aligned, aligned_again = told[1][name]
     assert [run["asked"] for run in (aligned, not_aligned, aligned_again)] == [1, 1, 0]
     assert aligned["launches"] == aligned_again["launches"] != not_aligned["launches"]
 

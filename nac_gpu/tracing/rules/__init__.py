@@ -1,1 +1,1 @@
-"""What each ATen operation does to channels: a rule for each."""
+"""Rules: what each ATen operation does to channels."""

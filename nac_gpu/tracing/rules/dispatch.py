@@ -1,7 +1,7 @@
-"""What each ATen operation does to channels: the rules of the record.
+"""Selects the rule for each ATen operation of a recorded pass.
 
-Movement of data is applied to the planes as it is, so reshapes, concatenations and shuffles of any kind need no rule of
-their own. An operation without a rule freezes what enters it: never a wrong network.
+Operations that move data are applied to the planes themselves, so all kinds of reshapes, concatenations and shuffles
+share one rule. An operation without a rule freezes its inputs: the network stays larger, but is never wrong.
 """
 
 from collections.abc import Callable
@@ -40,11 +40,11 @@ from nac_gpu.tracing.rules.products import MATRIX_PRODUCTS, convolution, embeddi
 
 Rule = Callable[[Notes, Call], list[Labels]]
 IDENTITY = frozenset("alias detach clone contiguous _to_copy lift_fresh lift_fresh_copy dropout alpha_dropout".split())
-#: One constant everywhere, in the shape of what is read: nothing there keeps channels apart.
+#: Return one constant in the shape of the input, so the result has the same value for all channels.
 CONSTANTS = frozenset("zeros_like ones_like full_like".split())
-#: One constant everywhere, whatever the size.
+#: Return one constant in a size that is given as an argument.
 FACTORIES = frozenset("zeros ones full new_zeros new_ones new_full scalar_tensor".split())
-#: Only the shape or type of what they read matters.
+#: Use only the shape or dtype of their inputs.
 VALUE_FREE = frozenset(
     """empty_like rand_like randn_like new_zeros new_ones new_empty new_full new_empty_strided sym_size sym_numel
     sym_stride is_same_size""".split()
@@ -52,7 +52,7 @@ VALUE_FREE = frozenset(
 
 
 def apply(notes: Notes, call: Call) -> list[Labels]:
-    """The labels of an operation's outputs, in order; what it means is noted."""
+    """Apply the rule of an operation: note what it does to channels, and return the labels of its outputs in order."""
     if call.name in FACTORIES:
         return call.each(Labels(uniform=True))
     for tensor in call.tensors:
@@ -68,13 +68,13 @@ def apply(notes: Notes, call: Call) -> list[Labels]:
         return call.each(Labels())
     try:
         return rule(notes, call)
-    except Exception as error:  # a rule that meets what it was not written for must not break the user's model
+    except Exception as error:  # a case that the rule does not cover must not stop the compression of the model
         notes.freeze(labelled, f"operation {call.name} was used in a way that is not known ({error})")
         return call.each(Labels())
 
 
 def _stays_uniform(notes: Notes, call: Call) -> bool:
-    """All that an operation reads is uniform, and it moves values or acts on each."""
+    """Whether the result is uniform: all inputs are, and the operation only moves values or acts elementwise."""
     rule, tensors = _rule(call.func), call.tensors
     keeps = rule in (movement, identity, constant, join, elementwise) and call.name != "constant_pad_nd"
     return keeps and bool(tensors) and all(notes.labels_of(tensor).uniform or not tensor.ndim for tensor in tensors)
@@ -115,14 +115,14 @@ def _rule(func: torch._ops.OpOverload) -> Rule | None:
     ]
     for names, rule in by_set:
         if name in names:
-            return None if func._overloadname == "dtype" else rule  # view.dtype reads other numbers from the bits
+            return None if func._overloadname == "dtype" else rule  # view.dtype reinterprets bits, so it has no rule
     if name.lstrip("_").startswith(WINDOWS):
         return windows
     return elementwise if _is_pointwise(func) else None
 
 
 def _is_pointwise(func: torch._ops.OpOverload) -> bool:
-    """In-place operations lack the pointwise tag: look at the operation without the trailing underscore too."""
+    """Whether an operation is elementwise. In-place ones lack the tag, so the functional form is checked too."""
     name = func.overloadpacket.__name__
     packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
     functional = getattr(packet, func._overloadname, func) if packet is not None else func

@@ -1,4 +1,4 @@
-"""Rules for operations that act on each value, or reduce values along dimensions."""
+"""Rules for elementwise operations, reductions, softmax and pooling."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ ELEMENTWISE = frozenset("hardswish _prelu_kernel prelu rrelu celu masked_fill th
 REDUCTIONS = frozenset(
     "sum mean amax amin max min var std var_mean std_mean logsumexp prod linalg_vector_norm norm".split()
 )
-#: Values meet along a dimension, and every one of them gives a result.
+#: Combine values along a dimension and keep the dimension.
 ALONG_DIM = frozenset("_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod sort".split())
 WINDOWS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample", "grid_sampler")
 
 
 def fill(notes: Notes, call: Call) -> list[Labels]:
-    """A constant in place of values, in some channels perhaps and not in others."""
+    """`fill_` and `zero_`: may overwrite only some of the channels, which keeps these apart from the others."""
     labels = notes.labels_of(call.args[0])
     for plane in labels.planes:
         notes.separate(plane, [], "only some channels are overwritten")
@@ -24,7 +24,7 @@ def fill(notes: Notes, call: Call) -> list[Labels]:
 
 
 def glu(notes: Notes, call: Call) -> list[Labels]:
-    """One half gates the other: they are one."""
+    """GLU: channel i of one half gates channel i of the other, so both share an assignment."""
     tensor, dim = call.args[0], call.given.get("dim", -1) % call.args[0].ndim
     half, planes = tensor.shape[dim] // 2, []
     for plane in notes.planes(tensor):
@@ -35,7 +35,10 @@ def glu(notes: Notes, call: Call) -> list[Labels]:
 
 
 def elementwise(notes: Notes, call: Call) -> list[Labels]:
-    """An operation on each value: what meets shares an assignment, constants that differ keep channels apart."""
+    """An elementwise operation: channels at the same position share an assignment.
+
+    A constant that differs between channels keeps them apart.
+    """
     operands, ndim = call.tensors, call.outputs[0].ndim
     own = {id(tensor): [aligned(plane, ndim) for plane in notes.planes(tensor)] for tensor in operands}
     before = {varying(plane) for plane in own[id(call.args[0])]} if call.in_place else set()
@@ -47,16 +50,16 @@ def elementwise(notes: Notes, call: Call) -> list[Labels]:
     for plane in list(planes):
         apart = [notes.check_context(tensor, plane) for tensor in operands]
         if any(apart) and varying(plane) not in made and set(varying(plane)) <= {dim for dims in apart for dim in dims}:
-            planes = [other for other in planes if other is not plane]  # positions, say: nothing more to learn from it
+            planes = [other for other in planes if other is not plane]  # labels of parameters only, such as positions
     if call.in_place and call.args[0]._is_view() and before != {varying(plane) for plane in planes}:
-        notes.freeze(operands, "values are written in place")  # what it is a view of goes on without the new labels
+        notes.freeze(operands, "values are written in place")  # the base tensor of the view does not get the new labels
         return call.each(Labels())
     parameter = all(notes.labels_of(tensor).parameter for tensor in operands)
     return call.each(Labels(tuple(planes), parameter))
 
 
 def reduction(notes: Notes, call: Call) -> list[Labels]:
-    """A sum, mean, maximum and the like over some dimensions, which are gone from the result."""
+    """A reduction (sum, mean, maximum, ...) over some dimensions, which the result lacks or has with size 1."""
     given = call.given
     if "other" in given:  # torch.max(a, b)
         return elementwise(notes, call)
@@ -72,7 +75,7 @@ def reduction(notes: Notes, call: Call) -> list[Labels]:
 
 
 def along_dim(notes: Notes, call: Call) -> list[Labels]:
-    """Softmax and the like: channels keep their places."""
+    """Softmax, cumulative sums and similar operations: values are combined, but channels keep their positions."""
     tensor, planes = call.args[0], notes.planes(call.args[0])
     dim = call.given.get("dim", -1) % tensor.ndim
     notes.mix(planes, {dim}, f"{call.name.strip('_')} is taken over channels")
@@ -80,7 +83,7 @@ def along_dim(notes: Notes, call: Call) -> list[Labels]:
 
 
 def windows(notes: Notes, call: Call) -> list[Labels]:
-    """Pooling and resampling: windows over the last one, two or three dimensions."""
+    """Pooling and resampling with windows over the last one, two or three dimensions."""
     windows = next(size for size in (1, 2, 3) if f"{size}d" in call.name)
     ndim = call.args[0].ndim
     notes.freeze(call.tensors[1:], f"{call.name} is taken at values that are channels")

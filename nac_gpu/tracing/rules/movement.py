@@ -1,4 +1,4 @@
-"""Rules for operations that move values: views, parts, joins, indices."""
+"""Rules for operations that move values: views, splits, concatenation, indexing."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,27 +16,27 @@ MOVEMENT = frozenset(
     movedim swapaxes tile unsafe_split unsafe_chunk pixel_shuffle pixel_unshuffle channel_shuffle reflection_pad1d
     reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d gather""".split()
 )
-#: Movement that works on a plane as it is: the plane need not be expanded to the tensor's shape.
+#: Operations that can be applied to a compact plane, without expanding it to the tensor's shape first.
 PERMUTATION = frozenset("permute transpose t unsqueeze movedim swapaxes".split())
 RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias".split())
-#: Equal parts stay in step: the code that reads them expects them to be equal.
+#: Split channels into parts. Equal parts get the same assignment, because the model's code expects equal sizes.
 PARTS = frozenset("split split_with_sizes chunk unbind unsafe_split unsafe_chunk".split())
-#: Rows are added to, or written into, a tensor at indices along one dimension.
+#: Write rows into a tensor, or add them, at indices along one dimension.
 SCATTERED = frozenset("index_add index_copy scatter_add".split())
 
 
 def identity(notes: Notes, call: Call) -> list[Labels]:
-    """The values stay where they are."""
+    """An operation that returns its input's values at the same positions."""
     return call.each(notes.labels_of(call.args[0]))
 
 
 def constant(notes: Notes, call: Call) -> list[Labels]:
-    """One constant in the shape of what is read."""
+    """One constant in the shape of the input."""
     return call.each(Labels(notes.planes(call.args[0])))
 
 
 def movement(notes: Notes, call: Call) -> list[Labels]:
-    """Values change places: the same operation is applied to the planes."""
+    """An operation that moves values: the same operation is applied to the planes."""
     tensor = call.args[0]
     rest, named = pytree.tree_map(_on_cpu, (call.args[1:], call.kwargs))
     notes.freeze([t for t in call.tensors if t is not tensor], "channels are used as indices")
@@ -48,7 +48,7 @@ def movement(notes: Notes, call: Call) -> list[Labels]:
         full = plane.clone() if call.name in PERMUTATION else plane.expand(tensor.shape)
         _check_order(notes, call, plane)
         if call.name in RESHAPES:
-            moved = [full.reshape(call.outputs[0].shape)]  # copies nothing where the plane is expanded
+            moved = [full.reshape(call.outputs[0].shape)]  # often without copying the expanded plane
         else:
             moved = [v for v in pytree.tree_leaves(call.func(full, *rest, **named)) if isinstance(v, Tensor)]
         small = [compact(result) for result in moved]
@@ -69,15 +69,16 @@ def movement(notes: Notes, call: Call) -> list[Labels]:
 
 
 def _on_cpu(value: object) -> object:
-    """Planes are on the CPU, and so must be the indices that move them."""
+    """Move index tensors to the CPU, where the planes are."""
     return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
-    """Parts of channels are cut out, or channels change places: what holds for fewer channels, too, and what does not.
+    """Note which channels must not be merged so that the code that slices, splits, rolls or indexes them stays correct.
 
-    A part stays a part if no channel inside is merged with one outside. One of every few channels stays one of as many
-    if those few are merged in step. A fixed number of places or a list of channels means others once there are fewer.
+    A slice or split stays valid if no channel inside a part is merged with one outside. A slice with step s stays valid
+    if the s channels of each block get the same assignment. Rolls by a fixed number, and lists of indices, would select
+    other channels once there are fewer, so these channels are frozen.
     """
     given, tensor = call.given, call.args[0]
     dims = given.get("dim", given.get("dims") or (range(tensor.ndim) if call.name == "roll" else 0))
@@ -110,18 +111,18 @@ def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
         for part in parts:
             if part.numel() and part.numel() < tensor.numel():
                 small = compact(part)
-                if small is not None:  # channels of equal parts are kept in step, which is more
+                if small is not None:  # `movement` also unites the channels of equal parts
                     notes.separate(small, [], "channels are cut into parts", UNITS if equal else BOTH)
 
 
 def _every(given: Mapping[str, Any], size: int) -> bool:
-    """A slice takes one of each block of `step`, of all blocks."""
+    """Whether a slice takes exactly one channel from each block of `step` channels."""
     start, end, step = given.get("start") or 0, given.get("end"), given["step"]
     return size % step == 0 and 0 <= start < step and (end is None or end >= size)
 
 
 def _in_order(index: Tensor, size: int) -> bool:
-    """All of a dimension, forwards or backwards."""
+    """Whether an index selects a whole dimension in its order or in reverse order."""
     if index.dtype == torch.bool or len(index) != size:
         return False
     forwards = torch.arange(size, device=index.device)
@@ -129,7 +130,7 @@ def _in_order(index: Tensor, size: int) -> bool:
 
 
 def _padded(notes: Notes, call: Call) -> list[Labels]:
-    """One constant beside the values: without a label where channels are added, the same for all of them elsewhere."""
+    """Padding with a constant: new positions along channels get no label; other dimensions do not change the plane."""
     labels, pads = notes.labels_of(call.args[0]), list(call.args[1])
     planes = []
     for plane in labels.planes:
@@ -139,7 +140,7 @@ def _padded(notes: Notes, call: Call) -> list[Labels]:
 
 
 def _regrouped(notes: Notes, before: Tensor, after: Tensor) -> None:
-    """Channels C seen as (h, d): d merges in step over h, because the code that regroups them keeps h."""
+    """Channels reshaped from C to (h, d): all rows h get the same assignment along d, as the code keeps h fixed."""
     dims = varying(after)
     if len(dims) > max(1, len(varying(before))):
         first = after
@@ -149,7 +150,7 @@ def _regrouped(notes: Notes, before: Tensor, after: Tensor) -> None:
 
 
 def pixel_shuffle(notes: Notes, call: Call) -> list[Labels]:
-    """Blocks of r^2 channels become pixels of one channel: the channels merge, the pixels stay in step."""
+    """Blocks of r² channels become r x r pixels of one channel: each block is united, and blocks can be merged."""
     tensor, times = call.args[0], call.args[1] ** 2
     channels = notes.along(tensor, tensor.ndim - 3)
     if channels is None or len(notes.planes(tensor)) > 1:
@@ -161,9 +162,9 @@ def pixel_shuffle(notes: Notes, call: Call) -> list[Labels]:
 
 
 def join(notes: Notes, call: Call) -> list[Labels]:
-    """Concatenation: labels stand side by side along the joined dimension, and meet along the others."""
+    """Concatenation: planes are concatenated along the joined dimension, and united along the others."""
     ndim, stacked = call.outputs[0].ndim, call.name == "stack"
-    tensors = [t for t in call.args[0] if stacked or t.ndim == ndim]  # cat skips empty 1-D
+    tensors = [t for t in call.args[0] if stacked or t.ndim == ndim]  # torch.cat skips empty 1-D tensors
     dim = (call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)) % ndim
     all_planes = [[p.unsqueeze(dim) if stacked else p for p in notes.planes(tensor)] for tensor in tensors]
     shapes = [(*t.shape[:dim], 1, *t.shape[dim:]) if stacked else tuple(t.shape) for t in tensors]
@@ -187,7 +188,7 @@ def join(notes: Notes, call: Call) -> list[Labels]:
 
 
 def copy(notes: Notes, call: Call) -> list[Labels]:
-    """Writing into an existing tensor: a whole one takes the labels; of a view, the rest goes on without them."""
+    """`copy_`: a whole tensor takes the labels of the source; writing into a view or a parameter freezes both."""
     target, source = call.args[:2]
     if target._is_view() or notes.labels_of(target).parameter:
         notes.freeze(call.args[:2], "values are written in place")
@@ -196,7 +197,7 @@ def copy(notes: Notes, call: Call) -> list[Labels]:
 
 
 def scattered(notes: Notes, call: Call) -> list[Labels]:
-    """Rows at indices along one dimension: labels along the others meet."""
+    """Rows written at indices along one dimension: labels of target and source along other dimensions are united."""
     given = call.given
     target, index, dim = given["self"], given["index"], given["dim"] % given["self"].ndim
     source = given["source"] if "source" in given else given["src"]
@@ -211,7 +212,7 @@ def scattered(notes: Notes, call: Call) -> list[Labels]:
 
 
 def lookup(notes: Notes, call: Call) -> list[Labels]:
-    """Indexing moves what it reads; rows of a parameter that are looked up are no channels."""
+    """Indexing moves values. Along indexed dimensions of a parameter there are no channels: these atoms are frozen."""
     tensor = call.args[0]
     if not notes.labels_of(tensor).parameter:
         return movement(notes, call)

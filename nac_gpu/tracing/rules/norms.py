@@ -1,4 +1,4 @@
-"""Rules for normalisations: over a batch, an image, a group of channels, or channels."""
+"""Rules for normalisations: BatchNorm, InstanceNorm, LayerNorm, RMSNorm, GroupNorm."""
 
 from torch import Tensor
 
@@ -12,9 +12,9 @@ BATCH_NORMS = frozenset(
 
 
 def batch_norm(notes: Notes, call: Call) -> list[Labels]:
-    """BatchNorm over channels, which belong to dimension 1; its tensors have one value for each.
+    """BatchNorm: channels are dimension 1, and its tensors have one value per channel.
 
-    InstanceNorm is a BatchNorm, too: of (batch x channels) channels, with tensors that are repeated.
+    PyTorch runs InstanceNorm as a BatchNorm of batch x channels channels, with repeated tensors.
     """
     images, tensors = call.args[0], [tensor for tensor in call.args[1:5] if tensor is not None]
     labels = notes.labels_of(images)
@@ -43,7 +43,7 @@ def batch_norm(notes: Notes, call: Call) -> list[Labels]:
 
 
 def layer_norm(notes: Notes, call: Call) -> list[Labels]:
-    """LayerNorm (and RMSNorm) over the last dimensions: what varies there is frozen, rows of it are units."""
+    """LayerNorm and RMSNorm over the last dimensions: channels there are frozen, but rows of them are units."""
     values, shape = call.args[0], call.args[1]
     dims = range(values.ndim - len(shape), values.ndim)
     planes = notes.planes(values)
@@ -52,7 +52,7 @@ def layer_norm(notes: Notes, call: Call) -> list[Labels]:
 
 
 def _scaled(notes: Notes, call: Call, planes: list[Tensor], tensors: list[Tensor]) -> list[Labels]:
-    """Multiplied and shifted by parameters, aligned to the last dimensions."""
+    """Scale and shift by parameters that are aligned to the last dimensions."""
     ndim = call.outputs[0].ndim
     for tensor in tensors:
         own = [aligned(plane, ndim) for plane in notes.planes(tensor)]
@@ -65,7 +65,7 @@ def _scaled(notes: Notes, call: Call, planes: list[Tensor], tensors: list[Tensor
 
 
 def group_norm(notes: Notes, call: Call) -> list[Labels]:
-    """GroupNorm: the mean over a group changes when its channels are merged, but whole groups can be."""
+    """GroupNorm: merging channels would change the mean over their group, but whole groups can be merged."""
     images, tensors = call.args[0], [t for t in call.args[1:3] if t is not None]
     groups, size = call.args[6], images.shape[1]
     planes = notes.planes(images)

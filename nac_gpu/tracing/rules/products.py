@@ -6,9 +6,9 @@ from torch import Tensor
 from nac_gpu.tracing.atoms import BOTH, CHANNELS, MEAN, SUM, UNITS, Labels, varying
 from nac_gpu.tracing.recorder import Call, Notes, aligned
 
-#: Matrix products, and the position of the first factor among the arguments.
+#: Matrix products, with the position of the first factor among their arguments.
 MATRIX_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1, "matmul": 0, "_grouped_mm": 0}
-#: Where the summed dimension is once both factors are laid out over (batch, rows, shared, columns).
+#: Index of the shared (summed) dimension once both factors are laid out as (batch, rows, shared, columns).
 SHARED = 2
 
 
@@ -20,9 +20,9 @@ def plane_along(atoms: Tensor, dim: int, ndim: int) -> Tensor:
 
 
 def matrix_product(notes: Notes, call: Call) -> list[Labels]:
-    """`a @ b`, or `bias + a @ b`: the shared dimension is summed, the others make the result's.
+    """`a @ b` or `bias + a @ b`: the shared dimension is summed, the other dimensions are those of the result.
 
-    The planes of both factors are laid out over (batch, rows, shared, columns).
+    The planes of both factors are laid out as (batch, rows, shared, columns).
     """
     first = MATRIX_PRODUCTS[call.name]
     a, b = call.args[first], call.args[first + 1]
@@ -65,7 +65,7 @@ def matrix_product(notes: Notes, call: Call) -> list[Labels]:
 
 
 def _of_second(notes: Notes, call: Call, b: Tensor) -> list[Tensor]:
-    """The planes of the second factor; a grouped product takes one of several weights for each row (experts)."""
+    """The planes of the second factor. A grouped product (mixture of experts) has one weight per expert."""
     planes = list(notes.planes(b))
     if call.name == "_grouped_mm":
         notes.freeze_planes([plane for plane in planes if varying(plane) == (0,)], "rows choose among weights")
@@ -74,23 +74,23 @@ def _of_second(notes: Notes, call: Call, b: Tensor) -> list[Tensor]:
 
 
 def _over_product(plane: Tensor) -> Tensor:
-    """A plane of the second factor, [batch, shared, columns], [shared, columns] or [shared], over the product."""
+    """A plane of the second factor, [batch, shared, columns], [shared, columns] or [shared], in four dimensions."""
     if plane.ndim == 1:
         plane = plane.unsqueeze(1)
     return plane.reshape((1,) * (3 - plane.ndim) + plane.shape).unsqueeze(1)
 
 
 def _consume(notes: Notes, weight: list[Tensor], values: list[Tensor], tensor: Tensor) -> list[Tensor]:
-    """A weight sums values over the shared dimension: its columns meet their labels.
+    """A weight sums values over the shared dimension: its columns are united with the channels that it reads.
 
     Args:
-        notes: what is noted.
+        notes: the notes of the recorded pass.
         weight: planes of the weight.
-        values: planes of what it reads.
-        tensor: what it reads.
+        values: planes of the values that it reads.
+        tensor: the values that it reads.
 
     Returns:
-        The planes of what it reads that the result still has.
+        The planes of the values that the result still has.
     """
     columns = [plane for plane in weight if SHARED in varying(plane)]
     summed = [plane for plane in values if SHARED in varying(plane)]
@@ -111,7 +111,7 @@ def _consume(notes: Notes, weight: list[Tensor], values: list[Tensor], tensor: T
             left, right = torch.broadcast_tensors(own, plane)
             notes.atoms.unite(left, right, level)
             notes.freeze_planes([left[right < 0]], "reads values that are not channels")
-        if len(varying(plane)) > 1:  # (heads, channels): the result still has its heads
+        if len(varying(plane)) > 1:  # channels are (heads, channels per head): the result still has the heads
             kept += notes.mix([plane], [SHARED], "summed by a weight", UNITS)
     return kept
 
@@ -132,7 +132,7 @@ def _add_bias(notes: Notes, bias: Tensor, planes: list[Tensor], ndim: int) -> li
 
 
 def convolution(notes: Notes, call: Call) -> list[Labels]:
-    """Convolutions: dense, grouped and depthwise, transposed ones too."""
+    """Convolutions: dense, grouped and depthwise, and their transposed forms."""
     images, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
     out = call.outputs[0]
@@ -170,7 +170,7 @@ def convolution(notes: Notes, call: Call) -> list[Labels]:
 
 
 def _read(notes: Notes, columns: Tensor, channels: Tensor | None, values: Tensor) -> None:
-    """A weight's columns, int64 [m], read channels [m]."""
+    """Note that the columns of a weight, int64 [m], read these channels, int64 [m]."""
     notes.atoms.role(columns, SUM)
     if channels is not None:
         notes.atoms.unite(columns, channels)
@@ -180,7 +180,7 @@ def _read(notes: Notes, columns: Tensor, channels: Tensor | None, values: Tensor
 
 
 def _depthwise(notes: Notes, kernels: Tensor, channels: Tensor, transposed: bool, size: int) -> Tensor:
-    """A kernel, or several, for each channel: the atoms of the `size` channels that are made."""
+    """A depthwise convolution with one or more kernels per channel: returns the atoms of the `size` output channels."""
     times = size // len(channels)
     made = kernels.repeat_interleave(times) if transposed else kernels
     notes.per_channel(made, channels.repeat_interleave(times))
@@ -188,7 +188,10 @@ def _depthwise(notes: Notes, kernels: Tensor, channels: Tensor, transposed: bool
 
 
 def _grouped(notes: Notes, rows: Tensor, columns: Tensor, channels: Tensor, groups: int, transposed: bool) -> Tensor:
-    """A convolution in groups: its channels are (group, channel); merged in step over the groups, or group by group."""
+    """A grouped convolution, whose channels are (group, channel): returns the atoms of its output channels.
+
+    Either channels merge with the same assignment in all groups, or whole groups merge.
+    """
     reason = "each group of a convolution reads its own channels"
     read = channels.reshape(groups, -1)
     notes.atoms.role(columns, SUM)
@@ -211,7 +214,7 @@ def _grouped(notes: Notes, rows: Tensor, columns: Tensor, channels: Tensor, grou
 
 
 def embedding(notes: Notes, call: Call) -> list[Labels]:
-    """Rows of a table, looked up by index: the columns are the channels."""
+    """An embedding: its rows are looked up by index, its columns are the channels."""
     weight, out = call.args[0], call.outputs[0]
     if not notes.labels_of(weight).parameter:
         notes.freeze(call.tensors, "rows are looked up in values that are not a parameter")

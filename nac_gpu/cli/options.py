@@ -118,7 +118,9 @@ class Widths(Model):
             return super().original(source)
         weights = self.weights or (Path(self.model) if Path(self.model).is_dir() else None)
         if weights is None or source.untrained is None:
-            raise ValueError(f"--open {self.model}: expected --weights with safetensors files, and no --pretrained or .pt2")
+            raise ValueError(
+                f"--open {self.model}: expected --weights with safetensors files, and no --pretrained or .pt2"
+            )
         model = nac.open_model(source.untrained, weights, device=self.device)
         return model, to_device(example_inputs(self.inputs, source, model), torch.device(self.device))
 

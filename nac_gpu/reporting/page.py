@@ -189,7 +189,7 @@ def _curves(curves: Sequence[GroupCurve]) -> str:
     meaning = (
         "<p>The share of a variance that is lost with so many neurons kept: of "
         + ", or where that cannot be seen of ".join(
-            {"what its readers make": "what the layers that read the group make, after they are refitted"}.get(
+            {"its consumers' outputs": "the outputs of the layers that read the group, after they are refitted"}.get(
                 kind, "the neurons' weights, within clusters"
             )
             for kind in kinds

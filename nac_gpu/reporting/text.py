@@ -144,7 +144,7 @@ def machine(report: Report) -> str:
 
 def lost_of(curve: GroupCurve) -> str:
     """The quantity whose variance is lost in an error curve."""
-    return "what its readers make" if curve.by_activations else "its weights"
+    return "its consumers' outputs" if curve.by_activations else "its weights"
 
 
 def plain_text(report: Report) -> str:

@@ -19,7 +19,7 @@ steps=${STEPS:-machine smoke times neurons vgg16 tests compress default large}
 
 run=("$python" experiments/gpu_steps.py)
 options=(--output "$output" --device "$device")
-tests=(tests/kernels tests/test_linkage.py tests/test_points.py tests/test_algorithms.py)
+tests=(tests/kernels tests/clustering/test_linkage.py tests/clustering/test_points.py tests/clustering/test_algorithms.py)
 if [ "$device" = cpu ]; then
     options+=(--small)
     tests=(tests/kernels/test_packing.py)

@@ -26,11 +26,11 @@ INSTALLATIONS = [command for command in FOUND if command.startswith("pip install
 CI = ("make lint", "make test")
 #: What other tests execute, with what is left open filled in.
 TESTS = {
-    "nac COMMAND --help": "test_cli.py::test_the_installed_command_explains_itself_and_its_exit_codes",
-    "nac compress --finetune FOLDER": "test_cli.py::test_an_interrupted_training_goes_on",
+    "nac COMMAND --help": "cli/test_cli.py::test_the_installed_command_explains_itself_and_its_exit_codes",
+    "nac compress --finetune FOLDER": "cli/test_cli.py::test_an_interrupted_training_goes_on",
     "pre-commit install": "test_docs.py::test_pre_commit_runs_what_make_lint_runs",
-    "nac compress --open": "test_cli.py::test_weights_that_stay_in_their_files",
-    "nac compress --experts 0.5": "test_cli.py::test_fewer_experts_and_fewer_neurons",
+    "nac compress --open": "cli/test_cli.py::test_weights_that_stay_in_their_files",
+    "nac compress --experts 0.5": "cli/test_cli.py::test_fewer_experts_and_fewer_neurons",
     "torchrun --nproc-per-node 8": "test_experiments.py::test_two_processes_measure_what_one_does",
     # On a CPU: its steps, by an interpreter that only pretends.
     "experiments/gpu_check.sh": "test_gpu_check.py::test_every_step_is_run_and_what_failed_is_told",

@@ -81,7 +81,7 @@ def test_wheel_and_sdist_hold_all_that_is_needed(tmp_path: Path) -> None:
     (wheel,), (sdist,) = (list((tmp_path / "dist").glob(kind)) for kind in ("*.whl", "*.tar.gz"))
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = ("tests/conftest.py", "tests/kernels/states.py", "experiments/common/models.py", "docs/tutorial.md")
+    expected = ("tests/conftest.py", "tests/support/states.py", "experiments/common/models.py", "docs/tutorial.md")
     assert set(expected) | {"kernels/merging.py", "CHANGELOG.md", "Makefile", "README.md", "LICENSE"} <= names
     assert tracked(root) - names == set()
     command = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "installed", wheel]

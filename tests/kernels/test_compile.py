@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="without Triton there are no kernels")
 def test_every_kernel_compiles_ahead_of_time_without_spills(capsys):
     """For GPUs that need not be there, in a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).parent / "compile_ahead.py"
+    script = Path(__file__).parents[1] / "support" / "compile_ahead.py"
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in run.stdout.splitlines()]
@@ -41,7 +41,7 @@ def test_every_kernel_is_on_the_list():
     import ast
 
     root = Path(__file__).parents[2] / "kernels"
-    script = (Path(__file__).parent / "compile_ahead.py").read_text()
+    script = (Path(__file__).parents[1] / "support" / "compile_ahead.py").read_text()
     found = 0
     for path in root.glob("*.py"):
         for node in ast.parse(path.read_text()).body:

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="without Triton there are no kernels")
 def told():
     """What the stand-in's driver was told, by the work that was asked for."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).parent / "launch_standin.py"
+    script = Path(__file__).parents[1] / "support" / "launch_standin.py"
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     first, *rest = [json.loads(line) for line in run.stdout.splitlines()]

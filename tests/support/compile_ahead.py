@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that need not be there, and print what became of it: a JSON line a kernel.
 
-    python tests/kernels/compile_ahead.py
+    python tests/support/compile_ahead.py
 
 Registers a thread, bytes spilled, bytes of shared memory, instructions, barriers, the matrix instructions, and the
 length of the loop that holds them. Run in a process of its own, because a process that interprets kernels cannot

@@ -34,7 +34,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def nac_command(*arguments: object) -> "subprocess.CompletedProcess[str]":
     """A new process, from the installed command."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tinymodels.__file__).parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run([INSTALLED, *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 

@@ -1,6 +1,6 @@
 """Launch every kernel where there is no GPU: a stand-in for the driver compiles for one and notes what it is told.
 
-    python tests/kernels/launch_standin.py
+    python tests/support/launch_standin.py
 
 Prints a JSON line for each launch. Run in a process of its own, because a process that interprets kernels cannot
 compile them.

@@ -44,7 +44,8 @@ SMALLER = {
     "vgg_cifar": "--multiplier 0.0625 --epochs 1 --finetune-epochs 1 --batch-size 8 --device cpu",
     "mnist_dbn": "--data PATH --seeds 0 --rbm-epochs 1 --epochs 1 --finetune-epochs 1 1 --device cpu --results .",
     "mnist_cnn": "--seeds 0 --epochs 1 --finetune-epochs 1 --device cpu --results .",
-    "compare": "--data PATH --multiplier 0.0625 --epochs 1 --shares 0.25 --images 16 --device cpu",
+    "compare": "--data PATH --multiplier 0.0625 --epochs 1 --shares 0.25 --images 16 --device cpu --rules 'L1 filters' "
+    "'Ward, dreams (default)' Torch-Pruning 'GSM, zeros counted'",  # all of them: test_compare.py
     "combined": "--data PATH --multiplier 0.0625 --epochs 1 --images 16 --seconds 0.1",
     "budgets": "--models squeezenet1_1 --size 64 --results budgets.json",
     "compress_time": "--networks resnet20 --images 16 --refine 1 --steps 1 --device cpu --results compress_time.json",
@@ -84,7 +85,7 @@ def test_an_experiment_runs_as_the_page_says(
     name = Path(script).stem
     data = tmp_path / "data"
     (write_mnist if name.startswith("mnist") else write_tree)(data)
-    given += SMALLER[name].split()
+    given += shlex.split(SMALLER[name])
     arguments = [str(data) if argument == "PATH" else argument for argument in given]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from standins import write_tree
 from torch import nn
 
 import combined
@@ -107,38 +108,31 @@ def test_unknown_rules_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("short_dreams")
-def test_compare_measures_rules_at_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = (
-        "Ward, Eq. 9",
-        "L1 filters, dreams, chosen widths",
-        "Ward, images",
-        "Ward, dreams, FLOPs of the same share",
-        "network slimming",
-        compare.STAGED,
-        compare.GSM,
-    )
+def test_compare_measures_every_rule(tmp_path: Path) -> None:
+    write_tree(tmp_path / "data")
     options = compare.Options(
-        dataset="digits",
+        dataset="folder",
+        data=tmp_path / "data",
         network="vgg19",
         multiplier=0.06,
         epochs=1,
         shares=(0.5,),
-        rules=rules,
         finetune_epochs=2,
         distillation=0.5,
-        images=64,
+        images=16,
         device="cpu",
         output=tmp_path,
     )
     compare.main(options)
     path = tmp_path / "compare-vgg19-x0.06.json"
     rows = json.loads(path.read_text())["seeds"]["0"]["rows"]
-    names = [compare.row(rule, 0.5) + suffix for rule in rules for suffix in ("", compare.TUNED)]
+    names = [compare.row(rule, 0.5) + suffix for rule in compare.NAMES for suffix in ("", compare.TUNED)]
     assert set(rows) == {"none", "none, sparse training", *names}
     whole = rows["none"]["parameters"]
     assert all(rows[name]["parameters"] <= 0.5 * whole for name in names)
     assert all(0.45 * whole <= rows[name]["parameters"] for name in names if "FLOPs" not in name)
-    same, kept = (rows[compare.row(rule, 0.5)]["flops"] for rule in ("Ward, Eq. 9", rules[3]))
+    shares = ("Ward, Eq. 9", "Ward, dreams, FLOPs of the same share")
+    same, kept = (rows[compare.row(rule, 0.5)]["flops"] for rule in shares)
     assert 0.8 * same <= kept <= same < rows[compare.row("Ward, images", 0.5)]["flops"]
     assert path.with_suffix(".png").exists()
     written = path.stat().st_mtime_ns

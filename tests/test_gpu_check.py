@@ -18,6 +18,7 @@ def run(script: str, output: Path, **settings: str) -> subprocess.CompletedProce
         "HOME": str(output),
         "DEVICE": "cpu",
         "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",  # other tests run beside this one
     } | settings
     return subprocess.run(
         [EXPERIMENTS / script, output], env=environment, capture_output=True, text=True, check=False, timeout=300
@@ -121,7 +122,7 @@ def runner(tmp_path: Path) -> tuple[Path, Path]:
         "def fail():\n    raise ValueError('wrong\\nand more')\n"
         "def hang():\n    time.sleep(100)\n"
         "first = int(sys.argv[-1].removeprefix('--first=')) if len(sys.argv) > 1 else 0\n"
-        f"runner = Runner('step', torch.device('cpu'), Path({str(results)!r}), first, limit=2.0)\n"
+        f"runner = Runner('step', torch.device('cpu'), Path({str(results)!r}), first, limit=1.0)\n"
         "checks = [('good', lambda: 'fine'), ('bad', fail), ('endless', hang), ('last', lambda: {'ms': 1.5})]\n"
         "sys.exit(runner.run(checks))\n"
     )
@@ -139,7 +140,7 @@ def test_a_check_that_fails_or_never_ends_takes_no_other_with_it(runner: tuple[P
     assert {name: row["said"] for name, row in checks.items()} == {
         "good": "fine",
         "bad": "ValueError: wrong",
-        "endless": "no end after 2 s",
+        "endless": "no end after 1 s",
         "last": {"ms": 1.5},
     }
     assert [row["passed"] for row in checks.values()] == [True, False, False, True]

@@ -48,7 +48,7 @@ def observe(
     keys = [(name, reading.layer) for name, found in read.items() for reading in found]
     moments = {key: Moments() for key in keys}
 
-    def looked(batch: ExampleInputs) -> dict[tuple[str, str], Moments]:
+    def observed(batch: ExampleInputs) -> dict[tuple[str, str], Moments]:
         own = {key: Moments() for key in keys}
 
         def take(layer: str, inputs: Tensor) -> None:
@@ -63,7 +63,7 @@ def observe(
 
     with evaluating(model):
         calls = count_calls(model, batches[0], layers)
-        for own in ranks.share(batches, looked):
+        for own in ranks.share(batches, observed):
             for key, one in own.items():
                 moments[key].take(one)
     result = {}

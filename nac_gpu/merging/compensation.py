@@ -151,7 +151,7 @@ class Compensator:
                 if layer in calls
             }
 
-            def looked(number: int) -> dict[str, _Terms]:
+            def observed(number: int) -> dict[str, _Terms]:
                 batch = self._batches[number]
                 before = self._originally(group, number, calls)
                 rows = _MOST_ROWS // len(self._batches)
@@ -167,7 +167,7 @@ class Compensator:
                     terms[layer].comparable &= not left
                 return terms
 
-            for terms in self._ranks.share(range(len(self._batches)) if sums else (), looked):
+            for terms in self._ranks.share(range(len(self._batches)) if sums else (), observed):
                 for layer, one in sums.items():
                     one.total.take(terms[layer])
         for layer, one in sums.items():

@@ -124,7 +124,7 @@ class _Learning:
             name: value.detach().to(self._exact, copy=True).requires_grad_() for name, value in weights.items()
         }
         self._device = next(iter(weights.values())).device
-        self._inputs = joined(batches)
+        self._inputs = rebatched(batches)
 
     def found(self, passes: int, rate: float, seed: int) -> dict[str, Tensor]:
         """The trained weights by name; empty if they are no better than before."""
@@ -166,7 +166,7 @@ class _Learning:
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / _WARMUP) * (1 - step / steps)
         )
-        for _, batch in zip(range(steps), looked_at(self._inputs, generator), strict=False):
+        for _, batch in zip(range(steps), augmented(self._inputs, generator), strict=False):
             with self._autocast:
                 distance = self._apart(batch)
             if distance is None or not distance.requires_grad:
@@ -190,7 +190,7 @@ class _Learning:
             return mean_change(self._apart(batch) for batch in self._inputs)
 
 
-def joined(batches: Batches) -> list[ExampleInputs]:
+def rebatched(batches: Batches) -> list[ExampleInputs]:
     """Batches of 64 if all leaves are floating tensors [batch, ...] of equal batch size; else the batches unchanged."""
     if not all(_divisible(batch) for batch in batches):
         return list(batches)
@@ -209,7 +209,7 @@ def _divisible(batch: ExampleInputs) -> bool:
     return bool(leaves) and floating and len({len(leaf) for leaf in leaves}) == 1
 
 
-def looked_at(inputs: Sequence[ExampleInputs], generator: torch.Generator) -> Iterator[ExampleInputs]:
+def augmented(inputs: Sequence[ExampleInputs], generator: torch.Generator) -> Iterator[ExampleInputs]:
     """An endless stream of shuffled batches, augmented differently in each pass.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import nac_gpu as nac
 from nac_gpu.merging import refinement
-from nac_gpu.merging.refinement import BATCH, joined, looked_at
+from nac_gpu.merging.refinement import BATCH, augmented, rebatched
 from nac_gpu.network.state import tensors
 
 
@@ -154,7 +154,7 @@ class Tokens(nn.Module):
         return {"tokens": tokens, "scores": self.out(self.hidden(read).relu())}
 
 
-def test_batches_of_tokens_are_looked_at_as_they_are_and_recurrent_layers_learn_too() -> None:
+def test_batches_of_tokens_are_not_augmented_and_recurrent_layers_learn_too() -> None:
     torch.manual_seed(0)
     model = Tokens().eval()
     batches = [{"tokens": torch.randint(50, (8, 12))} for _ in range(6)]
@@ -163,7 +163,7 @@ def test_batches_of_tokens_are_looked_at_as_they_are_and_recurrent_layers_learn_
     with torch.no_grad():
         wanted, a, b = (net(tokens=fresh)["scores"] for net in (model, plain, refined))
     assert float((b - wanted).square().mean()) < 0.9 * float((a - wanted).square().mean())
-    looked = islice(looked_at(batches, torch.Generator()), 12)
+    looked = islice(augmented(batches, torch.Generator()), 12)
     assert sorted(map(id, looked)) == sorted(2 * [id(batch) for batch in batches])
 
 
@@ -174,21 +174,21 @@ def test_a_negative_number_of_passes_is_an_error() -> None:
 
 def test_batches_are_joined_and_divided_anew_where_they_are_alike() -> None:
     x = torch.randn(150, 4)
-    parts = joined(list(x.split(7)))
+    parts = rebatched(list(x.split(7)))
     assert [len(part) for part in parts] == [BATCH, BATCH, 150 - 2 * BATCH]
     assert torch.equal(torch.cat([part for part in parts if isinstance(part, Tensor)]), x)
-    pairs = joined([{"a": x[:70], "b": x[:70, :2]}, {"a": x[70:], "b": x[70:, :2]}])
+    pairs = rebatched([{"a": x[:70], "b": x[:70, :2]}, {"a": x[70:], "b": x[70:, :2]}])
     assert isinstance(pairs[0], dict)
     assert len(pairs) == 3
     assert torch.equal(pairs[1]["b"], x[64:128, :2])
     for other in ([x, x[:, :2]], [x, {"a": x}], [x.long()], [(x, x[:3])]):
-        assert joined(other) == other
+        assert rebatched(other) == other
 
 
 def test_images_are_shifted_mirrored_and_mixed() -> None:
     images = torch.rand(40, 3, 16, 16)
     images[:, 1] = images[:, 0]  # channels move together
-    found = next(looked_at([images], torch.Generator().manual_seed(0)))
+    found = next(augmented([images], torch.Generator().manual_seed(0)))
     assert isinstance(found, Tensor)
     assert found.shape == images.shape
     assert torch.equal(found[:, 1], found[:, 0])
@@ -208,7 +208,7 @@ def test_images_are_shifted_mirrored_and_mixed() -> None:
 @pytest.mark.parametrize(
     ("build", "expected"), [(lambda: torch.zeros(640, 20), 30), (lambda: torch.zeros(64, 3, 512, 512), 3)]
 )
-def test_inputs_that_are_few_or_large_are_looked_at_less_often(
+def test_inputs_that_are_few_or_large_are_seen_less_often(
     build: Callable[[], Tensor], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refinement, "STEPS", 12 if build().ndim > 2 else 1280)

@@ -1,4 +1,4 @@
-"""What the library does, in a minute or two: a network is trained, made eight times as small, and fine-tuned.
+"""What the library does, in a minute: a network is trained, made eight times as small, and fine-tuned.
 
     python experiments/demo.py
 

@@ -7,6 +7,8 @@ made before. The product of a tile is made by the program that needs it ("tiles"
 
 from __future__ import annotations  # without Triton there is no tl.constexpr
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal
 
@@ -30,7 +32,7 @@ _PAD_ROWS = 4
 _PAD_COLUMNS = 256
 
 Way = Literal["tiles", "panels"]
-_chosen_way: Way | None = None  # for benchmarks; None leaves it to `products`
+_chosen: Way | None = None
 
 
 def close_share(dtype: torch.dtype) -> float:
@@ -43,6 +45,17 @@ def padded_width(d: int) -> int:
     return -(-d // DEPTH) * DEPTH
 
 
+@contextlib.contextmanager
+def use_products(way: Way | None) -> Iterator[None]:
+    """Within the context products are made in this way; None leaves it to `products`. For tests and benchmarks."""
+    global _chosen
+    before, _chosen = _chosen, way
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
 def products(points: Tensor) -> Way:
     """Who makes the products of points where Triton's kernels are used.
 
@@ -50,8 +63,8 @@ def products(points: Tensor) -> Way:
     where Triton uses the matrix instruction that runs at the full rate: 8 x 8 x 4 on Ampere, 16 x 8 x 16 on Hopper.
     Triton 3.5 to 3.7 do; 3.4 has no float64 product, 3.8 and 3.9 use 8 x 8 x 4 on Hopper, at a third of the rate.
     """
-    if _chosen_way is not None:
-        return _chosen_way
+    if _chosen is not None:
+        return _chosen
     if points.dtype != torch.float64 or not points.is_cuda:
         return "tiles"
     return _products_in_float64(points.device)

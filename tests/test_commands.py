@@ -31,11 +31,11 @@ TESTS = {
     "pre-commit install": "test_docs.py::test_pre_commit_runs_what_make_lint_runs",
     "nac compress --open": "cli/test_cli.py::test_weights_that_stay_in_their_files",
     "nac compress --experts 0.5": "cli/test_cli.py::test_fewer_experts_and_fewer_neurons",
-    "torchrun --nproc-per-node 8": "test_experiments.py::test_two_processes_measure_what_one_does",
+    "torchrun --nproc-per-node 8": "experiments/test_experiments.py::test_two_processes_measure_what_one_does",
     # On a CPU: its steps, by an interpreter that only pretends.
-    "experiments/gpu_check.sh": "test_gpu_check.py::test_every_step_is_run_and_what_failed_is_told",
-    "DEVICE=cpu experiments/gpu_check.sh OUTPUT_FOLDER": "test_gpu_check.py::test_packages_that_are_missing",
-    "experiments/gpu_sanitise.sh": "test_gpu_check.py::test_compressions_and_the_second_script_are_rehearsed",
+    "experiments/gpu_check.sh": "experiments/test_gpu_check.py::test_every_step_is_run_and_what_failed_is_told",
+    "DEVICE=cpu experiments/gpu_check.sh OUTPUT_FOLDER": "experiments/test_gpu_check.py::test_packages_that_are_missing",
+    "experiments/gpu_sanitise.sh": "experiments/test_gpu_check.py::test_compressions_and_the_second_script_are_rehearsed",
 }
 HERE = ("make demo", "make docs", "docs/figures.py")
 

@@ -91,11 +91,8 @@ def kernel_checks(device: torch.device, small: bool) -> Iterator[Check]:
 
 
 def _by(way: Any, work: Any, n: int, d: int, dtype: torch.dtype, device: torch.device) -> str:
-    products._chosen_way = way
-    try:
+    with products.use_products(way):
         return compared(partial(work, n, d, dtype), device, dtype)
-    finally:
-        products._chosen_way = None
 
 
 def _masses(n: int, dtype: torch.dtype) -> Tensor:

@@ -53,13 +53,11 @@ def _parts(points: Tensor, device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {"products by": products.products(flat)}
     found["padding"] = _median(lambda: pad_points(flat, batch), device)
     for way in ("tiles", "panels"):
-        products._chosen_way = way
         try:
-            found[f"distances by {way}"] = _median(lambda: squared_distances_batch(flat, masses, batch), device)
+            with products.use_products(way):
+                found[f"distances by {way}"] = _median(lambda: squared_distances_batch(flat, masses, batch), device)
         except Exception as error:  # Triton before 3.5 has no float64 product
             found[f"distances by {way}"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        finally:
-            products._chosen_way = None
     costs, clusters = squared_distances_batch(flat, masses, batch).view(n, n), Clusters.of_points(masses)
     found["first search"] = _median(lambda: update_neighbours(costs, clusters, every=True), device)
     return found

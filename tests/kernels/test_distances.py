@@ -10,9 +10,10 @@ SHAPES = [(1, 1), (2, 1), (3, 60), (63, 1), (64, 60), (65, 16), (65, 17), (123, 
 
 
 @pytest.fixture(params=["tiles", "panels"], autouse=True)
-def way(request, monkeypatch):
+def way(request):
     """Who makes the products, where Triton's kernels are used."""
-    monkeypatch.setattr(products, "_chosen_way", request.param)
+    with products.use_products(request.param):
+        yield
 
 
 def normal(n, d, seed=0):

@@ -6,9 +6,10 @@ from nac_gpu.kernels import nearest_centroids, products, squared_distances
 
 
 @pytest.fixture(params=["tiles", "panels"], autouse=True)
-def way(request, monkeypatch):
+def way(request):
     """Who makes the products, where Triton's kernels are used."""
-    monkeypatch.setattr(products, "_chosen_way", request.param)
+    with products.use_products(request.param):
+        yield
 
 
 def search(centroids, masses, rows, place):

@@ -100,10 +100,9 @@ def distances(_: int) -> None:
 
 
 def panels(_: int) -> None:
-    products._chosen_way = "panels"
-    distances(0)
-    search(0)
-    products._chosen_way = None
+    with products.use_products("panels"):
+        distances(0)
+        search(0)
 
 
 def search(_: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STEPS = ("machine", "smoke", "times", "neurons", "vgg16", "tests", "compress", "default", "large")
 
 

@@ -61,8 +61,8 @@ def plan(
     """Plan a compression, and test the plan on the example inputs. The model is not changed.
 
     Give either widths or a budget for the whole model; for a budget, widths are chosen for the least loss (see
-    `nac_gpu.planning.allocation`). The plan keeps the record of the model and the evidence about its neurons, which
-    `compress` reuses and then frees.
+    `nac_gpu.planning.allocation`). The latest plan keeps the record of the model and the evidence about its neurons,
+    which `compress` reuses and then frees; a new plan frees them, too.
 
     Args:
         model: any module whose forward pass runs on the example inputs.
@@ -180,20 +180,20 @@ def compress(
     request = Request(width, params, flops, latency, limits, multiple_of, only, skip, calibration, seed)
     with joined(process_group, model) as ranks:
         request.check() if plan is None else request.check_beside_plan()
-        way = Way.of(method, rule, neurons, refine, seed)
+        settings = MergeSettings.of(method, rule, neurons, refine, seed)
         planned = request.arguments() if plan is None else {"plan": plan.widths}
-        check_arguments(ranks, {**way.arguments(), **planned, "example_inputs": without_values(example_inputs)})
+        check_arguments(ranks, {**settings.arguments(), **planned, "example_inputs": without_values(example_inputs)})
         network = take(model, example_inputs, ranks)
         prepared = plan_for(network, request) if plan is None else replay(network, plan, request)
-        evidence = prepared.known(request) if way.looks_at_activations else prepared.evidence
-        small = refined(merged(prepared, evidence, way), prepared, evidence, way)
+        evidence = prepared.known(request) if settings.looks_at_activations else prepared.evidence
+        small = refined(merged(prepared, evidence, settings), prepared, evidence, settings)
         if plan is not None:
             forget(plan)
         return same_result(small, ranks)
 
 
 @dataclass(frozen=True)
-class Way:
+class MergeSettings:
     """How neurons are merged: the arguments of `compress` that a plan does not contain.
 
     Attributes:
@@ -211,7 +211,9 @@ class Way:
     seed: int
 
     @staticmethod
-    def of(method: str | AssignmentMethod, rule: Rule, neurons: Neurons | None, refine: int, seed: int) -> "Way":
+    def of(
+        method: str | AssignmentMethod, rule: Rule, neurons: Neurons | None, refine: int, seed: int
+    ) -> "MergeSettings":
         """From the arguments of `compress`.
 
         Raises:
@@ -227,7 +229,7 @@ class Way:
         assign = METHODS[method] if isinstance(method, str) else method
         if assign is l1 and neurons is None:
             neurons = "weights"
-        return Way(assign, rule, neurons, refine, seed)
+        return MergeSettings(assign, rule, neurons, refine, seed)
 
     @property
     def looks_at_activations(self) -> bool:
@@ -240,26 +242,26 @@ class Way:
         return {"method": method, **{name: value for name, value in vars(self).items() if name != "assign"}}
 
 
-def merged(prepared: Prepared, evidence: Evidence | None, way: Way) -> nn.Module:
+def merged(prepared: Prepared, evidence: Evidence | None, settings: MergeSettings) -> nn.Module:
     """The smaller network of a plan, with compensated consumers if the rule asks for them."""
-    merger = _merger(prepared, evidence, way)
-    for choice, labels in assignments(prepared, evidence, way, merger):
+    merger = _merger(prepared, evidence, settings)
+    for choice, labels in assignments(prepared, evidence, settings, merger):
         merger.merge(choice.group, labels)
     small = rebuild(prepared.model, merger.finish(), attributes(prepared.model, prepared.choices))
     set_configs(small, prepared.choices)
-    remember(small, prepared.model, prepared.plan, way.seed)
+    remember(small, prepared.model, prepared.plan, settings.seed)
     return small
 
 
-def _compensates(evidence: Evidence | None, way: Way) -> bool:
-    return way.rule == "compensated" and evidence is not None and bool(evidence.batches)
+def _compensates(evidence: Evidence | None, settings: MergeSettings) -> bool:
+    return settings.rule == "compensated" and evidence is not None and bool(evidence.batches)
 
 
-def _merger(prepared: Prepared, evidence: Evidence | None, way: Way) -> Merger | Compensator:
+def _merger(prepared: Prepared, evidence: Evidence | None, settings: MergeSettings) -> Merger | Compensator:
     """The merger, with compensation if the rule asks for it and there are inputs."""
     model, subject = prepared.model, prepared.subject
-    if not _compensates(evidence, way):
-        return Merger(tensors(model), "centroid" if way.rule == "centroid" else "restored")
+    if not _compensates(evidence, settings):
+        return Merger(tensors(model), "centroid" if settings.rule == "centroid" else "restored")
     assert evidence is not None, "_compensates() checks this"
     # The sums of a batch are large matrices: a GPU computes them faster than ranks can exchange them.
     ranks = ALONE if subject.on_cuda else subject.ranks
@@ -267,18 +269,18 @@ def _merger(prepared: Prepared, evidence: Evidence | None, way: Way) -> Merger |
 
 
 def assignments(
-    prepared: Prepared, evidence: Evidence | None, way: Way, merger: Merger | Compensator
+    prepared: Prepared, evidence: Evidence | None, settings: MergeSettings, merger: Merger | Compensator
 ) -> Iterator[tuple[Choice, Tensor]]:
     """The clusters of each group's neurons, int64 [n], in the order of the plan; merge each before taking the next.
 
     Clusters by activations belong to the original network, so the ranks divide the groups. Clusters by weights depend
     on the groups merged before, so every rank computes all of them.
     """
-    comparable = _compensates(evidence, way) and evidence is not None and evidence.comparable
+    comparable = _compensates(evidence, settings) and evidence is not None and evidence.comparable
     acting: list[Choice] = []
-    if evidence is not None and (way.neurons == "activations" or (way.neurons is None and comparable)):
+    if evidence is not None and (settings.neurons == "activations" or (settings.neurons is None and comparable)):
         acting = [c for c in prepared.choices if c.merges and c.group.name in evidence.activities]
-    clusters = _by_activations(acting, evidence, way, prepared.subject.ranks) if evidence is not None else iter(())
+    clusters = _by_activations(acting, evidence, settings, prepared.subject.ranks) if evidence is not None else iter(())
     names = {choice.group.name for choice in acting}
     for choice in prepared.choices:
         if not choice.merges:
@@ -286,36 +288,38 @@ def assignments(
         elif choice.group.name in names:
             yield choice, next(clusters)
         else:
-            points = neuron_vectors(merger.state, choice.group, fold=way.neurons != "weights")
-            yield choice, way.assign(points, choice.width, seed=way.seed)
+            points = neuron_vectors(merger.state, choice.group, fold=settings.neurons != "weights")
+            yield choice, settings.assign(points, choice.width, seed=settings.seed)
 
 
-def _by_activations(choices: list[Choice], evidence: Evidence, way: Way, ranks: Ranks) -> Iterator[Tensor]:
+def _by_activations(
+    choices: list[Choice], evidence: Evidence, settings: MergeSettings, ranks: Ranks
+) -> Iterator[Tensor]:
     """Clusters of neurons by their activations."""
 
     def assigned(choice: Choice) -> Tensor:
-        if way.assign is ward:
+        if settings.assign is ward:
             return evidence.tree(choice.group).cut(choice.width)
         points, masses = evidence.points(choice.group)
-        return way.assign(points, choice.width, weights=masses, seed=way.seed)
+        return settings.assign(points, choice.width, weights=masses, seed=settings.seed)
 
-    if way.assign is ward:
+    if settings.assign is ward:
         evidence.cluster(choice.group for choice in ranks.own(choices))
     return iter(ranks.share(choices, assigned))
 
 
-def refined(small: nn.Module, prepared: Prepared, evidence: Evidence | None, way: Way) -> nn.Module:
+def refined(small: nn.Module, prepared: Prepared, evidence: Evidence | None, settings: MergeSettings) -> nn.Module:
     """The smaller network after refinement; unchanged if it was not compensated."""
-    if _compensates(evidence, way) and evidence is not None:
+    if _compensates(evidence, settings) and evidence is not None:
         touched = {m.tensor for choice in prepared.choices if choice.merges for m in choice.group.members}
         learn(
             small,
             prepared.model,
             touched,
             evidence.batches,
-            way.refine,
+            settings.refine,
             synthetic=evidence.synthetic,
-            seed=way.seed,
+            seed=settings.seed,
             ranks=prepared.subject.ranks,
         )
     return small

@@ -26,16 +26,16 @@ INSTALLATIONS = [command for command in FOUND if command.startswith("pip install
 CI = ("make lint", "make test")
 #: What other tests execute, with what is left open filled in.
 TESTS = {
-    "nac COMMAND --help": "cli/test_cli.py::test_the_installed_command_explains_itself_and_its_exit_codes",
-    "nac compress --finetune FOLDER": "cli/test_cli.py::test_an_interrupted_training_goes_on",
+    "nac COMMAND --help": "test_cli.py::test_the_installed_command_explains_itself_and_its_exit_codes",
+    "nac compress --finetune FOLDER": "test_cli.py::test_an_interrupted_training_goes_on",
     "pre-commit install": "test_docs.py::test_pre_commit_runs_what_make_lint_runs",
-    "nac compress --open": "cli/test_cli.py::test_weights_that_stay_in_their_files",
-    "nac compress --experts 0.5": "cli/test_cli.py::test_fewer_experts_and_fewer_neurons",
-    "torchrun --nproc-per-node 8": "experiments/test_experiments.py::test_two_processes_measure_what_one_does",
+    "nac compress --open": "test_cli.py::test_weights_that_stay_in_their_files",
+    "nac compress --experts 0.5": "test_cli.py::test_fewer_experts_and_fewer_neurons",
+    "torchrun --nproc-per-node 8": "test_experiments.py::test_two_processes_measure_what_one_does",
     # On a CPU: its steps, by an interpreter that only pretends.
-    "experiments/gpu_check.sh": "experiments/test_gpu_check.py::test_every_step_is_run_and_what_failed_is_told",
-    "DEVICE=cpu experiments/gpu_check.sh OUTPUT_FOLDER": "experiments/test_gpu_check.py::test_packages_that_are_missing",
-    "experiments/gpu_sanitise.sh": "experiments/test_gpu_check.py::test_compressions_and_the_second_script_are_rehearsed",
+    "experiments/gpu_check.sh": "test_gpu_check.py::test_every_step_is_run_and_what_failed_is_told",
+    "DEVICE=cpu experiments/gpu_check.sh OUTPUT_FOLDER": "test_gpu_check.py::test_packages_that_are_missing",
+    "experiments/gpu_sanitise.sh": "test_gpu_check.py::test_compressions_and_the_second_script_are_rehearsed",
 }
 HERE = ("make demo", "make docs", "docs/figures.py")
 
@@ -63,7 +63,8 @@ def test_every_command_is_executed_somewhere() -> None:
     assert set(CI) <= set(continuous)
     for test in TESTS.values():
         file, _, name = test.partition("::")
-        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"\ndef {name}(" in path.read_text(encoding="utf-8"), test
 
 
 def exit_code(script: str) -> object:

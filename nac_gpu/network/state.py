@@ -46,11 +46,11 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
 
 
-def fingerprint(model: nn.Module, inputs: Any) -> tuple[object, ...]:
-    """A value that changes if the model or its inputs change.
+def fingerprint(model: nn.Module, inputs: Any) -> tuple[object, ...] | None:
+    """A value that changes if the model or its inputs change; None if some tensor is of a kind that has no checksum.
 
-    It covers the classes, plain attributes and number of hooks of all modules, and dtype, shape, device and a checksum
-    of the bits of all tensors. Training mode and the values of tensors in files are not covered.
+    It covers the classes, plain attributes, configurations and number of hooks of all modules, and dtype, shape, device
+    and a checksum of the bits of all tensors. Training mode and the values of tensors in files are not covered.
     """
     leaves, structure = pytree.tree_flatten(inputs)
     found = [*tensors(model).items(), *((str(place), leaf) for place, leaf in enumerate(leaves))]
@@ -58,10 +58,16 @@ def fingerprint(model: nn.Module, inputs: Any) -> tuple[object, ...]:
         (name, str(value.dtype), tuple(value.shape), str(value.device)) if isinstance(value, Tensor) else (name, value)
         for name, value in found
     ]
-    sums = [_checksum(value) for _, value in found if isinstance(value, Tensor) and not isinstance(value, Deferred)]
-    bits = torch.stack([value.cpu() for value in sums]).tolist() if sums else []
+    sums: dict[torch.device, list[Tensor]] = {}
+    for value in (value for _, value in found if isinstance(value, Tensor) and not isinstance(value, Deferred)):
+        if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_quantized:
+            return None
+        sums.setdefault(value.device, []).append(_checksum(value))
+    bits = [torch.stack(own).tolist() for own in sums.values()]  # the host waits once for each device
     modules = [(name, type(module).__qualname__, _plain(module)) for name, module in model.named_modules()]
-    return repr(structure), repr(forms), tuple(bits), repr(modules)
+    configs = {id(config): config for config in (getattr(m, "config", None) for m in model.modules())}
+    told = [config.to_dict() for config in configs.values() if hasattr(config, "to_dict")]
+    return repr(structure), repr(forms), repr(bits), repr(modules), repr(told)
 
 
 def _plain(module: nn.Module) -> dict[str, object]:
@@ -77,6 +83,8 @@ def _plain(module: nn.Module) -> dict[str, object]:
 def _checksum(tensor: Tensor) -> Tensor:
     """A checksum, int64 [], that any single changed bit changes, and several changed bits almost certainly."""
     flat = tensor.detach().contiguous().flatten()
+    if not flat.numel():
+        return torch.zeros((), dtype=torch.int64, device=flat.device)
     words = flat.view(torch.uint8) if flat.numel() * flat.element_size() % 4 else flat.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for number, part in enumerate(words.split(_CHUNK)):

@@ -1,5 +1,6 @@
 """From a network and a request to a tested plan, with everything that is needed to carry it out."""
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -151,21 +152,26 @@ class _Memory:
 
 
 _KEPT_AS = "_memory"
+_latest: "weakref.ref[Plan] | None" = None
 
 
 def keep(prepared: Prepared, request: Request) -> Plan:
-    """The plan, with the record and the evidence attached so that `replay` can reuse them."""
-    subject, evidence = prepared.subject, prepared.evidence
-    memory = _Memory(
-        fingerprint(subject.model, subject.inputs),
-        subject.graph,
-        prepared.choices,
-        None if evidence is None else replace(evidence, state={}),
-        request.calibration,
-        request.seed,
-    )
-    object.__setattr__(prepared.plan, _KEPT_AS, memory)  # not a field, so it is neither compared nor saved
-    return prepared.plan
+    """The plan, with the record and the evidence attached so that `replay` can reuse them.
+
+    Only the latest plan has them: evidence takes memory.
+    """
+    global _latest
+    previous = None if _latest is None else _latest()
+    if previous is not None:
+        forget(previous)
+    plan, subject, evidence = prepared.plan, prepared.subject, prepared.evidence
+    bits = fingerprint(subject.model, subject.inputs)
+    if bits is not None:
+        evidence = None if evidence is None else replace(evidence, state={})
+        memory = _Memory(bits, subject.graph, prepared.choices, evidence, request.calibration, request.seed)
+        object.__setattr__(plan, _KEPT_AS, memory)  # not a field, so it is neither compared nor saved
+        _latest = weakref.ref(plan)
+    return plan
 
 
 def forget(plan: Plan) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import nac_gpu as nac
 from nac_gpu.calibration import gathering, inputs
+from nac_gpu.network.state import fingerprint
 from nac_gpu.planning import taking, trial
 
 pytestmark = pytest.mark.usefixtures("short_dreams")
@@ -171,3 +172,50 @@ def test_the_memory_goes_when_the_plan_is_carried_out_and_with_no_copy() -> None
     small = nac.compress(model, x, plan, refine=0)
     assert not kept & set(vars(plan))
     assert not kept & set(vars(small._nac_gpu_origin.plan))  # type: ignore[union-attr]
+
+
+def test_only_the_latest_plan_remembers() -> None:
+    model, x = network("cnn")
+    first = nac.plan(model, x, width=0.5)
+    assert vars(first).keys() > set(first.__dataclass_fields__)
+    second = nac.plan(model, x, width=0.25)
+    assert vars(first).keys() == set(first.__dataclass_fields__)
+    assert vars(second).keys() > set(second.__dataclass_fields__)
+
+
+class Odd(nn.Module):
+    """Has tensors of kinds that are rarely seen."""
+
+    def __init__(self, odd: Tensor) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 4)
+        self.register_buffer("odd", odd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(0),
+        torch.ones(3, dtype=torch.bool),
+        torch.randn(2, dtype=torch.complex64),
+        torch.ones(2, dtype=torch.bfloat16).reshape(1, 2),
+    ],
+    ids=["empty", "bool", "complex", "bfloat16"],
+)
+def test_tensors_of_any_kind(odd: Tensor, counted: Counted) -> None:
+    model, x = Odd(odd), torch.randn(2, 8)
+    plan = nac.plan(model, x, width=0.5)
+    counted.taken()
+    small = nac.compress(model, x, plan, calibration="none")
+    assert "record" not in counted.taken()
+    assert small.first.out_features == 16
+
+
+def test_without_a_checksum_there_is_no_fingerprint() -> None:
+    x = torch.randn(2, 8)
+    assert fingerprint(Odd(torch.ones(3).to_sparse()), x) is None
+    model = Odd(torch.ones(3))
+    assert fingerprint(model, x) == fingerprint(copy.deepcopy(model), x.clone()) is not None

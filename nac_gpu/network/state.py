@@ -65,7 +65,7 @@ def fingerprint(model: nn.Module, inputs: Any) -> tuple[object, ...] | None:
         sums.setdefault(value.device, []).append(_checksum(value))
     bits = [torch.stack(own).tolist() for own in sums.values()]  # the host waits once for each device
     modules = [(name, type(module).__qualname__, _plain(module)) for name, module in model.named_modules()]
-    configs = {id(config): config for config in (getattr(m, "config", None) for m in model.modules())}
+    configs: dict[int, Any] = {id(config): config for config in (getattr(m, "config", None) for m in model.modules())}
     told = [config.to_dict() for config in configs.values() if hasattr(config, "to_dict")]
     return repr(structure), repr(forms), repr(bits), repr(modules), repr(told)
 

@@ -12,7 +12,7 @@ demo: $(VENV)/.experiments
 	$(BIN)/python experiments/demo.py --output $(OUTPUT)
 
 test: $(VENV)/.test # one thread for each worker: most tests are too small for more
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term --cov-fail-under=95
 
 lint: $(VENV)/.lint build/types/nac_gpu/kernels
 	$(BIN)/ruff check .
@@ -20,7 +20,7 @@ lint: $(VENV)/.lint build/types/nac_gpu/kernels
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m pdoc nac_gpu -d google -o $(REFERENCE)
+	$(BIN)/python -m pdoc nac_gpu nac_gpu.clustering.methods nac_gpu.testing -d google -o $(REFERENCE)
 
 $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

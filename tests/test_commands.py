@@ -172,6 +172,7 @@ def test_the_reference_has_every_public_name(tmp_path: Path, monkeypatch: pytest
     reference = (tmp_path / "reference" / "nac_gpu.html").read_text(encoding="utf-8")
     modules = [name for name in nac.__all__ if inspect.ismodule(getattr(nac, name))]
     assert [name for name in nac.__all__ if f'id="{name}"' not in reference and name not in modules] == []
+    assert (tmp_path / "reference" / "nac_gpu" / "testing.html").exists()
     for name in modules:
         page = getattr(nac, name).__name__.replace(".", "/") + ".html"
         assert (tmp_path / "reference" / page).exists(), page

@@ -4,7 +4,7 @@ small = nac_gpu.compress(model, example_inputs, params=0.25)
 labels = nac_gpu.ward_linkage(points).cut(10)
 """
 
-from nac_gpu import moved
+from nac_gpu import moved, testing
 from nac_gpu.calibration.batches import Calibration
 from nac_gpu.clustering import methods
 from nac_gpu.clustering.dendrogram import Dendrogram
@@ -57,6 +57,7 @@ __all__ = [
     "plan",
     "report",
     "save",
+    "testing",
     "ward_linkage",
 ]
 

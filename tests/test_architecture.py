@@ -26,7 +26,8 @@ FLOORS: tuple[dict[str, str], ...] = (
         "testing": "network tracing merging planning",
     },
     {
-        "": "moved clustering network tracing calibration planning files compression experts training reporting",
+        "": "moved clustering network tracing calibration planning files compression experts training reporting "
+        "testing",
     },
     {"cli": "network files merging"},
 )

@@ -76,7 +76,7 @@ class Compensator:
         batches: inputs of the model.
         activities: activations and outgoing weights on these inputs, by the name of the group.
         ranks: the processes that divide the batches among them.
-        several: each group is merged several times, to other widths, before the next one: what its consumers read in
+        repeated: each group is merged several times, to other widths, before the next one: what its consumers read in
             the original network is kept meanwhile, if that takes little memory.
     """
 
@@ -88,7 +88,7 @@ class Compensator:
         activities: Mapping[str, Activity],
         ranks: Ranks = ALONE,
         *,
-        several: bool = False,
+        repeated: bool = False,
     ) -> None:
         self._model, self._graph, self._batches, self._ranks = model, graph, batches, ranks
         self._activities = activities
@@ -96,7 +96,7 @@ class Compensator:
         self._work = rebuild(model, self._state)
         self._modules = dict(model.named_modules())
         self._calls: dict[str, int] | None = None
-        self._several = several
+        self._repeated = repeated
         self._kept: tuple[str, dict[int, dict[str, list[Tensor]]]] = ("", {})
         self.start()
 
@@ -193,7 +193,7 @@ class Compensator:
             return {layer: list(values) for layer, values in kept[number].items()}
         found = captured(self._model, self._batches[number], calls)
         size = sum(value.numel() * value.element_size() for values in found.values() for value in values)
-        if self._several and size * len(self._batches) <= _KEPT_BYTES:
+        if self._repeated and size * len(self._batches) <= _KEPT_BYTES:
             kept[number] = {layer: list(values) for layer, values in found.items()}
         return found
 

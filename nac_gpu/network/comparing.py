@@ -13,7 +13,7 @@ from nac_gpu.network.running import ExampleInputs, call, evaluating, in_small_op
 def outputs(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool = False) -> list[Tensor]:
     """All tensors that the model returns in eval mode, including those of auxiliary heads if `auxiliary` is set.
 
-    TF32 is off, because its rounding would hide small differences between outputs.
+    They are to be compared, so TF32 is off: its rounding would look like a difference.
     """
     with evaluating(model, auxiliary=auxiliary), in_small_operations(model), without_tf32():
         return list(tensors_in(call(model, example_inputs)))

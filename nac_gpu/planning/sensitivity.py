@@ -50,7 +50,7 @@ def losses(
     batches = _some(evidence.batches)
     if not batches:
         return plain
-    compensator = Compensator(model, graph, batches, evidence.activities, several=True)
+    compensator = Compensator(model, graph, batches, evidence.activities, repeated=True)
     with evaluating(model):
         expected = [_outputs(model, batch) for batch in batches]
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import nac_gpu as nac
 from nac_gpu.calibration.batches import as_batches
+from nac_gpu.calibration.gathering import gather
 from nac_gpu.calibration.moments import Moments
 from nac_gpu.calibration.readings import readings
-from nac_gpu.merging.compensation import _convolved
+from nac_gpu.merging.compensation import Compensator, _convolved
 from nac_gpu.merging.copies import copy_neurons, random_labels
 from nac_gpu.network.comparing import outputs, relative_error
 from nac_gpu.network.copying import rebuild
@@ -45,6 +46,24 @@ def test_copies_merge_exactly_with_compensation(name: str) -> None:
     width = {group.name: max(1, group.size // 2) for group in graph.groups}
     small = nac.compress(copied, inputs, width=width, method=chosen, calibration=lively_batches(inputs))
     assert relative_error(outputs(small, inputs), outputs(copied, inputs)) < 1e-8
+
+
+@pytest.mark.parametrize("name", ["cnn", "residual"])
+def test_what_is_kept_between_repeated_merges_changes_nothing(name: str) -> None:
+    """Every group at three widths, each from the original again: the bits are those of a compensator for one merge."""
+    model, inputs = network(name)
+    graph = record(model, inputs)
+    batches = [batch.float() for batch in lively_batches(inputs, 2, 8)]
+    activities = gather(model, inputs, graph.groups, batches).activities
+    together = Compensator(model, graph, batches, activities, repeated=True)
+    for group in graph.groups[:4]:
+        for kept in {max(1, group.size // part) for part in (2, 3, 4)}:
+            labels = torch.arange(group.size) % kept
+            together.start()
+            together.merge(group, labels)
+            alone = Compensator(model, graph, batches, activities)
+            alone.merge(group, labels)
+            assert all(torch.equal(value, alone.state[tensor]) for tensor, value in together.state.items())
 
 
 def test_a_neuron_counts_in_its_centroid_as_much_as_its_readers_make_of_it() -> None:

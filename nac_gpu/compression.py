@@ -21,7 +21,7 @@ from nac_gpu.distributed.ranks import ALONE, Ranks, joined
 from nac_gpu.distributed.replicas import same_result
 from nac_gpu.files.origin import remember
 from nac_gpu.merging.attributes import attributes, set_configs
-from nac_gpu.merging.centroids import Merger
+from nac_gpu.merging.centroids import Deviation, Merger
 from nac_gpu.merging.compensation import Compensator
 from nac_gpu.merging.refinement import PASSES, learn
 from nac_gpu.network.copying import rebuild
@@ -184,7 +184,11 @@ def compress(
         planned = request.arguments() if plan is None else {"plan": plan.widths}
         check_arguments(ranks, {**settings.arguments(), **planned, "example_inputs": without_values(example_inputs)})
         network = take(model, example_inputs, ranks)
-        prepared = plan_for(network, request) if plan is None else replay(network, plan, request)
+        prepared = (
+            plan_for(network, request, settings.deviation)
+            if plan is None
+            else replay(network, plan, request, settings.deviation)
+        )
         evidence = prepared.known(request) if settings.looks_at_activations else prepared.evidence
         small = refined(merged(prepared, evidence, settings), prepared, evidence, settings)
         if plan is not None:
@@ -236,6 +240,11 @@ class MergeSettings:
         """Whether activations have to be observed."""
         return self.rule == "compensated" or self.neurons == "activations"
 
+    @property
+    def deviation(self) -> Deviation:
+        """How the standard deviation of a merged channel with BatchNorm is chosen."""
+        return "centroid" if self.rule == "centroid" else "restored"
+
     def arguments(self) -> dict[str, object]:
         """The arguments that must be equal on all ranks."""
         method = getattr(self.assign, "__qualname__", type(self.assign).__qualname__)
@@ -261,7 +270,7 @@ def _merger(prepared: Prepared, evidence: Evidence | None, settings: MergeSettin
     """The merger, with compensation if the rule asks for it and there are inputs."""
     model, subject = prepared.model, prepared.subject
     if not _compensates(evidence, settings):
-        return Merger(tensors(model), "centroid" if settings.rule == "centroid" else "restored")
+        return Merger(tensors(model), settings.deviation)
     assert evidence is not None, "_compensates() checks this"
     # The sums of a batch are large matrices: a GPU computes them faster than ranks can exchange them.
     ranks = ALONE if subject.on_cuda else subject.ranks

@@ -17,8 +17,7 @@ from nac_gpu.merging.attributes import attributes
 from nac_gpu.merging.centroids import Merger
 from nac_gpu.merging.copies import copy_neurons, random_assignments
 from nac_gpu.network.comparing import relative_error
-from nac_gpu.network.copying import rebuild
-from nac_gpu.network.probes import converted
+from nac_gpu.network.copying import converted, rebuild
 from nac_gpu.network.running import ExampleInputs, call, evaluating
 from nac_gpu.network.state import tensors
 from nac_gpu.planning.prepare import plan_for

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.network.precision import multiplies_bfloat16
-from nac_gpu.network.running import ExampleInputs, call, evaluating
+from nac_gpu.network.running import ExampleInputs, call, call_on, evaluating
 
 BATCH = 64
 COUNT = 256  # inputs; fewer where they are large
@@ -89,7 +89,7 @@ def usual_count(inputs: Tensor) -> int:
 def _first_layer(model: nn.Module, inputs: Tensor) -> nn.Module | None:
     """The first linear layer or convolution that is called with the model's input, possibly flattened."""
     found: list[nn.Module] = []
-    inputs = inputs.detach()
+    inputs = inputs.detach().clone()
 
     def look(module: nn.Module, given: tuple[Any, ...]) -> None:
         reads = bool(given) and isinstance(given[0], Tensor)
@@ -100,7 +100,7 @@ def _first_layer(model: nn.Module, inputs: Tensor) -> nn.Module | None:
     hooks = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, kinds)]
     try:
         with evaluating(model):
-            call(model, inputs)
+            call_on(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,6 +10,7 @@ from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.calibration.inputs import inputs_for
 from nac_gpu.calibration.readings import readings
 from nac_gpu.distributed.ranks import ALONE, RankError, Ranks
+from nac_gpu.network.copying import copied
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.network.state import tensors
 from nac_gpu.tracing.graph import Group
@@ -26,7 +27,7 @@ def gather(
     """Gather evidence about the neurons of these groups.
 
     Args:
-        model: not changed.
+        model: not changed, and not run: a copy is.
         example_inputs: what it is called with.
         groups: the groups.
         calibration: as for `nac_gpu.calibration.inputs.inputs_for`.
@@ -39,12 +40,12 @@ def gather(
         RuntimeError: the forward pass fails on the calibration data.
         RankError: another rank failed or was lost.
     """
-    state = tensors(model)
-    inputs = inputs_for(calibration, model, example_inputs, seed, ranks)
+    state, run = tensors(model), copied(model)
+    inputs = inputs_for(calibration, run, example_inputs, seed, ranks)
     if not inputs.batches:
         return Evidence(state, source=inputs.source)
     try:
-        activities = observe(model, state, groups, inputs.batches, ranks)
+        activities = observe(run, state, groups, inputs.batches, ranks)
     except RankError:
         raise
     except (RuntimeError, TypeError) as error:

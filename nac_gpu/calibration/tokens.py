@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.distributed.ranks import ALONE, Ranks
-from nac_gpu.network.running import ExampleInputs, call, evaluating, tensors_in
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import ExampleInputs, call, call_on, evaluating, own_inputs
 
 POSITIONS = 8192  # of all tokens
 _MOST, _FEWEST = 256, 8  # sequences
@@ -50,7 +51,7 @@ class Speaker:
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         self._model = model
-        self._leaves, self._structure = pytree.tree_flatten(example_inputs)
+        self._leaves, self._structure = pytree.tree_flatten(own_inputs(example_inputs))
         self.places = self._found()
         self._speaking = [self._next(place) for place in self.places]
 
@@ -92,7 +93,7 @@ class Speaker:
         try:
             if hooks and storages:
                 with evaluating(self._model):
-                    call(self._model, pytree.tree_unflatten(self._leaves, self._structure))
+                    call_on(self._model, pytree.tree_unflatten(self._leaves, self._structure))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from nac_gpu.files.atomic import atomically
 from nac_gpu.network.comparing import relative_error
 from nac_gpu.network.precision import without_tf32
-from nac_gpu.network.running import ExampleInputs, call, evaluating, tensors_in
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import ExampleInputs, call, evaluating
 from nac_gpu.network.unwrapping import unwrapped
 
 

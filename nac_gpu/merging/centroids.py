@@ -13,6 +13,7 @@ For clusters p of neurons j:
 A neuron with label -1 is removed together with its connections. This is pruning, the baseline for merging.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from nac_gpu.network.moving import sent
 from nac_gpu.network.precision import working_dtype
 from nac_gpu.network.state import selected
 from nac_gpu.network.sums import add_rows
-from nac_gpu.tracing.graph import Group, Member, Norm, Producer
+from nac_gpu.tracing.graph import Choice, Group, Member, Norm, Producer
 
 #: How the standard deviation of a merged channel with BatchNorm is chosen.
 Deviation = Literal["restored", "centroid"]
@@ -199,6 +200,28 @@ class Merger:
         new[source] = 0
         new[target] = values[target].to(new.dtype)
         self.state[name] = new
+
+
+def merged(
+    state: Mapping[str, Tensor], choices: Sequence[Choice], labels: Sequence[Tensor], deviation: Deviation = "restored"
+) -> dict[str, Tensor]:
+    """Smaller tensors in which the neurons of each group are merged.
+
+    Args:
+        state: tensors by name; not changed.
+        choices: the groups.
+        labels: for each group, int64 [n], as `Merger.merge` takes them.
+        deviation: as for `Merger`.
+    """
+    merger = Merger(dict(state), deviation)
+    for choice, own in zip(choices, labels, strict=True):
+        merger.merge(choice.group, own)
+    return merger.finish()
+
+
+def homes_of(labels: Tensor) -> Tensor:
+    """For each neuron, the first neuron of its cluster, where the cluster is stored: int64 [n]; no label is -1."""
+    return first_of_each(labels)[labels]
 
 
 def keeps_all(labels: Tensor) -> bool:

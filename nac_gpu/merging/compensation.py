@@ -27,7 +27,7 @@ from nac_gpu.calibration.readings import Reading, by_channel, columns_of, outgoi
 from nac_gpu.clustering.labels import first_of_each
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.merging.centroids import Merger, keeps_all
-from nac_gpu.network.copying import rebuild
+from nac_gpu.network.copying import copied, rebuild
 from nac_gpu.network.moving import sent
 from nac_gpu.network.precision import floating
 from nac_gpu.network.running import evaluating
@@ -71,7 +71,7 @@ class Compensator:
         merger: merges the tensors.
 
     Args:
-        model: the original; not changed.
+        model: the original; not changed, and not run.
         graph: its record.
         batches: inputs of the model.
         activities: activations and outgoing weights on these inputs, by the name of the group.
@@ -90,10 +90,10 @@ class Compensator:
         *,
         repeated: bool = False,
     ) -> None:
-        self._model, self._graph, self._batches, self._ranks = model, graph, batches, ranks
+        self._original, self._graph, self._batches, self._ranks = model, graph, batches, ranks
+        self._model = copied(model)  # to be run
         self._activities = activities
         self._state = tensors(model)
-        self._work = rebuild(model, self._state)
         self._modules = dict(model.named_modules())
         self._calls: dict[str, int] | None = None
         self._repeated = repeated
@@ -115,10 +115,8 @@ class Compensator:
         return self.merger.finish()
 
     def network(self) -> nn.Module:
-        """The network merged so far, with zeros at the positions of dropped neurons; the next merge changes it."""
-        for name, tensor in [*self._work.named_parameters(), *self._work.named_buffers()]:
-            tensor.data = self.merger.state[name]
-        return self._work
+        """A network merged so far, to be run, with zeros at the positions of dropped neurons."""
+        return rebuild(self._original, self.merger.state, clone=True)
 
     def merge(self, group: Group, labels: Tensor) -> None:
         """Merge one group and refit its consumers.

@@ -22,9 +22,11 @@ from nac_gpu.calibration.batches import Batches
 from nac_gpu.calibration.dream import COUNT, usual_count
 from nac_gpu.distributed.ranks import ALONE, RankError, Ranks
 from nac_gpu.network.comparing import change, mean_change
+from nac_gpu.network.copying import copied
 from nac_gpu.network.moving import sent
 from nac_gpu.network.precision import multiplies_bfloat16
-from nac_gpu.network.running import ExampleInputs, arguments, call, evaluating, in_small_operations, tensors_in
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import ExampleInputs, arguments, call, evaluating, in_small_operations
 
 BATCH = 64  # inputs
 PASSES = 80  # over the inputs
@@ -54,7 +56,7 @@ def learn(
 
     Args:
         small: the merged network.
-        model: the original; not changed.
+        model: the original; not changed, and not run: a copy is.
         touched: names of the tensors that merging changed.
         batches: inputs of both; tensors are joined and divided into batches of 64.
         passes: passes over the inputs; at most 1280 steps are made, fewer for large images.
@@ -73,7 +75,7 @@ def learn(
         try:
             _check_memory(weights)
             rate = _RATE_SYNTHETIC if synthetic else _RATE
-            return _Learning(small, model, weights, batches).found(passes, rate, seed)
+            return _Learning(copied(small), copied(model), weights, batches).found(passes, rate, seed)
         except RankError:
             raise
         except (RuntimeError, NotImplementedError) as error:  # an operation without gradient, or too little memory

@@ -17,7 +17,9 @@ from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.merging.compensation import Compensator
 from nac_gpu.network.comparing import change, mean_change
-from nac_gpu.network.running import call, evaluating, tensors_in
+from nac_gpu.network.copying import copied
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import call, evaluating
 from nac_gpu.tracing.graph import Graph, Group
 
 _TRIED = (0.03, 0.1, 0.3)  # errors at which the change of the outputs is measured
@@ -34,7 +36,7 @@ def losses(
     Without activations, or if the outputs cannot be compared, it is `-log(1 - e)` of the group's own error.
 
     Args:
-        model: not changed.
+        model: not changed, and not run.
         graph: its record.
         groups: the groups.
         evidence: about their neurons.
@@ -51,8 +53,9 @@ def losses(
     if not batches:
         return plain
     compensator = Compensator(model, graph, batches, evidence.activities, repeated=True)
-    with evaluating(model):
-        expected = [_outputs(model, batch) for batch in batches]
+    run = copied(model)
+    with evaluating(run):
+        expected = [_outputs(run, batch) for batch in batches]
 
     def measured(group: Group) -> dict[float, float] | None:
         """Changes of the outputs, by the error of the group; None if the outputs cannot be compared."""

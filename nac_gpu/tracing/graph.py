@@ -142,6 +142,7 @@ class Graph:
         flops: floating point operations of the pass, as `nac_gpu.cost` counts them.
         operations: floating point operations by the name of the parameter that they multiply with.
         norms: by the name of a weight, the BatchNorm directly after it, if nothing else reads the weight's output.
+        written: names of the parameters that the pass writes to.
     """
 
     groups: tuple[Group, ...]
@@ -150,3 +151,4 @@ class Graph:
     flops: int = 0
     operations: Mapping[str, int] = field(default_factory=dict)
     norms: Mapping[str, Norm] = field(default_factory=dict)
+    written: tuple[str, ...] = ()

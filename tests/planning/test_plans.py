@@ -204,7 +204,7 @@ def test_example_inputs_of_zeros_hide_nothing(build: type[nn.Module]) -> None:
 
 def test_the_trial_is_not_vacuous_behind_a_head_of_zeros() -> None:
     """A wrong rule would be caught by the trial alone."""
-    from nac_gpu.network.probes import converted
+    from nac_gpu.network.copying import converted
     from nac_gpu.planning.trial import Trial
     from nac_gpu.tracing.graph import Choice, Group, Member
     from nac_gpu.tracing.trace import record

@@ -32,8 +32,9 @@ from nac_gpu.files.origin import origin_of, remember, shorten
 from nac_gpu.merging.refinement import PASSES, learn
 from nac_gpu.network.checking import check_weights
 from nac_gpu.network.comparing import change, mean_change, outputs
-from nac_gpu.network.copying import rebuild
-from nac_gpu.network.costs import Cost, cost
+from nac_gpu.network.copying import copied, rebuild
+from nac_gpu.network.costs import Cost
+from nac_gpu.network.counting import cost
 from nac_gpu.network.precision import working_dtype
 from nac_gpu.network.probes import lively
 from nac_gpu.network.running import ExampleInputs
@@ -211,14 +212,14 @@ def _nearest(
     normalised: the sum of its members.
     """
     ways = [(0, False), *([(0, True)] if any(c.has_bias() for c in changed) else []), (1, False), (-1, False)]
-    expected = outputs(model, inputs)
+    expected = outputs(copied(model), inputs)
     best: tuple[float, nn.Module] | None = None
     for power, logarithm in ways:
         new = {n: t for c in changed for n, t in c.tensors(state, power, logarithm).items()}
         small = rebuild(model, {**state, **new}, attributes)
         shorten(small, {c.mixture.name: len(c.clusters) for c in changed if c.mixture.keys})
         try:
-            distance = mean_change([change(outputs(small, inputs), expected)])
+            distance = mean_change([change(outputs(copied(small), inputs), expected)])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the user's code may raise anything

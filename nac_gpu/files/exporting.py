@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from nac_gpu.files.atomic import atomically
 from nac_gpu.network.comparing import relative_error
+from nac_gpu.network.copying import copied
 from nac_gpu.network.precision import without_tf32
 from nac_gpu.network.reaching import tensors_in
 from nac_gpu.network.running import ExampleInputs, call, evaluating
@@ -54,7 +55,7 @@ def export(
     path = Path(path)
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected .pt2 or .onnx")
-    model, _ = unwrapped(model)
+    model = copied(unwrapped(model)[0])
     args, kwargs = _arguments(model, example_inputs)
     if dynamic_batch:  # torch.export treats a size of 1 as a constant
         args, kwargs = _batched((args, kwargs), 2)

@@ -3,6 +3,7 @@
 import gc
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Set, ValuesView
+from functools import partial
 from itertools import islice
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -55,7 +56,9 @@ def _parts(value: object) -> Iterator[object]:
         for cell in function.__closure__ or ():
             yield _content(cell)
         return
-    if isinstance(value, Mapping):
+    if isinstance(value, partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, Mapping):
         yield from value.values()
     elif isinstance(value, list | tuple | Set | deque | ValuesView | Iterator):
         yield from islice(value, _MOST)

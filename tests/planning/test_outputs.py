@@ -70,7 +70,7 @@ CONTAINERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "values": lambda a, b: {"a": a, "b": b}.values(),
     "items": lambda a, b: {"a": a, "b": b}.items(),
     "zip": lambda a, b: zip([a], [b], strict=True),
-    "map": lambda a, b: map(lambda t: t + 0, [a, b]),
+    "map": lambda a, b: map(torch.neg, [a, b]),
     "generator": lambda a, b: (t * 1 for t in (a, b)),
     "enumerate": lambda a, b: enumerate([a, b]),
     "reversed": lambda a, b: reversed([a, b]),

@@ -150,8 +150,10 @@ def check_copies(
     >>> nac_gpu.testing.check_copies(model, torch.zeros(2, 8)).error < 1e-8
     True
     """
-    prepared = plan_for(take(model, example_inputs), Request(width=width))
-    found = merge_copies(prepared.model, example_inputs, prepared.choices, seed)
+    request = Request(width=width, seed=seed)
+    request.check()
+    prepared = plan_for(take(model, example_inputs), request)
+    found = merge_copies(prepared.model, example_inputs, prepared.choices, request.seed)
     if found.vacuous:
         raise AssertionError(
             f"copies of neurons moved the outputs by {found.effect:.1e} only, expected more than {VACUOUS:.0e}: "

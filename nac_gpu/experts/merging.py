@@ -42,6 +42,7 @@ from nac_gpu.network.sums import add_rows
 from nac_gpu.network.unwrapping import computed, unwrapped
 from nac_gpu.planning.layers import kept_of
 from nac_gpu.planning.plans import Plan
+from nac_gpu.planning.request import checked_passes, checked_seed
 from nac_gpu.tracing.graph import Group, Member
 from nac_gpu.tracing.trace import record
 
@@ -88,8 +89,7 @@ def merge_experts(
     >>> len(nac_gpu.merge_experts(Mixture(), torch.randn(16, 8), 2, calibration="none").experts)
     2
     """
-    if refine < 0:
-        raise ValueError(f"refine={refine}, expected a number of passes over the calibration inputs, 0 for none")
+    refine, seed = checked_passes(refine), checked_seed(seed)
     network, wrappers = unwrapped(model)
     if is_open(network):
         raise ValueError("expected a model in memory, not one of nac_gpu.open_model, whose weights are in files")

@@ -24,6 +24,7 @@ from nac_gpu.merging.attributes import attributes, set_configs
 from nac_gpu.merging.centroids import Merger
 from nac_gpu.merging.compensation import Compensator
 from nac_gpu.merging.refinement import PASSES, learn
+from nac_gpu.network.ambient import undisturbed
 from nac_gpu.network.copying import rebuild
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.network.state import tensors
@@ -42,6 +43,7 @@ Rule = Literal["compensated", "restored", "centroid"]
 Neurons = Literal["activations", "folded", "weights"]
 
 
+@undisturbed()
 def plan(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -101,6 +103,7 @@ def plan(
         return keep(plan_for(take(model, example_inputs, ranks), request), request)
 
 
+@undisturbed()
 def compress(
     model: nn.Module,
     example_inputs: ExampleInputs,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nac_gpu.merging.attributes import attributes
 from nac_gpu.merging.centroids import Merger
 from nac_gpu.merging.copies import copy_neurons, random_assignments
+from nac_gpu.network.ambient import undisturbed
 from nac_gpu.network.comparing import relative_error
 from nac_gpu.network.copying import rebuild
 from nac_gpu.network.probes import converted
@@ -126,6 +127,7 @@ class Copies:
         return not self.effect > VACUOUS
 
 
+@undisturbed()
 def check_copies(
     model: nn.Module, example_inputs: ExampleInputs, *, width: Width = 0.5, seed: int = 0, tolerance: float = 1e-8
 ) -> Copies:

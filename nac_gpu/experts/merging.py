@@ -30,7 +30,8 @@ from nac_gpu.experts.counts import Entry, attributes, entries, set_configs
 from nac_gpu.experts.mixtures import Lookalike, Mixture, find_mixtures
 from nac_gpu.files.origin import origin_of, remember, shorten
 from nac_gpu.merging.refinement import PASSES, learn
-from nac_gpu.network.checking import check_weights
+from nac_gpu.network.ambient import ordinary, ordinary_model, undisturbed
+from nac_gpu.network.checking import check_model, check_weights
 from nac_gpu.network.comparing import change, mean_change, outputs
 from nac_gpu.network.copying import rebuild
 from nac_gpu.network.costs import Cost, cost
@@ -50,6 +51,7 @@ Experts = int | float | Mapping[str, int | float]
 _DIRECTIONS = 64  # random directions in which the products of an expert are compared
 
 
+@undisturbed()
 def merge_experts(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -91,6 +93,8 @@ def merge_experts(
     """
     refine, seed = checked_passes(refine), checked_seed(seed)
     network, wrappers = unwrapped(model)
+    check_model(network)
+    network, example_inputs = ordinary_model(network), ordinary(example_inputs)
     if is_open(network):
         raise ValueError("expected a model in memory, not one of nac_gpu.open_model, whose weights are in files")
     model, changes = computed(network)
@@ -102,8 +106,7 @@ def merge_experts(
     # inputs of zeros would not show how the router normalises its scores
     tried_on = batches[0] if batches else pytree.tree_map(lambda value: lively(value, generator), example_inputs)
     small = fewer.network(model, tried_on)
-    source = () if evidence is None else (evidence.source,)
-    said = (*wrappers, *changes, *fewer.told(type(model).__name__), *source)
+    said = (*wrappers, *changes, *fewer.told(type(model).__name__), *([evidence.source] if evidence else []))
     before, after = cost(model, example_inputs), cost(small, example_inputs)
     remember(small, model, _plan(model, said, before, after), seed)
     if fewer.changed and evidence is not None and batches:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nac_gpu.network.ambient import undisturbed
 from nac_gpu.network.running import ExampleInputs, call, evaluating, in_small_operations
 
 
@@ -39,6 +40,7 @@ class Cost:
     flops: int
 
 
+@undisturbed()
 def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
     """Count a model's parameters, and the operations of its forward pass on these inputs in eval mode.
 

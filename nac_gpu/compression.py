@@ -24,12 +24,13 @@ from nac_gpu.merging.attributes import attributes, set_configs
 from nac_gpu.merging.centroids import Deviation, Merger
 from nac_gpu.merging.compensation import Compensator
 from nac_gpu.merging.refinement import PASSES, learn
+from nac_gpu.network.ambient import undisturbed
 from nac_gpu.network.copying import rebuild
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.network.state import tensors
 from nac_gpu.planning.plans import Plan
 from nac_gpu.planning.prepare import Prepared, forget, keep, plan_for, replay
-from nac_gpu.planning.request import LimitsByLayer, Names, Request, Share, Width
+from nac_gpu.planning.request import LimitsByLayer, Names, Request, Share, Width, checked_passes
 from nac_gpu.planning.taking import take
 from nac_gpu.tracing.graph import Choice
 
@@ -42,6 +43,7 @@ Rule = Literal["compensated", "restored", "centroid"]
 Neurons = Literal["activations", "folded", "weights"]
 
 
+@undisturbed()
 def plan(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -75,7 +77,7 @@ def plan(
         latency: the same for the time of that pass, a share (float).
         calibration: inputs for choosing widths: batches of unlabelled inputs, `"dream"` or `"none"`.
         limits: for a budget, the fewest and most neurons of layers.
-        multiple_of: for a budget, widths are multiples of this.
+        multiple_of: for a budget, widths are multiples of this, and narrower layers keep their neurons.
         only: names of layers or of modules that contain layers, or patterns; nothing else is compressed.
         skip: the same for layers that are not compressed.
         seed: of synthetic inputs; the global random state is not touched.
@@ -101,6 +103,7 @@ def plan(
         return keep(plan_for(take(model, example_inputs, ranks), request), request)
 
 
+@undisturbed()
 def compress(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -180,7 +183,7 @@ def compress(
     request = Request(width, params, flops, latency, limits, multiple_of, only, skip, calibration, seed)
     with joined(process_group, model) as ranks:
         request.check() if plan is None else request.check_beside_plan()
-        settings = MergeSettings.of(method, rule, neurons, refine, seed)
+        settings = MergeSettings.of(method, rule, neurons, refine, request.seed)
         planned = request.arguments() if plan is None else {"plan": plan.widths}
         check_arguments(ranks, {**settings.arguments(), **planned, "example_inputs": without_values(example_inputs)})
         network = take(model, example_inputs, ranks)
@@ -228,12 +231,10 @@ class MergeSettings:
         for name, value, known in (("rule", rule, get_args(Rule)), ("neurons", neurons, (None, *get_args(Neurons)))):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(k for k in known if k)}")
-        if refine < 0:
-            raise ValueError(f"refine={refine}, expected a number of passes over the calibration inputs, 0 for none")
         assign = METHODS[method] if isinstance(method, str) else method
         if assign is l1 and neurons is None:
             neurons = "weights"
-        return MergeSettings(assign, rule, neurons, refine, seed)
+        return MergeSettings(assign, rule, neurons, checked_passes(refine), seed)
 
     @property
     def looks_at_activations(self) -> bool:

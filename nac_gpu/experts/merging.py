@@ -30,7 +30,8 @@ from nac_gpu.experts.counts import Entry, attributes, entries, set_configs
 from nac_gpu.experts.mixtures import Lookalike, Mixture, find_mixtures
 from nac_gpu.files.origin import origin_of, remember, shorten
 from nac_gpu.merging.refinement import PASSES, learn
-from nac_gpu.network.checking import check_weights
+from nac_gpu.network.ambient import ordinary, ordinary_model, undisturbed
+from nac_gpu.network.checking import check_model, check_weights
 from nac_gpu.network.comparing import change, mean_change, outputs
 from nac_gpu.network.copying import copied, rebuild
 from nac_gpu.network.costs import Cost
@@ -43,6 +44,7 @@ from nac_gpu.network.sums import add_rows
 from nac_gpu.network.unwrapping import computed, unwrapped
 from nac_gpu.planning.layers import kept_of
 from nac_gpu.planning.plans import Plan
+from nac_gpu.planning.request import checked_passes, checked_seed
 from nac_gpu.tracing.graph import Group, Member
 from nac_gpu.tracing.trace import record
 
@@ -50,6 +52,7 @@ Experts = int | float | Mapping[str, int | float]
 _DIRECTIONS = 64  # random directions in which the products of an expert are compared
 
 
+@undisturbed()
 def merge_experts(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -89,9 +92,10 @@ def merge_experts(
     >>> len(nac_gpu.merge_experts(Mixture(), torch.randn(16, 8), 2, calibration="none").experts)
     2
     """
-    if refine < 0:
-        raise ValueError(f"refine={refine}, expected a number of passes over the calibration inputs, 0 for none")
+    refine, seed = checked_passes(refine), checked_seed(seed)
     network, wrappers = unwrapped(model)
+    check_model(network)
+    network, example_inputs = ordinary_model(network), ordinary(example_inputs)
     if is_open(network):
         raise ValueError("expected a model in memory, not one of nac_gpu.open_model, whose weights are in files")
     model, changes = computed(network)
@@ -103,8 +107,7 @@ def merge_experts(
     # inputs of zeros would not show how the router normalises its scores
     tried_on = batches[0] if batches else pytree.tree_map(lambda value: lively(value, generator), example_inputs)
     small = fewer.network(model, tried_on)
-    source = () if evidence is None else (evidence.source,)
-    said = (*wrappers, *changes, *fewer.told(type(model).__name__), *source)
+    said = (*wrappers, *changes, *fewer.told(type(model).__name__), *([evidence.source] if evidence else []))
     before, after = cost(model, example_inputs), cost(small, example_inputs)
     remember(small, model, _plan(model, said, before, after), seed)
     if fewer.changed and evidence is not None and batches:

@@ -2,11 +2,13 @@
 
 from torch import nn
 
+from nac_gpu.network.ambient import undisturbed
 from nac_gpu.network.copying import copied
 from nac_gpu.network.costs import Cost, flop_counter
 from nac_gpu.network.running import ExampleInputs, call, evaluating, in_small_operations
 
 
+@undisturbed()
 def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
     """Count a model's parameters, and the operations of its forward pass on these inputs in eval mode.
 

@@ -15,12 +15,13 @@ from torch.utils import _pytree as pytree
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.distributed.replicas import same_model
 from nac_gpu.distributed.sharded import unsharded
-from nac_gpu.network.checking import check_weights
+from nac_gpu.network.ambient import ordinary, ordinary_model
+from nac_gpu.network.checking import check_model, check_weights, reason_inside, unrecorded
 from nac_gpu.network.costs import Cost
 from nac_gpu.network.running import ExampleInputs, describe
 from nac_gpu.network.unwrapping import computed, unwrapped
 from nac_gpu.planning.subject import Network, Subject
-from nac_gpu.tracing.graph import Graph, Group
+from nac_gpu.tracing.graph import Graph, Group, LeftAlone
 from nac_gpu.tracing.trace import record
 
 
@@ -29,10 +30,12 @@ def take(model: nn.Module, example_inputs: ExampleInputs, ranks: Ranks = ALONE) 
 
     Raises:
         ValueError: weights are not finite, or the model differs from that of rank 0.
-        TypeError: integer or complex weights.
+        TypeError: integer or complex weights, or a model of a kind that cannot be compressed.
     """
-    inputs = ranks.sent(example_inputs)
     network, wrappers = unwrapped(model)
+    check_model(network)
+    inputs = ordinary(ranks.sent(example_inputs))
+    network = ordinary_model(network)
     network, sharded = unsharded(network, ranks)
     network, buffers = same_model(network, model, ranks)
     network, weights = computed(network)
@@ -49,12 +52,16 @@ def recorded(network: Network) -> Subject:
     graph = record(network.model, network.inputs)
     cost = Cost(sum(parameter.numel() for parameter in network.model.parameters()), graph.flops)
     more = _enlarged(network.model, network.inputs, graph)
-    if more is None:
-        return Subject(**vars(network), graph=graph, cost=cost)
-    larger, found, line = more
-    graph = replace(found, flops=graph.flops, operations=graph.operations)
-    network = replace(network, changes=(*network.changes, line))
-    return Subject(**vars(network), graph=graph, cost=cost, larger=larger)
+    larger = None
+    if more is not None:
+        larger, found, line = more
+        graph = replace(found, flops=graph.flops, operations=graph.operations)
+        network = replace(network, changes=(*network.changes, line))
+    alone = [
+        replace(alone, reason=reason_inside(network.model, alone.layer) or alone.reason) for alone in graph.left_alone
+    ]
+    alone += [LeftAlone(*found) for found in unrecorded(network.model)]
+    return Subject(**vars(network), graph=replace(graph, left_alone=tuple(alone)), cost=cost, larger=larger)
 
 
 def _enlarged(model: nn.Module, inputs: ExampleInputs, graph: Graph) -> tuple[ExampleInputs, Graph, str] | None:

@@ -11,6 +11,7 @@ from nac_gpu.calibration.batches import Calibration
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.clustering.dendrogram import Dendrogram
 from nac_gpu.files.origin import origin_of
+from nac_gpu.network.ambient import drawn, undisturbed
 from nac_gpu.network.copying import copied
 from nac_gpu.network.counting import cost
 from nac_gpu.network.machine import environment
@@ -29,6 +30,7 @@ from nac_gpu.reporting.measuring import accuracy, bytes_on_disk
 TIMED: Mapping[int, float] = MappingProxyType({1: 5.0, 64: 5.0})
 
 
+@undisturbed()
 def report(
     model: nn.Module,
     small: nn.Module,
@@ -82,7 +84,7 @@ def report(
         before=_size(network, example_inputs),
         after=_size(small_network, example_inputs),
         timings=tuple(measured),
-        accuracy=None if data is None else accuracy(run, small_run, data),
+        accuracy=None if data is None else accuracy(run, small_run, drawn(data)),
         curves=_curves(prepared, evidence),
         tree=_tree(prepared, chosen, evidence),
         filters=first_filters(prepared, small_network, example_inputs, evidence),

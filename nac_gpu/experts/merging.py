@@ -97,12 +97,13 @@ def merge_experts(
     check_weights(model)
     fewer = _Fewer.found(model, example_inputs, experts)
     evidence = gather(model, example_inputs, (), calibration, seed) if refine and calibration != "none" else None
-    batches = list(evidence.batches) if evidence is not None else []
+    # inputs that only a copy in float32 takes are of no use here
+    batches = list(evidence.batches) if evidence is not None and not evidence.float32 else []
     generator = torch.Generator().manual_seed(seed)
     # inputs of zeros would not show how the router normalises its scores
     tried_on = batches[0] if batches else pytree.tree_map(lambda value: lively(value, generator), example_inputs)
     small = fewer.network(model, tried_on)
-    source = () if evidence is None else (evidence.source,)
+    source = () if evidence is None else (f"{'not refined: ' * evidence.float32}{evidence.source}",)
     said = (*wrappers, *changes, *fewer.told(type(model).__name__), *source)
     before, after = cost(model, example_inputs), cost(small, example_inputs)
     remember(small, model, _plan(model, said, before, after), seed)

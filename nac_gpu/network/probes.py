@@ -23,6 +23,18 @@ def converted(model: nn.Module, example_inputs: ExampleInputs, dtype: torch.dtyp
     return copy.deepcopy(model).to(dtype), pytree.tree_map(lambda value: in_dtype(value, dtype), example_inputs)
 
 
+def is_narrow(value: object) -> bool:
+    """Whether a tensor, or some tensor of a model, is in a floating type of 16 bits."""
+    if isinstance(value, nn.Module):
+        return any(is_narrow(tensor) for tensor in tensors(value).values())
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """A copy of a model in float32."""
+    return converted(model, (), torch.float32)[0]
+
+
 #: The largest difference between outputs that rounding explains, relative to the largest output.
 SAME = {torch.float32: 1e-5, torch.float64: 1e-8}
 

@@ -63,6 +63,7 @@ def dream(
     seed: int = 0,
     ranks: Ranks = ALONE,
     careful: int | None = None,
+    steps: int | None = None,
 ) -> list[Tensor]:
     """Synthetic inputs whose channel statistics match the running statistics of BatchNorm.
 
@@ -76,6 +77,7 @@ def dream(
         ranks: the processes that divide the batches among them.
         careful: the model is run on this many inputs at once, and neither in bfloat16 nor without gradients where its
             code switches them off.
+        steps: of gradient descent, by default 60. With none, the noise is only scaled to fit, which needs no gradient.
 
     Returns:
         Batches of inputs.
@@ -94,7 +96,9 @@ def dream(
     sizes = [min(size, count - start) if careful is None else size for start in range(0, count, size)]
     noises = [image_noise((size, *inputs.shape[1:]), generator).to(inputs) for size in sizes]
     with evaluating(model), torch.enable_grad():
-        made = list(ranks.share(noises, lambda noise: _dreamed(model, noise, careful)))
+        made = list(
+            ranks.share(noises, lambda noise: _dreamed(model, noise, careful, STEPS if steps is None else steps))
+        )
     return _divided(made, careful)
 
 
@@ -309,6 +313,8 @@ class _Mismatch:
         """The sum over all calls of BatchNorm, a scalar."""
         for calls in zip(*self._seen, strict=True):
             self._errors.append(self._of(calls[0][0], torch.cat([given for _, given in calls])))
+        if not self._errors:
+            raise ValueError("no BatchNorm with statistics is run")
         return torch.stack(self._errors).sum()
 
     def _of(self, module: nn.Module, given: Tensor) -> Tensor:
@@ -324,13 +330,14 @@ class _Mismatch:
         return off.square().mean() + stretched.square().mean()
 
 
-def _dreamed(model: nn.Module, noise: Tensor, part: int | None) -> Tensor:
+def _dreamed(model: nn.Module, noise: Tensor, part: int | None, steps: int) -> Tensor:
     """One batch of noise, optimised to match the statistics of BatchNorm.
 
     Args:
         model: in eval mode.
         noise: a batch.
         part: how many inputs the model is run on at once, see `careful` of `dream`.
+        steps: of gradient descent.
     """
     parts = 1 if part is None else len(noise) // part
     mismatch = _Mismatch(parts)
@@ -353,8 +360,8 @@ def _dreamed(model: nn.Module, noise: Tensor, part: int | None) -> Tensor:
         mean, scale = _SCALES[found.index(min(found))]
         inputs = (mean + scale * noise).requires_grad_()
         optimizer = torch.optim.Adam([inputs], lr=_RATE * scale, betas=(0.9, 0.99))
-        for step in range(STEPS):
-            optimizer.param_groups[0]["lr"] = _RATE * scale * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = _RATE * scale * 0.5 * (1 + math.cos(math.pi * step / steps))
             (inputs.grad,) = torch.autograd.grad(error(inputs), inputs)
             optimizer.step()
     finally:

@@ -1,5 +1,6 @@
 """The inputs on which neurons are observed: calibration data, or synthetic inputs made from the model."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -111,33 +112,42 @@ def _synthetic(model: nn.Module, example_inputs: ExampleInputs, seed: int, ranks
             yield Way(partial(_spoken, model, example_inputs, seed, reason, careful), "making tokens")
         return
     assert isinstance(example_inputs, Tensor), "why_not() checks this"
-    remembered = has_statistics(model)
-    yield Way(partial(_dreamed, model, example_inputs, seed, remembered, False), "dreaming")
-    if remembered:
-        yield Way(partial(_dreamed, model, example_inputs, seed, True, True), "dreaming")
-    yield Way(partial(_dreamed, model, example_inputs, seed, False, True), "drawing" if remembered else "dreaming")
+    if not has_statistics(model):
+        yield Way(partial(_dreamed, model, example_inputs, seed, "draw", False), "dreaming")
+        yield Way(partial(_dreamed, model, example_inputs, seed, "draw", True), "dreaming")
+        return
+    yield Way(partial(_dreamed, model, example_inputs, seed, "dream", False), "dreaming")
+    yield Way(partial(_dreamed, model, example_inputs, seed, "dream", True), "dreaming")
+    yield Way(partial(_dreamed, model, example_inputs, seed, "noise", True), "scaling noise")
+    # Where BatchNorm is run, draws are worse than nothing: they have neither its means nor its deviations.
+    yield Way(partial(_dreamed, model, example_inputs, seed, "draw", True), "drawing")
 
 
-def _dreamed(
-    model: nn.Module, example_inputs: Tensor, seed: int, remembered: bool, careful: bool, ranks: Ranks
-) -> Inputs:
-    """Synthetic images or vectors, from the statistics that BatchNorm remembers or from the first layer."""
-    source = f"dreamed up from {'the statistics of BatchNorm' if remembered else 'the weights of the first layer'}"
-    run, example, float32 = _wide(model, example_inputs, ranks) if careful else (model, example_inputs, False)
+_SOURCES = {
+    "dream": "dreamed up from the statistics of BatchNorm",
+    "noise": "of noise, scaled to fit the statistics of BatchNorm",
+    "draw": "dreamed up from the weights of the first layer",
+}
+
+
+def _dreamed(model: nn.Module, example_inputs: Tensor, seed: int, kind: str, careful: bool, ranks: Ranks) -> Inputs:
+    """Synthetic images or vectors of one of these kinds."""
+    run, example, float32 = _differentiable(model, example_inputs, ranks) if careful else (model, example_inputs, False)
     assert isinstance(example, Tensor), "as the original is"
     size = _batch_size(run, example, ranks) if careful else None
-    if remembered:
-        batches = dream(run, example, seed=seed, ranks=ranks, careful=size)
-    else:
+    if kind == "draw":
         batches = draw(run, example, seed=seed, careful=size)
-    return Inputs([*batches], source + _IN_FLOAT32 * float32, remembered, True, float32)
+    else:
+        steps = 0 if kind == "noise" else None
+        batches = dream(run, example, seed=seed, ranks=ranks, careful=size, steps=steps)
+    return Inputs([*batches], _SOURCES[kind] + _IN_FLOAT32 * float32, kind == "dream", True, float32)
 
 
 def _spoken(
     model: nn.Module, example_inputs: ExampleInputs, seed: int, reason: str, careful: bool, ranks: Ranks
 ) -> Inputs:
     """Synthetic tokens; no inputs, for that reason, if the model reads none."""
-    run, example, float32 = _wide(model, example_inputs, ranks) if careful else (model, example_inputs, False)
+    run, example, float32 = _differentiable(model, example_inputs, ranks) if careful else (model, example_inputs, False)
     speaker = Speaker(run, example, careful=careful)
     if not speaker.places:
         return _weights_only(reason).make(ranks)
@@ -146,24 +156,28 @@ def _spoken(
     return Inputs(speaker.batches(seed, ranks), source + _IN_FLOAT32 * float32, speaks, True, float32)
 
 
-def _wide(model: nn.Module, example_inputs: ExampleInputs, ranks: Ranks) -> tuple[nn.Module, ExampleInputs, bool]:
-    """A copy of the model and its inputs in float32, if it is in a type of 16 bits and its code runs in float32.
+def _differentiable(
+    model: nn.Module, example_inputs: ExampleInputs, ranks: Ranks
+) -> tuple[nn.Module, ExampleInputs, bool]:
+    """What gradients need: float32 in place of types of 16 bits, if the code runs in it, and no inference tensors.
 
     Returns:
-        The copy, or the model itself; the inputs for it; whether it is the copy.
+        A copy, or the model itself; the inputs for it; whether it is in float32 in place of the model's own type.
     """
-    if not is_narrow(model):
+    narrow = is_narrow(model)
+    if not narrow and not any(parameter.is_inference() for parameter in model.parameters()):
         return model, example_inputs, False
 
     def run(_: Ranks) -> tuple[nn.Module, ExampleInputs]:
-        copy, wide = converted(model, example_inputs, torch.float32)
-        with evaluating(copy):
-            call(copy, wide)
-        return copy, wide
+        if not narrow:
+            return copy.deepcopy(model), example_inputs
+        wide, inputs = converted(model, example_inputs, torch.float32)
+        with evaluating(wide):
+            call(wide, inputs)
+        return wide, inputs
 
     try:
-        copy, wide = attempt(run, ranks)
-        return copy, wide, True
+        return *attempt(run, ranks), narrow
     except StepError:
         return model, example_inputs, False
 

@@ -171,8 +171,8 @@ class Speaker:
         self._free = dict(nowhere)
         for place in self.places:
             leaf = self._leaves[place.leaf].cpu()
-            usual = torch.arange(int(leaf.min()), min(place.kinds, int(leaf.max()) + 1))
-            for kinds in (torch.arange(place.kinds), usual):
+            between = torch.arange(int(leaf.min()), int(leaf.max()) + 1)
+            for kinds in (torch.arange(place.kinds), between, leaf.unique().long()):
                 found = self._search(place, kinds, torch.arange(leaf[0].numel()), max(1, leaf[0].numel() // _PIECES))
                 if self._accepts(place, kinds, found):
                     break

@@ -146,7 +146,8 @@ def compress(
         calibration: inputs for comparing neurons and compensation: batches of unlabelled inputs, such as a list of
             tensors or a DataLoader (a few hundred inputs; labels are ignored); or `"dream"` for synthetic inputs (see
             `nac_gpu.calibration.dream` and `nac_gpu.calibration.tokens`). With `"none"`, or if no inputs can be made
-            from the model, neurons are compared by their weights and the rule is `"restored"`.
+            from the model, neurons are compared by their weights and the rule is `"restored"`. Where a step fails on
+            this model, a warning and the plan that the result remembers say what was done in its place.
         limits: fewest and most neurons of layers; this and the next three as for `nac_gpu.plan`.
         multiple_of: chosen widths are multiples of this.
         only: names or patterns; nothing else is compressed.

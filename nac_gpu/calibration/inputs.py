@@ -135,10 +135,10 @@ def _dreamed(model: nn.Module, example_inputs: Tensor, seed: int, kind: str, car
     run, example, float32 = _differentiable(model, example_inputs, ranks) if careful else (model, example_inputs, False)
     assert isinstance(example, Tensor), "as the original is"
     size = _batch_size(run, example, ranks) if careful else None
-    if kind == "draw":
+    if kind == "draw" and has_statistics(model):
         batches = draw(run, example, seed=seed, careful=size)
     else:
-        steps = 0 if kind == "noise" else None
+        steps = 0 if kind == "noise" else None  # without statistics, it draws
         batches = dream(run, example, seed=seed, ranks=ranks, careful=size, steps=steps)
     return Inputs([*batches], _SOURCES[kind] + _IN_FLOAT32 * float32, kind == "dream", True, float32)
 

@@ -97,8 +97,7 @@ def merge_experts(
     check_weights(model)
     fewer = _Fewer.found(model, example_inputs, experts)
     evidence = gather(model, example_inputs, (), calibration, seed) if refine and calibration != "none" else None
-    # inputs that only a copy in float32 takes are of no use here
-    batches = list(evidence.batches) if evidence is not None and not evidence.float32 else []
+    batches = list(evidence.batches) if evidence is not None and not evidence.float32 else []  # else for a copy
     generator = torch.Generator().manual_seed(seed)
     # inputs of zeros would not show how the router normalises its scores
     tried_on = batches[0] if batches else pytree.tree_map(lambda value: lively(value, generator), example_inputs)

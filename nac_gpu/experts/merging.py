@@ -30,10 +30,10 @@ from nac_gpu.experts.counts import Entry, attributes, entries, set_configs
 from nac_gpu.experts.mixtures import Lookalike, Mixture, find_mixtures
 from nac_gpu.files.origin import origin_of, remember, shorten
 from nac_gpu.merging.refinement import PASSES, learn
-from nac_gpu.network.ambient import ordinary, ordinary_model, undisturbed
+from nac_gpu.network.ambient import ordinary, undisturbed
 from nac_gpu.network.checking import check_model, check_weights
 from nac_gpu.network.comparing import change, mean_change, outputs
-from nac_gpu.network.copying import copied, rebuild
+from nac_gpu.network.copying import copied, ordinary_model, rebuild
 from nac_gpu.network.costs import Cost
 from nac_gpu.network.counting import cost
 from nac_gpu.network.precision import working_dtype
@@ -102,12 +102,13 @@ def merge_experts(
     check_weights(model)
     fewer = _Fewer.found(model, example_inputs, experts)
     evidence = gather(model, example_inputs, (), calibration, seed) if refine and calibration != "none" else None
-    batches = list(evidence.batches) if evidence is not None else []
+    batches = list(evidence.batches) if evidence is not None and not evidence.float32 else []  # else for a copy
     generator = torch.Generator().manual_seed(seed)
     # inputs of zeros would not show how the router normalises its scores
     tried_on = batches[0] if batches else pytree.tree_map(lambda value: lively(value, generator), example_inputs)
     small = fewer.network(model, tried_on)
-    said = (*wrappers, *changes, *fewer.told(type(model).__name__), *([evidence.source] if evidence else []))
+    source = () if evidence is None else (f"{'not refined: ' * evidence.float32}{evidence.source}",)
+    said = (*wrappers, *changes, *fewer.told(type(model).__name__), *source)
     before, after = cost(model, example_inputs), cost(small, example_inputs)
     remember(small, model, _plan(model, said, before, after), seed)
     if fewer.changed and evidence is not None and batches:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.files.atomic import atomically
-from nac_gpu.network.ambient import ordinary, ordinary_model, undisturbed
+from nac_gpu.network.ambient import ordinary, undisturbed
 from nac_gpu.network.comparing import relative_error
 from nac_gpu.network.copying import copied
 from nac_gpu.network.precision import without_tf32
@@ -57,7 +57,7 @@ def export(
     path = Path(path)
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected .pt2 or .onnx")
-    model = copied(ordinary_model(unwrapped(model)[0]))
+    model = copied(unwrapped(model)[0])
     example_inputs = ordinary(example_inputs)
     args, kwargs = _arguments(model, example_inputs)
     if dynamic_batch:  # torch.export treats a size of 1 as a constant

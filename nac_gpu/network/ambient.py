@@ -7,11 +7,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
-
-from nac_gpu.network.copying import copied
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")  # that may have autocast
 _OURS = torch.float32, torch.device("cpu")
@@ -119,12 +117,3 @@ def ordinary(value: Any) -> Any:
         return value
     with torch.inference_mode(False):
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value)
-
-
-def ordinary_model(model: nn.Module) -> nn.Module:
-    """The model, or a copy with ordinary tensors if some of its own were made in inference mode."""
-    own = [*model.parameters(), *model.buffers()]
-    if not any(tensor.is_inference() for tensor in own):
-        return model
-    with torch.inference_mode(False):
-        return copied(model)

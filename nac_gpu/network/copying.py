@@ -64,6 +64,27 @@ def converted(model: nn.Module, example_inputs: ExampleInputs, dtype: torch.dtyp
     return copied(model).to(dtype), pytree.tree_map(lambda value: in_dtype(value, dtype), example_inputs)
 
 
+def is_narrow(value: object) -> bool:
+    """Whether a tensor, or some tensor of a model, is in a floating type of 16 bits."""
+    if isinstance(value, nn.Module):
+        return any(is_narrow(tensor) for tensor in tensors(value).values())
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """A copy of a model in float32."""
+    return converted(model, (), torch.float32)[0]
+
+
+def ordinary_model(model: nn.Module) -> nn.Module:
+    """The model, or a copy with ordinary tensors if some of its own were made in inference mode."""
+    own = [*model.parameters(), *model.buffers()]
+    if not any(tensor.is_inference() for tensor in own):
+        return model
+    with torch.inference_mode(False):
+        return copied(model)
+
+
 def _computed(model: nn.Module) -> list[Tensor]:
     """Tensors among a model's attributes that have a graph, such as a penalty of the last training step.
 

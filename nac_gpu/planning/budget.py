@@ -53,10 +53,10 @@ def choose(subject: Subject, request: Request, trial: Trial) -> Chosen:
         )
     chooser = _Chooser(subject, request, trial)
     asked = request.most(subject.cost.parameters, subject.cost.flops)
-    source = chooser.evidence.source
+    lines = (chooser.evidence.source, *chooser.unmeasured)
     if request.latency is None:
-        outcome, lines = chooser.within(asked)
-        return Chosen(outcome, chooser.evidence, tuple(chooser.refused), (source, *lines))
+        outcome, own = chooser.within(asked)
+        return Chosen(outcome, chooser.evidence, tuple(chooser.refused), (*lines, *own))
     watch = Stopwatch(subject.model, subject.inputs, subject.ranks)
     measured: dict[tuple[int, ...], tuple[float, str]] = {}  # by widths: another, tighter budget may repeat them
     known: dict[float, tuple[Outcome, tuple[str, ...]]] = {}
@@ -72,8 +72,8 @@ def choose(subject: Subject, request: Request, trial: Trial) -> Chosen:
         return latency
 
     found = nearest(request.latency, 1.001 * chooser.least / subject.cost.flops, timed)  # a margin for rounding
-    outcome, lines = known[found]
-    return Chosen(outcome, chooser.evidence, tuple(chooser.refused), (source, *lines))
+    outcome, own = known[found]
+    return Chosen(outcome, chooser.evidence, tuple(chooser.refused), (*lines, *own))
 
 
 class _Chooser:
@@ -82,6 +82,7 @@ class _Chooser:
     Attributes:
         evidence: used to choose the widths.
         refused: groups that a trial refused, and why.
+        unmeasured: a line that says that losses could not be measured; none if they were.
     """
 
     def __init__(self, subject: Subject, request: Request, trial: Trial) -> None:
@@ -96,7 +97,9 @@ class _Chooser:
         self.evidence = gather(
             subject.model, subject.inputs, self._good, request.calibration, request.seed, subject.ranks
         )
-        self._lost: Mapping[str, Curve] = losses(subject.model, graph, self._good, self.evidence, subject.ranks)
+        self._lost: Mapping[str, Curve]
+        self._lost, why = losses(subject.model, graph, self._good, self.evidence, subject.ranks)
+        self.unmeasured = (why,) if why else ()
         self._shapes = {name: parameter.shape for name, parameter in subject.model.named_parameters()}
 
     @property

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.distributed.replicas import same_model
 from nac_gpu.distributed.sharded import unsharded
-from nac_gpu.network.ambient import ordinary, ordinary_model
+from nac_gpu.network.ambient import ordinary
 from nac_gpu.network.checking import check_model, check_weights, reason_inside, unrecorded
+from nac_gpu.network.copying import ordinary_model
 from nac_gpu.network.costs import Cost
 from nac_gpu.network.running import ExampleInputs, describe
 from nac_gpu.network.unwrapping import computed, unwrapped

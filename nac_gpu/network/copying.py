@@ -5,9 +5,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from nac_gpu.network.kept_numbers import set_number
 from nac_gpu.network.layer_sizes import set_sizes
 
-#: New values by (module, attribute).
+#: New values by (module, path of the attribute).
 Attributes = Mapping[tuple[str, str], object]
 
 
@@ -22,7 +23,7 @@ def rebuild(
         model: not changed.
         state: a tensor for each name of `tensors(model)`.
         attributes: of modules, where they do not follow from the shape of a tensor: numbers of heads and groups, sizes
-            that the user's code stores.
+            that the user's code stores, also inside of containers (see `nac_gpu.network.kept_numbers`).
         share: unchanged parameters share memory with the model's, for a copy that is only run and never trained.
     """
     memo: dict[int, Tensor] = {}
@@ -43,5 +44,5 @@ def rebuild(
         if any(id(tensor) in changed for tensor in own):
             set_sizes(module)
     for (name, attribute), value in (attributes or {}).items():
-        setattr(small.get_submodule(name), attribute, value)
+        set_number(small.get_submodule(name), attribute, value)
     return small

@@ -12,8 +12,18 @@ from typing import NamedTuple
 
 from torch import nn
 
-from nac_gpu.merging.sizes import Resized, around, holder, inside, is_of_torch, meaning, says_otherwise, sizes_in
-from nac_gpu.network.kept_numbers import number_at, numbers_of
+from nac_gpu.merging.sizes import (
+    Resized,
+    above,
+    around,
+    holder,
+    is_of_torch,
+    kept_by,
+    meaning,
+    says_otherwise,
+    sizes_in,
+)
+from nac_gpu.network.kept_numbers import number_at
 from nac_gpu.tracing.graph import Choice, Group
 
 _COUNT = re.compile(r"heads?$|(?<!key_value_)(?<!kv_)groups$")
@@ -70,7 +80,7 @@ def _unnamed(modules: Mapping[str, nn.Module], group: Group, resized: Resized) -
         (name, path): group
         for name in near
         if name in modules and not is_of_torch(modules[name])
-        for path, value in numbers_of(modules[name]).items()
+        for path, value in kept_by(modules[name]).items()
         if value in sizes and meaning(path) is None and all(key.isdecimal() for key in path.split(".")[1:])
         if not (says_otherwise(path) or _COUNT.search(path))
         if resized.of(name, path, value) - {value} and len(resized.of(name, path, value)) == 1
@@ -82,27 +92,21 @@ def _decided(
 ) -> tuple[dict[tuple[str, str], object], dict[tuple[str, str], Group]]:
     """New values by (module, path), and a group for each attribute that could not be decided."""
     modules = dict(model.named_modules())
-    claims: dict[tuple[str, str], list[Choice]] = {}
-    sure: set[tuple[str, str]] = set()
+    claims: dict[tuple[str, str], tuple[list[Choice], list[Choice]]] = {}  # those that are sure come last
     for choice in choices:
-        for module, path, *surely in choice.group.attributes:
-            claims.setdefault((module, path), []).append(choice)
-            if not surely or surely[0]:
-                sure.add((module, path))
-    resized = Resized(model, choices)
+        for module, path, surely in map(_following, choice.group.attributes):
+            claims.setdefault((module, path), ([], []))[surely].append(choice)
     values: dict[tuple[str, str], object] = {}
     doubtful: dict[tuple[str, str], Group] = {}
-    for (module, path), own in claims.items():
+    resized = Resized(model, choices if claims else ())
+    for (module, path), (named, sure) in claims.items():
         old = number_at(modules[module], path)
         assert old is not None, "guesses name whole numbers"
-        if (module, path) in sure:
-            found = {_scaled_by_all(old, own, resized.of_groups(old, [choice.group for choice in own]))}
-        else:
-            found = resized.of(module, path, old)
+        found = {_scaled(path, old, sure, resized)} if sure else resized.of(module, path, old)
         if len(found) == 1 and found != {None}:
             values[module, path] = found.pop()
         elif found and not (old in found and resized.stays_inside(module, old)):
-            doubtful[module, path] = own[0].group
+            doubtful[module, path] = (sure or named)[0].group
     for choice in choices:
         for name in choice.group.units:
             layer = modules.get(name)
@@ -112,23 +116,22 @@ def _decided(
     return {key: new for key, new in values.items() if new != number_at(modules[key[0]], key[1])}, doubtful
 
 
-def _scaled_by_all(value: int, claims: Sequence[Choice], parts: set[int]) -> int | None:
-    """A size that follows these groups; None if they do not agree.
+def _following(attribute: tuple[str, ...]) -> Following:
+    """An attribute of a group; one that was not guessed here is sure."""
+    return attribute if isinstance(attribute, Following) else Following(*attribute, surely=True)
 
-    Args:
-        value: before merging.
-        claims: the groups and their widths.
-        parts: new sizes of the dimensions of this size in which the groups are parts.
-    """
-    sizes = [{choice.group.size, *(member.index.numel() for member in choice.group.members)} for choice in claims]
-    scaled = {value * choice.width // choice.group.size for choice in claims}
-    whole = all(value in own for own in sizes)
-    product = math.prod(choice.group.size for choice in claims)
-    mixed = len({bool(choice.group.units) for choice in claims}) == 2
-    if mixed and product == value:  # heads times the width of a head, and both change
-        return value * math.prod(choice.width for choice in claims) // product
-    if not whole and len(parts) == 1:
-        return next(iter(parts))
+
+def _scaled(path: str, value: int, claims: Sequence[Choice], resized: Resized) -> int | None:
+    """A number that surely follows these groups; None if they do not agree."""
+    sizes = math.prod(choice.group.size for choice in claims)
+    if sizes == value and len({bool(choice.group.units) for choice in claims}) == 2:
+        return math.prod(choice.width for choice in claims)  # heads times the width of a head, and both change
+    numbers = [{choice.group.size, *(member.index.numel() for member in choice.group.members)} for choice in claims]
+    if not _COUNT.search(path) and not all(value in own for own in numbers):
+        parts = resized.of_groups(value, [choice.group for choice in claims])
+        if len(parts) == 1:
+            return next(iter(parts))
+    scaled = {value * choice.width // choice.group.size for choice in claims if value % choice.group.size == 0}
     return scaled.pop() if len(scaled) == 1 else None
 
 
@@ -189,14 +192,18 @@ def guesses(
     named = [*counts, *_named(modules, group)]
     yield (*fixed, *named)
     seen = None if read is None else read()
-    others = [item._replace(surely=True) for item in named] + list(_of_any_name(modules, group))
-    tried = [item for item in dict.fromkeys(others) if seen is None or (item[0], item[1].split(".")[0]) in seen]
-    unread = [item for item in named if item._replace(surely=True) not in tried]
-    wide = [item for item in tried if item in counts or meaning(item.attribute) or _WIDTH.search(item.attribute)]
-    sets = [tried, wide, [item for item in tried if item in counts], []]
-    few = tried[:_MOST]
-    sets += [[item for item in tried if item != left] for left in few] if len(tried) <= _MOST else []
-    sets += [[item] for item in few]
+
+    def may_matter(item: Following) -> bool:
+        return seen is None or (item.module, item.attribute.partition(".")[0]) in seen
+
+    given = {item._replace(surely=True): item for item in named}
+    scaled = list(filter(may_matter, dict.fromkeys([*given, *_of_any_name(modules, group)])))
+    mixed = [given.get(item, item) for item in scaled]
+    wide = [item for item in scaled if item in counts or meaning(item.attribute) or _WIDTH.search(item.attribute)]
+    few = range(min(len(scaled), _MOST))
+    sets = [mixed, scaled, wide, [item for item in scaled if item in counts], []]
+    sets += [mixed[:one] + mixed[one + 1 :] for one in few] + [[scaled[one]] for one in few]
+    unread = [item for item in named if not may_matter(item)]
     done = {frozenset([*fixed, *named])}
     for chosen in sets:
         found = (*fixed, *unread, *chosen)
@@ -224,7 +231,7 @@ def _counts(modules: Mapping[str, nn.Module], group: Group) -> tuple[list[Follow
     found += [
         Following(name, path, True)
         for name in around([holder(name) for name in others if name], modules)[:1]
-        for path, value in numbers_of(modules[name]).items()
+        for path, value in kept_by(modules[name]).items()
         if _HEADS.search(path) and value == group.size
     ]
     return fixed, list(dict.fromkeys(found))
@@ -233,7 +240,7 @@ def _counts(modules: Mapping[str, nn.Module], group: Group) -> tuple[list[Follow
 def _values(module: nn.Module) -> list[tuple[str, int]]:
     """The numbers of a module; for PyTorch's attention, its number of heads."""
     heads = isinstance(module, nn.MultiheadAttention)
-    return [("num_heads", module.num_heads)] if heads else list(numbers_of(module).items())
+    return [("num_heads", module.num_heads)] if heads else list(kept_by(module).items())
 
 
 def _own_count(module: nn.Module) -> tuple[str, ...]:
@@ -246,7 +253,7 @@ def _named(modules: Mapping[str, nn.Module], group: Group) -> Iterator[Following
     """Attributes with a name and a value of the group's size, in modules that contain a layer of the group."""
     sizes = sizes_in(modules, group)
     for name in around(_layers(group), modules):
-        for path, value in numbers_of(modules[name]).items():
+        for path, value in kept_by(modules[name]).items():
             if value in sizes and meaning(path) is not None:
                 yield Following(name, path)
 
@@ -258,11 +265,11 @@ def _of_any_name(modules: Mapping[str, nn.Module], group: Group) -> Iterator[Fol
     beside = [
         name
         for name, module in modules.items()
-        if any(inside(place, name) for place in near)
+        if not near.isdisjoint(above(name))
         if isinstance(module, nn.Unflatten) or not is_of_torch(module)
         if next(module.parameters(), None) is None
     ]
     for name in dict.fromkeys([*around(layers, modules), *beside]):
-        for path, value in numbers_of(modules[name]).items():
+        for path, value in kept_by(modules[name], options=True).items():
             if value in sizes:
                 yield Following(name, path, True)

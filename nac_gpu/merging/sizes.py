@@ -8,9 +8,12 @@ updated only where all of them get the same new size.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from torch import nn
 
+from nac_gpu.network.kept_numbers import numbers_of
+from nac_gpu.network.layer_sizes import own_sizes
 from nac_gpu.tracing.graph import Choice, Group, Member
 
 _WHAT = r"(?:ch|chs|chan|chans|channels?|planes|dims?|features?|feats?|sizes?|width|filters|units)"
@@ -204,6 +207,22 @@ def _dimensions(model: nn.Module, choices: Sequence[Choice]) -> Iterator[Dimensi
                 yield Dimension(name, place, before, after, groups, reads, makes)
 
 
+def kept_by(module: nn.Module, *, options: bool = False) -> dict[str, int]:
+    """The whole numbers that a module keeps, by their paths, without those that PyTorch's layers define.
+
+    Args:
+        module: the module.
+        options: include those in dictionaries and objects, which modules may share, and which tell how a model was
+            built.
+    """
+    left = own_sizes(module) | {name for name, value in vars(module).items() if not (options or _is_size(value))}
+    return {path: value for path, value in numbers_of(module).items() if path.partition(".")[0] not in left}
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, Integral | list | tuple)
+
+
 def sizes_in(modules: Mapping[str, nn.Module], group: Group) -> set[int]:
     """Numbers that may stand for a group's size: of neurons, of their positions, of dimensions they are a part of."""
     found = {group.size}
@@ -215,13 +234,19 @@ def sizes_in(modules: Mapping[str, nn.Module], group: Group) -> set[int]:
     return found - {1}
 
 
+def above(module: str) -> Iterator[str]:
+    """The names of a module and of those that contain it, up to the model."""
+    yield module
+    while module:
+        module = holder(module)
+        yield module
+
+
 def around(layers: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
     """Modules that contain any of these layers, or are one of them, nearest first; PyTorch's own are omitted."""
     found: dict[str, int] = {}
     for layer in dict.fromkeys(layers):
-        parts = layer.split(".") if layer else []
-        for up in range(len(parts) + 1):
-            name = ".".join(parts[: len(parts) - up])
+        for up, name in enumerate(above(layer)):
             found[name] = min(found.get(name, up), up)
     near = sorted(found, key=lambda name: found[name])
     return [name for name in near if name in modules and not is_of_torch(modules[name])]

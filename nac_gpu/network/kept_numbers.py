@@ -16,8 +16,6 @@ from typing import Any
 
 from torch import nn
 
-from nac_gpu.network.layer_sizes import own_sizes
-
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _CONFIGURATION = re.compile(r"^(config|conf|cfg|args|opts?|options|hparams|params|settings)$")
 _DEEPEST = 3  # containers inside each other
@@ -27,13 +25,11 @@ _LONGEST = 64  # items of a container; longer ones hold data
 def numbers_of(module: nn.Module) -> dict[str, int]:
     """The whole numbers above 1 that a module keeps, by their paths.
 
-    Those that PyTorch's own classes define are omitted, because they follow the tensors, and so are configurations of
-    Hugging Face, which many modules share.
+    Configurations of Hugging Face are omitted, because many modules share them.
     """
-    known = _OF_EVERY_MODULE | own_sizes(module)
     found = {}
     for name, value in vars(module).items():
-        if name not in known and "." not in name and (_is_whole(value) or not name.startswith("_")):
+        if name not in _OF_EVERY_MODULE and "." not in name and (_is_whole(value) or not name.startswith("_")):
             found.update(_numbers(name, value, _CONFIGURATION.match(name) is not None, _DEEPEST))
     return found
 

@@ -141,7 +141,7 @@ class Resized:
         elif kind == "inner":
             own = [d for d in own if d.groups and not any(self._leaves(module, group) for group in d.groups)] or own
         elif kind == "last" and len({d.after for d in own}) > 1:
-            own = [d for d in own if d.reads or (d.place == 1 and not d.groups)][-1:]
+            own = [d for d in own if d.whole and (d.reads or (d.place == 1 and not d.groups))][-1:]
         return {dimension.after for dimension in own}
 
     def of_groups(self, value: int, groups: Sequence[Group]) -> set[int]:

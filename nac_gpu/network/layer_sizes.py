@@ -16,6 +16,8 @@ def own_sizes(module: nn.Module) -> frozenset[str]:
         return _OF_ATTENTION
     if _is_transposed_linear(module):
         return frozenset({"nx", "nf"})
+    if isinstance(module, nn.Unflatten):
+        return frozenset({"dim"})  # it has no tensors: its sizes are the user's
     kinds = type(module).__mro__
     own = next((kind for kind in kinds if kind.__module__.startswith("torch.nn")), nn.Module)
     return frozenset(getattr(own, "__constants__", ()))

@@ -26,8 +26,9 @@ from nac_gpu.merging.sizes import (
 from nac_gpu.network.kept_numbers import number_at
 from nac_gpu.tracing.graph import Choice, Group
 
-_COUNT = re.compile(r"heads?$|(?<!key_value_)(?<!kv_)groups$")
+_COUNT = re.compile(r"(?<!dim_)(?<!\bd_)(?<!size_)(?<!per_)heads?$|(?<!key_value_)(?<!kv_)(?<!per_)groups$")
 _HEADS = re.compile(r"heads$|n_head$")
+_HEAD = re.compile(r"(?<!all_)head(?!s)")
 _HIDDEN = re.compile(r"intermediate_size$|ffn_dim$|d_ff$|n_inner$")
 _WIDTH = re.compile(r"dim|size|width|channels|features|hidden|planes|inner|embed|chunk|split")
 _MOST = 6  # attributes that are tried one by one
@@ -254,7 +255,8 @@ def _named(modules: Mapping[str, nn.Module], group: Group) -> Iterator[Following
     sizes = sizes_in(modules, group)
     for name in around(_layers(group), modules):
         for path, value in kept_by(modules[name]).items():
-            if value in sizes and meaning(path) is not None:
+            of_one_head = group.units and _HEAD.search(path)
+            if value in sizes and meaning(path) is not None and not of_one_head:
                 yield Following(name, path)
 
 

@@ -50,7 +50,7 @@ def meaning(path: str) -> str | None:
     for pattern, kind in ((_GROUPS, "groups"), (_LAST, "last"), (_IN, "in"), (_OUT, "out")):
         if pattern.search(name):
             return kind
-    if not _INNER.isdisjoint(words):
+    if not _INNER.isdisjoint(words) or "all_head" in name:
         return "inner"
     return None if _SIZE.isdisjoint(words) else "any"
 
@@ -139,7 +139,9 @@ class Resized:
         elif kind == "out":
             own = [d for d in own if d.makes and any(self._crosses(module, group, 1) for group in d.groups)]
         elif kind == "inner":
-            own = [d for d in own if d.groups and not any(self._leaves(module, group) for group in d.groups)] or own
+            both = [d for d in own if any(self._passes_inside(module, group) for group in d.groups)]
+            own = [d for d in both if not any(self._leaves(module, group) for group in d.groups)] or both
+            own = own or [d for d in self._inside(module, value) if d.makes] or self._inside(module, value)
         elif kind == "last" and len({d.after for d in own}) > 1:
             own = [d for d in own if d.whole and (d.reads or (d.place == 1 and not d.groups))][-1:]
         return {dimension.after for dimension in own}
@@ -150,9 +152,9 @@ class Resized:
         return {d.after for d in self._by_size.get(value, ()) if any(id(group) in wanted for group in d.groups)}
 
     def stays_inside(self, module: str, value: int) -> bool:
-        """Whether no dimension of this size that the module shares with others changes."""
+        """Whether no dimension of this size changes that the module shares with others, other than of heads."""
         own = [d for d in self._inside(module, value) if d.after != value]
-        return not any(self._leaves(module, group) for d in own for group in d.groups)
+        return not any(self._leaves(module, group) and not group.units for d in own for group in d.groups)
 
     def _inside(self, module: str, value: int) -> list[Dimension]:
         return [d for d in self._by_size.get(value, ()) if inside(module, holder(d.tensor))]
@@ -160,6 +162,10 @@ class Resized:
     def _crosses(self, module: str, group: Group, end: int) -> bool:
         """Whether a group has a layer that makes it (end 0) or reads it (end 1) outside of a module."""
         return not all(inside(module, layer) for layer in self._ends[id(group)][end])
+
+    def _passes_inside(self, module: str, group: Group) -> bool:
+        """Whether a module both makes and reads a group."""
+        return all(any(inside(module, layer) for layer in end) for end in self._ends[id(group)])
 
     def _leaves(self, module: str, group: Group) -> bool:
         return self._crosses(module, group, 0) or self._crosses(module, group, 1)

@@ -341,6 +341,27 @@ def test_what_is_a_size_by_its_value_only_is_named() -> None:
     assert stale(model, choices) == ["mystery (16) may be the number of first's channels and was left"]
 
 
+class Heads(nn.Module):
+    """Attention with more sizes than its number of heads."""
+
+    def __init__(self, dim: int = 12, heads: int = 4, dim_head: int = 8) -> None:
+        super().__init__()
+        self.dim, self.heads, self.dim_head, self.all_head_size = dim, heads, dim_head, heads * dim_head
+        self.qkv, self.out = nn.Linear(dim, 3 * heads * dim_head), nn.Linear(heads * dim_head, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, self.dim_head).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.out(y.reshape(b, t, self.all_head_size))
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_the_width_of_a_head_is_no_number_of_heads(heads: int) -> None:
+    small = halved(Heads(heads=heads), torch.randn(2, 5, 12))
+    assert (small.heads, small.dim_head, small.all_head_size, small.dim) == (heads // 2, 8, heads * 4, 12)
+
+
 class Joined(nn.Module):
     """Reads two groups side by side, and keeps the sum of their sizes."""
 

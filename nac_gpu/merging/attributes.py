@@ -95,7 +95,7 @@ def _decided(
     modules = dict(model.named_modules())
     claims: dict[tuple[str, str], tuple[list[Choice], list[Choice]]] = {}  # those that are sure come last
     for choice in choices:
-        for module, path, surely in map(_following, choice.group.attributes):
+        for module, path, surely in choice.group.attributes:
             claims.setdefault((module, path), ([], []))[surely].append(choice)
     values: dict[tuple[str, str], object] = {}
     doubtful: dict[tuple[str, str], Group] = {}
@@ -115,11 +115,6 @@ def _decided(
                 # in_channels is `groups` times the columns of the weight
                 values[name, "in_channels"] = layer.in_channels * choice.width // choice.group.size
     return {key: new for key, new in values.items() if new != number_at(modules[key[0]], key[1])}, doubtful
-
-
-def _following(attribute: tuple[str, ...]) -> Following:
-    """An attribute of a group; one that was not guessed here is sure."""
-    return attribute if isinstance(attribute, Following) else Following(*attribute, surely=True)
 
 
 def _scaled(path: str, value: int, claims: Sequence[Choice], resized: Resized) -> int | None:

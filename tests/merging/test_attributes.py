@@ -358,7 +358,10 @@ class Heads(nn.Module):
 
 @pytest.mark.parametrize("heads", [4, 8])
 def test_the_width_of_a_head_is_no_number_of_heads(heads: int) -> None:
-    small = halved(Heads(heads=heads), torch.randn(2, 5, 12))
+    model, inputs = Heads(heads=heads), torch.randn(2, 5, 12)
+    found = attributes(model, first_guesses(model, inputs, {"qkv": heads // 2}))
+    assert found == {("", "heads"): heads // 2, ("", "all_head_size"): heads * 4}
+    small = halved(model, inputs)
     assert (small.heads, small.dim_head, small.all_head_size, small.dim) == (heads // 2, 8, heads * 4, 12)
 
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.network.deferred import Deferred
+from nac_gpu.network.kept_numbers import set_number
 from nac_gpu.network.layer_sizes import set_sizes
 from nac_gpu.network.precision import in_dtype
 from nac_gpu.network.reaching import leaves_in
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.network.state import tensors
 
-#: New values by (module, attribute).
+#: New values by (module, path of the attribute).
 Attributes = Mapping[tuple[str, str], object]
 
 
@@ -33,7 +34,7 @@ def rebuild(
         model: not changed.
         state: a tensor for each name of `tensors(model)`; cloned where it is the model's own.
         attributes: of modules, where they do not follow from the shape of a tensor: numbers of heads and groups, sizes
-            that the user's code stores.
+            that the user's code stores, also inside of containers (see `nac_gpu.network.kept_numbers`).
         clone: clone all tensors of `state`, because others use them, too.
     """
     memo: dict[int, Tensor] = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
@@ -50,7 +51,7 @@ def rebuild(
         if any(id(tensor) in changed for tensor in own):
             set_sizes(module)
     for (name, attribute), value in (attributes or {}).items():
-        setattr(small.get_submodule(name), attribute, value)
+        set_number(small.get_submodule(name), attribute, value)
     return small
 
 

@@ -339,10 +339,10 @@ def test_a_plan_that_does_not_run_any_more_is_an_error() -> None:
     class Sized(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.last, self.half = nn.Linear(4, 8), nn.Linear(8, 2), 4
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.first(x).view(-1, 2, self.half).flatten(1))
+            return self.last(self.first(x).view(-1, 2, 4).flatten(1))
 
     model, inputs = Sized(), torch.randn(2, 4)
     first = nac.GroupPlan("first", ("first",), 4, 3)

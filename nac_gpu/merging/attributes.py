@@ -34,6 +34,9 @@ def attributes(model: nn.Module, choices: Sequence[Choice]) -> dict[tuple[str, s
 
 
 def _scaled(value: object, before: int, after: int) -> object:
+    if isinstance(value, tuple):  # sizes, the first that fits is that of the group
+        at = value.index(before) if before in value else len(value)
+        return (*value[:at], *([after] if at < len(value) else []), *value[at + 1 :])
     assert isinstance(value, int), "only whole numbers are scaled"
     return value * after // before
 
@@ -101,6 +104,8 @@ def guesses(modules: Mapping[str, nn.Module], group: Group) -> Iterator[tuple[tu
 def _own_count(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.modules.conv._ConvNd):
         return ("groups",)
+    if isinstance(module, nn.Unflatten):
+        return ("unflattened_size",)
     return ("num_groups",) if isinstance(module, nn.GroupNorm) else ()
 
 

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nac_gpu.tracing.atoms import Labels, numbered
+from nac_gpu.tracing.atoms import Labels, numbered, varying
 from nac_gpu.tracing.recorder import Call, Notes, aligned, name_of
 from nac_gpu.tracing.repeats import LARGEST, combined, moved, repeats
 from nac_gpu.tracing.rules.elementwise import (
@@ -39,7 +39,7 @@ from nac_gpu.tracing.rules.movement import MOVEMENT, RESHAPES, constant, identit
 from nac_gpu.tracing.rules.norms import BATCH_NORMS, batch_norm, group_norm, layer_norm
 from nac_gpu.tracing.rules.pixels import channel_shuffle, col2im, im2col, pixel_shuffle, unpool
 from nac_gpu.tracing.rules.products import MATRIX_PRODUCTS, convolution, embedding, matrix_product
-from nac_gpu.tracing.rules.writing import copy, note_written, refresh
+from nac_gpu.tracing.rules.writing import copy, note_read, note_written, refresh
 
 #: Operations that repeat values of a tensor, beside those that expand one.
 REPEATING = frozenset("repeat repeat_interleave tile index index_select".split())
@@ -63,10 +63,12 @@ def apply(notes: Notes, call: Call) -> list[Labels]:
     refresh(notes, call.tensors)
     for tensor in call.tensors:
         notes.atoms.separations.extend(notes.labels_of(tensor).pending)
-    if not call.in_place:
-        return _outputs(notes, call)
     before = [notes.labels_of(tensor) for tensor in call.written]
-    return note_written(notes, call, before, _outputs(notes, call))
+    labels = _outputs(notes, call)
+    if call.in_place:
+        labels = note_written(notes, call, before, labels)
+    note_read(notes, call.outputs)
+    return labels
 
 
 def _outputs(notes: Notes, call: Call) -> list[Labels]:
@@ -113,7 +115,8 @@ def _repeated(notes: Notes, call: Call, rule: Rule | None) -> Sequence[tuple[Ten
 
     if rule is elementwise or rule is copy:
         read = tensors[1:] if rule is copy else tensors
-        if not any(tensor.ndim and repeats(tensor, notes.labels_of(tensor)) for tensor in read):
+        known = any(tensor.ndim and repeats(tensor, notes.labels_of(tensor)) for tensor in read)
+        if not known and rule is not copy:  # what is copied may be expanded
             return []
         ndim = call.outputs[0].ndim
         return [combined(aligned(own, ndim) for tensor in read for own in numbers(tensor))] * len(call.outputs)
@@ -132,8 +135,11 @@ def _repeated(notes: Notes, call: Call, rule: Rule | None) -> Sequence[tuple[Ten
     if call.name in RESHAPES:
         return moved(numbers(first), first.shape, lambda own: own.reshape(call.outputs[0].shape))
     rest, named = on_cpu((call.args[1:], call.kwargs))
-    if call.name == "constant_pad_nd":
-        return moved(numbers(first), first.shape, lambda own: call.func(own + 1, rest[0], 0))
+    if call.name == "constant_pad_nd":  # as many places are padded if there are fewer values, so these may all differ
+        padded = {first.ndim - 1 - number // 2 for number, size in enumerate(rest[0]) if size}
+        apart = padded.union(*(dims for dims in map(varying, numbers(first)) if padded & set(dims)))
+        kept = [own for own in numbers(first) if not apart & set(varying(own))]
+        return [combined([*kept, *(own for own in numbered(call.outputs[0], Labels()) if apart & set(varying(own)))])]
     return moved(numbers(first), first.shape, lambda own: call.func(own, *rest, **named))
 
 

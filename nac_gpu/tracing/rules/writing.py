@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from nac_gpu.tracing.atoms import NONE, Labels, compact, numbered, product, varying
+from nac_gpu.tracing.atoms import MEAN, NONE, Labels, compact, numbered, numbers_along, plane_along, varying
 from nac_gpu.tracing.recorder import Call, Notes, aligned
-from nac_gpu.tracing.repeats import LARGEST, combined, repeats
+from nac_gpu.tracing.repeats import combined, repeats
 
 _IN_PLACE = "values are written in place"
 
@@ -23,7 +23,11 @@ def copy(notes: Notes, call: Call) -> list[Labels]:
         notes.freeze(call.args[:2], _IN_PLACE)
         return [Labels()]
     planes = tuple(aligned(plane, target.ndim) for plane in notes.planes(source))
-    if planes or not target._is_view():
+    if not target._is_view():
+        return [Labels(planes)]
+    if planes:
+        for plane in planes if notes.labels_of(source).parameter else ():
+            notes.atoms.role(plane, MEAN)
         return [Labels(planes)]
     for plane in notes.planes(target):
         notes.separate(plane, [], "only some channels are overwritten")
@@ -33,14 +37,23 @@ def copy(notes: Notes, call: Call) -> list[Labels]:
 
 def refresh(notes: Notes, tensors: Iterable[Tensor]) -> None:
     """Read the labels of views anew if others were written into their base after the views were made."""
-    for tensor in tensors if notes.changed else ():
-        base = tensor._base if tensor._is_view() else None
-        if base is None or base not in notes.changed:
-            continue
+    for tensor, base in _of_changed(notes, tensors):
         at = notes.changed[base]
         if notes.read.get(tensor) != at:
             notes.read[tensor] = at
             notes.put(tensor, _of_view(notes, tensor, base))
+
+
+def note_read(notes: Notes, tensors: Iterable[Tensor]) -> None:
+    """Note that the labels of these tensors agree with those of their bases."""
+    for tensor, base in _of_changed(notes, tensors):
+        notes.read[tensor] = notes.changed[base]
+
+
+def _of_changed(notes: Notes, tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The views of bases whose labels were changed, and these bases."""
+    pairs = [(tensor, tensor._base) for tensor in tensors if tensor._is_view()] if notes.changed else []
+    return [(tensor, base) for tensor, base in pairs if base is not None and base in notes.changed]
 
 
 def note_written(notes: Notes, call: Call, before: list[Labels], after: list[Labels]) -> list[Labels]:
@@ -86,7 +99,6 @@ def _written_into(notes: Notes, view: Tensor, base: Tensor, old: Labels, new: La
         if not known.planes and repeats(base, known):
             notes.put(base, Labels(repeats=_repeats_with(view, base, known, new)))
             _changed(notes, base)
-            notes.read[view] = notes.changed[base]
         return new
     if not whole and set(map(varying, old.planes)) == set(map(varying, new.planes)):
         return Labels(tuple(notes.join([*old.planes, *new.planes])))  # the base has the channels of the view already
@@ -102,7 +114,6 @@ def _written_into(notes: Notes, view: Tensor, base: Tensor, old: Labels, new: La
         found = notes.join([*known.planes, *found])
     notes.put(base, Labels(tuple(found)))
     _changed(notes, base)
-    notes.read[view] = notes.changed[base]
     return _of_view(notes, view, base)
 
 
@@ -170,7 +181,10 @@ def _of_view(notes: Notes, view: Tensor, base: Tensor) -> Labels:
         if small is not None:
             planes.append(small)
             notes.regroup(plane, small)
-    return Labels(tuple(planes), uniform=known.uniform)
+    if known.repeats is None:
+        return Labels(tuple(planes), uniform=known.uniform)
+    parts = (_through(view, base, own)[1] if block is None else _part(own, view, *block) for own in known.repeats)
+    return Labels(repeats=combined(parts))
 
 
 def _part(plane: Tensor, view: Tensor, first: list[int], dims: dict[int, int]) -> Tensor:
@@ -184,10 +198,19 @@ def _part(plane: Tensor, view: Tensor, first: list[int], dims: dict[int, int]) -
 
 
 def _repeats_with(view: Tensor, base: Tensor, known: Labels, new: Labels) -> tuple[Tensor, ...] | None:
-    """Which values of a base are the same once others without labels were written into a view of it."""
-    if base.numel() > LARGEST or view.dtype != base.dtype:
+    """Which values of a base are the same once others without labels were written into a view of it.
+
+    Along dimensions of which only a part is written, all values may differ: the code says which part, and would write
+    the same one if there were fewer.
+    """
+    block = _corner(view, base)
+    if block is None or view.dtype != base.dtype:
         return None
-    own = product(numbered(base, known))
-    laid_out, part = _through(view, base, own)
-    part.copy_(product(numbered(view, new)) + own.max() + 1)
-    return combined([laid_out])
+    planes, content = list(numbered(base, known)), numbered(view, new)
+    of_view = {own: dim for dim, own in block[1].items()}
+    for dim, size in enumerate(base.shape):
+        if size > 1:
+            all_of_it = dim in of_view and view.shape[of_view[dim]] == size
+            own = numbers_along(content, [of_view[dim]]).flatten() if all_of_it else torch.arange(size)
+            planes.append(plane_along(own, dim, base.ndim))
+    return combined(planes)

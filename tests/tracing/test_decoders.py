@@ -48,6 +48,13 @@ def test_groups_of_normalised_channels_are_units_of_them() -> None:
     assert widths(decoder(nn.GroupNorm(4, 8), nn.Conv2d(8, 5, 1), 3, 3), torch.randn(2, 6)) == {"make": 2}
 
 
+def test_channels_added_to_those_of_an_image_have_no_rows() -> None:
+    model = decoder(nn.ConstantPad3d((1, 1, 1, 1, 0, 1), 1.0), nn.Conv2d(9, 5, 1), 3, 3)
+    assert widths(model, torch.randn(2, 6)) == {"make": 4}
+    read = next(m for m in record(model, torch.randn(2, 6)).groups[0].members if m.tensor == "read.weight")
+    assert torch.equal(read.index, torch.arange(8)[:, None])
+
+
 def test_lines_and_volumes() -> None:
     assert widths(decoder(nn.ReLU(), nn.Conv1d(8, 5, 3), 4), torch.randn(2, 6)) == {"make": 4}
     assert widths(decoder(nn.BatchNorm3d(8), nn.Conv3d(8, 5, 1), 2, 2, 2), torch.randn(2, 6)) == {"make": 4}

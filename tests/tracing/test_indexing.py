@@ -97,6 +97,13 @@ def test_order_of_channels_keeps_them_apart(how: str) -> None:
     assert " is taken over channels in " in left_alone(around(OF_CHANNELS[how]), TOKENS)
 
 
+def test_the_largest_of_each_pair_of_channels() -> None:
+    def largest(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, 2)).topk(1).values.flatten(-2)
+
+    assert widths(around(largest, read=4), TOKENS) == {"make": 2}
+
+
 def test_indices_that_differ_between_channels_keep_them_apart() -> None:
     places = torch.randint(4, (6, 8), generator=torch.Generator().manual_seed(1))
     for between in (

@@ -86,6 +86,7 @@ DIFFERENT: dict[str, Masks] = {
     "slopes": lambda mask, n: (mask[:, None] * torch.arange(n).to(mask)[:, None, None]).flatten(0, 1),
     "added": lambda mask, n: mask.repeat_interleave(n, 0) + torch.zeros(len(mask) * n, 1, 1).cumsum(0).to(mask),
     "one_more": lambda mask, n: one_head_more(mask, n),
+    "padded": lambda mask, n: F.pad(mask[:, None].expand(-1, n - 1, -1, -1), (0, 0, 0, 0, 1, 0)).flatten(0, 1),
 }
 
 
@@ -124,8 +125,10 @@ def test_masks_that_differ_between_heads(how: str) -> None:
     assert heads(masked(DIFFERENT[how]), (tokens(2), torch.rand(2, 5, 5))) == []
 
 
-def test_heads_that_have_the_same_masks_in_turns_are_groups() -> None:
-    model = masked(lambda mask, n: mask.repeat(n, 1, 1))
+@pytest.mark.parametrize("places", [[0, 1] * 4, [0, 1, 0, 1, 1, 0, 1, 0]], ids=["alike", "crosswise"])
+def test_heads_that_have_the_same_masks_are_groups(places: list[int]) -> None:
+    """The masks of the first image are compared with each other, and those of the second."""
+    model = masked(lambda mask, n: mask[torch.tensor(places)])
     assert heads(model, (tokens(2), torch.rand(2, 5, 5))) == [2, 2]
 
 

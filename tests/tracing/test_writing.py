@@ -108,6 +108,18 @@ def masked(x: Tensor) -> Tensor:
     return x
 
 
+def indexed_behind_channels(x: Tensor) -> Tensor:
+    out = torch.zeros_like(x).mT.contiguous()
+    out[:, :, torch.tensor([0, 2])] = x[:, :2].mT
+    return out.mT
+
+
+def indexed_on_both_sides(x: Tensor) -> Tensor:
+    out = x.new_zeros(x.shape[0], x.shape[2], x.shape[1])
+    out[torch.tensor([0, 1, 1]), :, torch.tensor([3, 0, 2])] = x[0, :3]
+    return out.mT
+
+
 def one_value_before(x: Tensor) -> Tensor:
     out = x.new_zeros(x.shape)
     out[:, 3] = 1.0
@@ -120,7 +132,11 @@ def padded(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "between", [previous, view_made_before, base_written_after, constants, masked, one_value_before, padded]
+    "between",
+    [
+        *(previous, view_made_before, base_written_after, constants, masked, indexed_behind_channels),
+        *(indexed_on_both_sides, one_value_before, padded),
+    ],
 )
 def test_what_is_written_has_the_same_channels(between: Callable[[Tensor], Tensor]) -> None:
     assert widths(around(between), STEPS) == {"make": 4}

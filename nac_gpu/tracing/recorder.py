@@ -180,8 +180,7 @@ class Notes:
                 others = set(dims) - {dim}
                 if inner_axis(plane) != dim:
                     reason = "each channel is spread over other dimensions"
-                    module = self.shapers.get(self.atoms.slot_at(int(plane.max())).first)
-                    return self.mix([plane], others, reason, module=module)[0].flatten()
+                    return self.mix([plane], others, reason, shaped=True)[0].flatten()
                 first = plane
                 for other in others:
                     first = first.narrow(other, 0, 1)
@@ -213,7 +212,7 @@ class Notes:
         reason: str,
         level: int = BOTH,
         pending: list[Separation] | None = None,
-        module: str | None = None,
+        shaped: bool = False,
     ) -> list[Tensor]:
         """Note that an operation combines values along these dimensions, as softmax or a mean does.
 
@@ -226,7 +225,7 @@ class Notes:
             reason: shown to the user.
             level: of the separation; `UNITS` if the caller notes the equations between channels itself.
             pending: a list that receives the separations if they take effect only once the result is read.
-            module: combines the values of a unit; by default the one that is running.
+            shaped: units belong to the module that gave their channels more dimensions, not to the running one.
 
         Returns:
             The planes that remain when these dimensions are reduced: those that do not vary along them, and units.
@@ -245,7 +244,8 @@ class Notes:
                 continue
             largest = plane.amax(own, keepdim=True)  # some of its positions may have no label
             known, row = torch.unique(largest, return_inverse=True)
-            units = self.atoms.units(len(known), self.module() if module is None else module)[row]
+            slot, module = self.atoms.slot_at(int(plane.max())).first, self.module()
+            units = self.atoms.units(len(known), self.shapers.get(slot, module) if shaped else module)[row]
             units = units.masked_fill(largest < 0, NONE)
             self.atoms.unite(plane, units, UNITS)
             left.append(units)

@@ -44,6 +44,7 @@ GRAPHS: dict[str, Between] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce")
 @pytest.mark.parametrize("how", GRAPHS)
 def test_rows_that_are_put_where_others_are(how: str) -> None:
     assert widths(around(GRAPHS[how]), (ROWS, PLACES)) == {"make": 4}

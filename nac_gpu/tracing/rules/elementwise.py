@@ -89,4 +89,5 @@ def windows(notes: Notes, call: Call) -> list[Labels]:
     ndim = call.args[0].ndim
     notes.freeze(call.tensors[1:], f"{call.name} is taken at values that are channels")
     dims = set(range(ndim - windows, ndim))
-    return call.each(Labels(tuple(notes.mix(notes.planes(call.args[0]), dims, f"{call.name} is taken over channels"))))
+    reason = f"{call.name} is taken over channels"
+    return call.each(Labels(tuple(notes.mix(notes.planes(call.args[0]), dims, reason, shaped=True))))

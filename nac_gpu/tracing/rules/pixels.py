@@ -61,4 +61,4 @@ def unpool(notes: Notes, call: Call) -> list[Labels]:
     for plane in planes:
         for tensor in (values, places):
             notes.check_context(tensor, plane)
-    return [Labels(tuple(notes.mix(planes, dims, f"{call.name} is taken over channels")))]
+    return [Labels(tuple(notes.mix(planes, dims, f"{call.name} is taken over channels", shaped=True)))]

@@ -8,6 +8,7 @@ each guess is tested by running the smaller network (see `nac_gpu.planning.trial
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from itertools import islice
 from typing import NamedTuple
 
 from torch import nn
@@ -230,6 +231,10 @@ def _counts(modules: Mapping[str, nn.Module], group: Group) -> tuple[list[Follow
         for path, value in kept_by(modules[name]).items()
         if _HEADS.search(path) and value == group.size
     ]
+    for name in units:
+        if isinstance(modules[name], nn.Unflatten):
+            paths = (path for path, value in kept_by(modules[name]).items() if value == group.size)
+            found += [Following(name, path, True) for path in islice(paths, 1)]  # channels come first
     return fixed, list(dict.fromkeys(found))
 
 

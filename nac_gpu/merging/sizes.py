@@ -12,8 +12,7 @@ from numbers import Integral
 
 from torch import nn
 
-from nac_gpu.network.kept_numbers import numbers_of
-from nac_gpu.network.layer_sizes import own_sizes
+from nac_gpu.network.kept_numbers import numbers_of, own_sizes
 from nac_gpu.tracing.graph import Choice, Group, Member
 
 _WHAT = r"(?:ch|chs|chan|chans|channels?|planes|dims?|features?|feats?|sizes?|width|filters|units)"

@@ -20,6 +20,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _CONFIGURATION = re.compile(r"^(config|conf|cfg|args|opts?|options|hparams|params|settings)$")
 _DEEPEST = 3  # containers inside each other
 _LONGEST = 64  # items of a container; longer ones hold data
+_OF_ATTENTION = frozenset({"embed_dim", "num_heads", "head_dim", "kdim", "vdim"})
 
 
 def numbers_of(module: nn.Module) -> dict[str, int]:
@@ -150,3 +151,24 @@ def _noting(kind: type[nn.Module], name: str, found: set[tuple[str, str]]) -> ty
         return kind.__getattribute__(self, attribute)
 
     return type(kind.__name__, (kind,), {"__getattribute__": getting, "__module__": kind.__module__})
+
+
+def own_sizes(module: nn.Module) -> frozenset[str]:
+    """Attributes of a module that PyTorch's layers define, also where its class is derived from one of theirs.
+
+    They follow the tensors of the layer (see `nac_gpu.network.layer_sizes`), or have nothing to do with them (`kernel_size`, ...).
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return _OF_ATTENTION
+    if is_transposed_linear(module):
+        return frozenset({"nx", "nf"})
+    if isinstance(module, nn.Unflatten):
+        return frozenset({"dim"})  # it has no tensors: its sizes are the user's
+    kinds = type(module).__mro__
+    own = next((kind for kind in kinds if kind.__module__.startswith("torch.nn")), nn.Module)
+    return frozenset(getattr(own, "__constants__", ()))
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's linear layer with a transposed weight."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

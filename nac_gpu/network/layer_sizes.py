@@ -3,24 +3,7 @@
 from torch import Tensor, nn
 
 from nac_gpu.network.attention import shrink
-
-_OF_ATTENTION = frozenset({"embed_dim", "num_heads", "head_dim", "kdim", "vdim"})
-
-
-def own_sizes(module: nn.Module) -> frozenset[str]:
-    """Attributes of a module that PyTorch's layers define, also where its class is derived from one of theirs.
-
-    They follow the tensors of the layer (see `set_sizes`), or have nothing to do with them (`kernel_size`, ...).
-    """
-    if isinstance(module, nn.MultiheadAttention):
-        return _OF_ATTENTION
-    if _is_transposed_linear(module):
-        return frozenset({"nx", "nf"})
-    if isinstance(module, nn.Unflatten):
-        return frozenset({"dim"})  # it has no tensors: its sizes are the user's
-    kinds = type(module).__mro__
-    own = next((kind for kind in kinds if kind.__module__.startswith("torch.nn")), nn.Module)
-    return frozenset(getattr(own, "__constants__", ()))
+from nac_gpu.network.kept_numbers import is_transposed_linear
 
 
 def set_sizes(module: nn.Module) -> None:
@@ -57,14 +40,9 @@ def set_sizes(module: nn.Module) -> None:
         weight = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
         if len(weight) != module.embed_dim * (1 if module.in_proj_weight is None else 3):
             shrink(module)
-    elif _is_transposed_linear(module):
+    elif is_transposed_linear(module):
         weight = module.get_parameter("weight")
         vars(module).update(nx=weight.shape[0], nf=weight.shape[1])
-
-
-def _is_transposed_linear(module: nn.Module) -> bool:
-    """Whether it is Hugging Face's linear layer with a transposed weight."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _set_convolution(module: nn.modules.conv._ConvNd) -> None:

@@ -12,7 +12,7 @@ slot without a tensor.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +39,8 @@ class Labels:
             the initial state of an LSTM.
         pending: separations that take effect once an operation reads the tensor. A mean that is computed but never
             used must not prevent merging.
+        repeats: of a tensor without planes, planes of numbers: positions with the same numbers hold the same value,
+            because it was expanded or repeated (see `nac_gpu.tracing.repeats`); None if only its strides tell.
     """
 
     planes: tuple[Tensor, ...] = ()
@@ -46,6 +48,7 @@ class Labels:
     source: int | None = None
     uniform: bool = False
     pending: tuple["Separation", ...] = ()
+    repeats: tuple[Tensor, ...] | None = None
 
 
 def compact(plane: Tensor) -> Tensor | None:
@@ -66,6 +69,48 @@ def compact(plane: Tensor) -> Tensor | None:
 def varying(plane: Tensor) -> tuple[int, ...]:
     """Dimensions along which a compact plane varies; none for a plane of a single atom."""
     return tuple(dim for dim, size in enumerate(plane.shape) if size > 1)
+
+
+def plane_along(atoms: Tensor, dim: int, ndim: int) -> Tensor:
+    """Atoms [size] as a plane that varies along one dimension."""
+    shape = [1] * ndim
+    shape[dim] = len(atoms)
+    return atoms.reshape(shape)
+
+
+def numbered(tensor: Tensor, labels: Labels) -> tuple[Tensor, ...]:
+    """Planes of numbers: those of the labels, else one for each dimension, except where one value was expanded."""
+    if labels.uniform:
+        return ()
+    if labels.repeats is not None:
+        return labels.repeats
+    dims = [dim for dim, size in enumerate(tensor.shape) if size > 1 and tensor.stride(dim)]
+    return tuple(plane_along(torch.arange(tensor.shape[dim]), dim, tensor.ndim) for dim in dims)
+
+
+def product(planes: Sequence[Tensor]) -> Tensor:
+    """One plane of numbers that differ where those of any of the planes differ."""
+    result = torch.zeros((), dtype=torch.int64)
+    for plane in planes:
+        both = result * (int(plane.max()) + 1) + plane
+        result = both.unique(return_inverse=True)[1]
+    return result
+
+
+def numbers_along(planes: Iterable[Tensor], dims: Sequence[int]) -> Tensor:
+    """Numbers at positions along these dimensions: the same where all values along the other dimensions are the same.
+
+    Returns:
+        int64, of the size of the tensor along these dimensions, in their order, and 1 where no plane varies.
+    """
+    result = torch.zeros([1] * len(dims), dtype=torch.int64)
+    for plane in planes:
+        rows = plane.movedim(tuple(dims), tuple(range(len(dims))))
+        sizes = rows.shape[: len(dims)]
+        if max(sizes) > 1:
+            number = rows.reshape(sizes.numel(), -1).unique(dim=0, return_inverse=True)[1]
+            result = product([result, number.reshape(sizes)])
+    return result
 
 
 @dataclass
@@ -173,6 +218,20 @@ class Atoms:
             key = key * plane.shape[dim] + torch.arange(plane.shape[dim]).reshape(shape)
         known = plane >= 0
         return Separation(plane[known], key.expand(plane.shape)[known], reason, level)
+
+    @staticmethod
+    def separation_by(plane: Tensor, numbers: Tensor, reason: str, level: int = BOTH) -> Separation:
+        """A separation of atoms that are at positions with different numbers, int64 that broadcast to the plane.
+
+        An atom may be at several positions: the first of one is compared with the first of the other, and so on.
+        """
+        known = plane >= 0
+        atoms, order = plane[known].sort(stable=True)
+        of_each, row, counts = atoms.unique_consecutive(return_inverse=True, return_counts=True)
+        place = torch.arange(len(atoms)) - (counts.cumsum(0) - counts)[row]
+        token = scramble(numbers.expand(plane.shape)[known][order] + scramble(place))
+        keys = torch.zeros(len(of_each), dtype=torch.int64).index_add_(0, row, token)
+        return Separation(of_each, keys, reason, level)
 
     def freeze(self, atoms: Tensor, reason: str, level: int = BOTH) -> None:
         """Note that these atoms must not be merged with anything; `NONE` is ignored."""

@@ -12,8 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from nac_gpu.tracing.atoms import BOTH, CHANNELS, MEAN, UNITS, Atoms, Labels, Separation, varying
+from nac_gpu.tracing.atoms import (
+    BOTH,
+    CHANNELS,
+    MEAN,
+    NONE,
+    UNITS,
+    Atoms,
+    Labels,
+    Separation,
+    numbered,
+    numbers_along,
+    varying,
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +91,20 @@ class Call:
         return [value for value in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(value, Tensor)]
 
     @cached_property
+    def written(self) -> list[Tensor]:
+        """The arguments that the operation writes into."""
+        changed = [argument.name for argument in self.func._schema.arguments if argument.is_write]
+        return [self.given[name] for name in changed if isinstance(self.given.get(name), Tensor)]
+
+    @cached_property
     def given(self) -> dict[str, Any]:
         """All arguments by name."""
         names = [argument.name for argument in self.func._schema.arguments]
         return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+    def default(self, name: str) -> Any:
+        """The value of an argument that is not given; None if the operation has no such argument."""
+        return next((a.default_value for a in self.func._schema.arguments if a.name == name), None)
 
     def each(self, labels: Labels) -> list[Labels]:
         """The same labels for every output."""
@@ -96,19 +119,27 @@ class Notes:
         atoms: atoms, equations, roles and separations.
         name_of: returns the name of a parameter or buffer of the model, None for other tensors.
         labels_of: returns the labels of a tensor.
+        put: stores the labels of a tensor.
         module: returns the name of the module that is running.
         productions: in the order of the pass.
         normalisations: in the order of the pass.
         uses: how many operations, except those that only move data, read the output of each production.
+        shapers: the module that gave channels more dimensions, by the first atom of their slot.
+        changed: how often the labels of a tensor were changed by writing into it.
+        read: after which of these changes a view of the tensor was read last.
     """
 
     atoms: Atoms
     name_of: Callable[[Tensor], str | None]
     labels_of: Callable[[Tensor], Labels]
+    put: Callable[[Tensor, Labels], None]
     module: Callable[[], str]
     productions: list[Production] = field(default_factory=list)
     normalisations: list[Normalisation] = field(default_factory=list)
     uses: dict[int, int] = field(default_factory=dict)
+    shapers: dict[int, str] = field(default_factory=dict)
+    changed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    read: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     def planes(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The planes of a tensor."""
@@ -137,7 +168,8 @@ class Notes:
     def along(self, tensor: Tensor, dim: int) -> Tensor | None:
         """The atoms along one dimension, int64 [size]; None if it has no labels.
 
-        If their plane also varies along other dimensions, all atoms at one position of this dimension are united.
+        If their plane also varies along other dimensions, all atoms at one position of this dimension are one channel.
+        Where channels merge along another dimension (see `inner_axis`), the positions of this one are units.
         """
         dim %= tensor.ndim
         for plane in self.planes(tensor):
@@ -145,8 +177,12 @@ class Notes:
             if dims == (dim,) or (not dims and tensor.shape[dim] == 1 and self._home(plane, tensor) == dim):
                 return plane.flatten()
             if dim in dims:
+                others = set(dims) - {dim}
+                if inner_axis(plane) != dim:
+                    reason = "each channel is spread over other dimensions"
+                    return self.mix([plane], others, reason, shaped=True)[0].flatten()
                 first = plane
-                for other in set(dims) - {dim}:
+                for other in others:
                     first = first.narrow(other, 0, 1)
                 self.atoms.unite(plane, first, CHANNELS)
                 self.freeze_planes([plane], "channels are laid out in a way that is not known", UNITS)
@@ -159,6 +195,16 @@ class Notes:
             return self.atoms.slot_at(int(plane.flatten()[0])).dim
         return min(1, tensor.ndim - 1)
 
+    def regroup(self, before: Tensor, after: Tensor) -> None:
+        """Channels reshaped from C to (h, d): all rows h get the same assignment along d, as the code keeps h fixed."""
+        dims = varying(after)
+        if len(dims) > max(1, len(varying(before))):
+            self.shapers[self.atoms.slot_at(int(after.max())).first] = self.module()
+            first = after
+            for dim in dims[:-1]:
+                first = first.narrow(dim, 0, 1)
+            self.atoms.unite(first, after, CHANNELS)
+
     def mix(
         self,
         planes: Iterable[Tensor],
@@ -166,6 +212,7 @@ class Notes:
         reason: str,
         level: int = BOTH,
         pending: list[Separation] | None = None,
+        shaped: bool = False,
     ) -> list[Tensor]:
         """Note that an operation combines values along these dimensions, as softmax or a mean does.
 
@@ -178,6 +225,7 @@ class Notes:
             reason: shown to the user.
             level: of the separation; `UNITS` if the caller notes the equations between channels itself.
             pending: a list that receives the separations if they take effect only once the result is read.
+            shaped: units belong to the module that gave their channels more dimensions, not to the running one.
 
         Returns:
             The planes that remain when these dimensions are reduced: those that do not vary along them, and units.
@@ -194,11 +242,11 @@ class Notes:
                 pending.append(self.atoms.separation(plane, own, f"{reason} in {self.module()}", level))
             if len(own) == len(varying(plane)):
                 continue
-            first = plane
-            for dim in own:
-                first = first.narrow(dim, 0, 1)
-            known, row = torch.unique(first, return_inverse=True)
-            units = self.atoms.units(len(known), self.module())[row]
+            largest = plane.amax(own, keepdim=True)  # some of its positions may have no label
+            known, row = torch.unique(largest, return_inverse=True)
+            slot, module = self.atoms.slot_at(int(plane.max())).first, self.module()
+            units = self.atoms.units(len(known), self.shapers.get(slot, module) if shaped else module)[row]
+            units = units.masked_fill(largest < 0, NONE)
             self.atoms.unite(plane, units, UNITS)
             left.append(units)
         return left
@@ -261,18 +309,44 @@ class Notes:
         Returns:
             The dimensions of the plane along which the operand has different values.
         """
-        labels, offset = self.labels_of(tensor), plane.ndim - tensor.ndim
-        if labels.uniform:
+        offset = plane.ndim - tensor.ndim
+        labelled = {dim + offset for own in self.planes(tensor) for dim in varying(own)}
+        dims = [dim for dim in varying(plane) if dim not in labelled and dim >= offset]
+        reason = "channels meet values that differ between them and are not channels"
+        return self.keep_apart(plane, dims, tensor, [dim - offset for dim in dims], reason)
+
+    def keep_apart(
+        self, plane: Tensor, dims: Sequence[int], tensor: Tensor, places: Sequence[int], reason: str
+    ) -> list[int]:
+        """Separate channels where the values of a tensor differ, unless they only repeat values.
+
+        Args:
+            plane: of the channels.
+            dims: dimensions of the plane.
+            tensor: without labels along these dimensions.
+            places: the dimensions of the tensor that meet these dimensions.
+            reason: shown to the user.
+
+        Returns:
+            The dimensions of the plane along which channels were separated.
+        """
+        labels = self.labels_of(tensor)
+        numbers = numbered(tensor, labels)
+        pairs = [pair for pair in zip(dims, places, strict=True) if any(pair[1] in varying(own) for own in numbers)]
+        differs = [dim for dim, _ in pairs]
+        if not differs:
             return []
-        labelled = {dim + offset for own in labels.planes for dim in varying(own)}
-        differs = [
-            dim
-            for dim in varying(plane)
-            # along dimensions of stride 0 one value was expanded, so it does not differ
-            if dim not in labelled and dim >= offset and tensor.shape[dim - offset] > 1 and tensor.stride(dim - offset)
-        ]
-        if differs:
-            self.separate(plane, differs, "channels meet values that differ between them and are not channels")
+        if labels.repeats is None:
+            self.separate(plane, differs, reason)
+            return differs
+        own = numbers_along(numbers, [place for _, place in pairs])
+        shape = [1] * plane.ndim
+        for dim, size in zip(differs, own.shape, strict=True):
+            shape[dim] = size
+        found = self.atoms.separation_by(plane, own.reshape(shape), f"{reason} in {self.module()}")
+        if not found.parts:
+            return []
+        self.atoms.separations.append(found)
         return differs
 
     def per_channel(self, atoms: Tensor, channels: Tensor) -> None:
@@ -306,6 +380,10 @@ def inner_axis(plane: Tensor) -> int:
     """The axis along which channels merge if a plane varies along several: the one with the smallest step of atoms."""
 
     def step(dim: int) -> int:
+        if bool((plane < 0).any()):  # padded, so that the first may be no channels
+            near, far = plane.narrow(dim, 0, plane.shape[dim] - 1), plane.narrow(dim, 1, plane.shape[dim] - 1)
+            steps = (far - near)[(near >= 0) & (far >= 0) & (near != far)].abs()
+            return int(steps.min()) if len(steps) else plane.numel()
         return abs(int(plane.select(dim, 1).flatten()[0] - plane.flatten()[0])) or plane.numel()
 
     return min(varying(plane), key=step)

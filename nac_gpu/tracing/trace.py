@@ -55,7 +55,8 @@ class _Labelled:
 
     def put(self, tensor: Tensor, labels: Labels) -> None:
         """Store the labels of a tensor that an operation returned or wrote into."""
-        if labels.planes or labels.uniform or labels.pending or tensor in self._known:
+        told = labels.planes or labels.uniform or labels.pending or labels.repeats is not None
+        if told or tensor in self._known:
             self._known[tensor] = labels
 
 
@@ -77,6 +78,7 @@ class _Record(TorchDispatchMode):
             atoms,
             name_of=lambda tensor: labelled.names.get(id(tensor)),
             labels_of=labelled.of,
+            put=labelled.put,
             module=lambda: modules[-1],
         )
 

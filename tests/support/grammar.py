@@ -64,12 +64,34 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "pixel_unshuffle": lambda x: F.interpolate(F.pixel_unshuffle(x, 2), scale_factor=2),
     "shuffle": lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) if x.shape[1] % 2 == 0 else x,
     "through_list": lambda x: torch.stack(list(x.unbind(1)), 1),
+    "channel_shuffle": lambda x: F.channel_shuffle(x, 2) if x.shape[1] % 2 == 0 else x,
+    "circular": lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1),
+    "written": lambda x: written(x),
+    "unpool": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2, 2]),
+    "neighbours": lambda x: F.unfold(x, 3, padding=1).unflatten(1, (-1, 9)).mean(2).view_as(x),
+    "overlapping": lambda x: F.fold(F.unfold(x, 3, padding=1), x.shape[2:], 3, padding=1) / 9,
+    "median": lambda x: x - x.flatten(2).median(2).values[..., None, None],
+    "largest_pixels": lambda x: x * x.flatten(2).topk(3, 2).values.mean(2)[..., None, None],
+    "largest_channels": lambda x: x * x.topk(2, 1).values.mean(1, keepdim=True),
+    "sorted_pixels": lambda x: x.flatten(2).gather(2, x.flatten(2).abs().argsort(2)).view_as(x),
+    "scattered": lambda x: torch.zeros_like(x.flatten(2)).index_add(2, PLACES, x.flatten(2)).view_as(x),
     "bias_of_ones": lambda x: x + torch.ones_like(x[:1, :, :1, :1]),
 }
+PLACES = torch.arange(SIDE * SIDE) // 2
+
+
+def written(x: Tensor) -> Tensor:
+    """Half of the rows in a new tensor, and twice the others."""
+    out = x.new_zeros(x.shape)
+    out[:, :, ::2] = x[:, :, ::2]
+    out[:, :, 1::2] += 2 * x[:, :, 1::2]
+    return out
+
+
 #: Movement that a smaller network does not repeat in the same way: copies that merge may change what it moves where.
 SIZE_DEPENDENT = frozenset(
     "roll roll_back even_then_odd swap_halves every_other first_half maxout_pairs maxout_halves glu pixel_shuffle "
-    "shuffle numbered repeat repeat_interleave split".split()
+    "shuffle channel_shuffle numbered repeat repeat_interleave split".split()
 )
 
 

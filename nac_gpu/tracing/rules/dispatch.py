@@ -4,13 +4,16 @@ Operations that move data are applied to the planes themselves, so all kinds of 
 share one rule. An operation without a rule freezes its inputs: the network stays larger, but is never wrong.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
+from torch import Tensor
 
-from nac_gpu.tracing.atoms import Labels
-from nac_gpu.tracing.recorder import Call, Notes, name_of
+from nac_gpu.tracing.atoms import Labels, numbered, varying
+from nac_gpu.tracing.recorder import Call, Notes, aligned, name_of
+from nac_gpu.tracing.repeats import LARGEST, combined, moved, repeats
 from nac_gpu.tracing.rules.elementwise import (
     ALONG_DIM,
     ELEMENTWISE,
@@ -23,27 +26,29 @@ from nac_gpu.tracing.rules.elementwise import (
     reduction,
     windows,
 )
-from nac_gpu.tracing.rules.movement import (
-    MOVEMENT,
-    SCATTERED,
-    constant,
-    copy,
-    identity,
-    join,
-    lookup,
-    movement,
-    pixel_shuffle,
+from nac_gpu.tracing.rules.indexing import (
+    SCATTERED_ROWS,
+    SCATTERED_VALUES,
+    gather,
+    index_put,
+    packed,
     scattered,
+    segments,
 )
+from nac_gpu.tracing.rules.movement import MOVEMENT, RESHAPES, constant, identity, join, lookup, movement, on_cpu
 from nac_gpu.tracing.rules.norms import BATCH_NORMS, batch_norm, group_norm, layer_norm
+from nac_gpu.tracing.rules.pixels import channel_shuffle, col2im, im2col, pixel_shuffle, unpool
 from nac_gpu.tracing.rules.products import MATRIX_PRODUCTS, convolution, embedding, matrix_product
+from nac_gpu.tracing.rules.writing import copy, note_read, note_written, refresh
 
+#: Operations that repeat values of a tensor, beside those that expand one.
+REPEATING = frozenset("repeat repeat_interleave tile index index_select".split())
 Rule = Callable[[Notes, Call], list[Labels]]
 IDENTITY = frozenset("alias detach clone contiguous _to_copy lift_fresh lift_fresh_copy dropout alpha_dropout".split())
 #: Return one constant in the shape of the input, so the result has the same value for all channels.
 CONSTANTS = frozenset("zeros_like ones_like full_like".split())
-#: Return one constant in a size that is given as an argument.
-FACTORIES = frozenset("zeros ones full new_zeros new_ones new_full scalar_tensor".split())
+#: Return one constant, or nothing yet, in a size that is given as an argument.
+FACTORIES = frozenset("zeros ones full new_zeros new_ones new_full scalar_tensor empty new_empty empty_like".split())
 #: Use only the shape or dtype of their inputs.
 VALUE_FREE = frozenset(
     """empty_like rand_like randn_like new_zeros new_ones new_empty new_full new_empty_strided sym_size sym_numel
@@ -55,13 +60,24 @@ def apply(notes: Notes, call: Call) -> list[Labels]:
     """Apply the rule of an operation: note what it does to channels, and return the labels of its outputs in order."""
     if call.name in FACTORIES:
         return call.each(Labels(uniform=True))
+    refresh(notes, call.tensors)
     for tensor in call.tensors:
         notes.atoms.separations.extend(notes.labels_of(tensor).pending)
+    before = [notes.labels_of(tensor) for tensor in call.written]
+    labels = _outputs(notes, call)
+    if call.in_place:
+        labels = note_written(notes, call, before, labels)
+    note_read(notes, call.outputs)
+    return labels
+
+
+def _outputs(notes: Notes, call: Call) -> list[Labels]:
+    """The labels of the outputs, from those of the inputs."""
     labelled = [tensor for tensor in call.tensors if notes.planes(tensor)]
-    if not labelled or call.name in VALUE_FREE:
-        return call.each(Labels(uniform=_stays_uniform(notes, call)))
     rule = _rule(call.func)
-    if rule not in (movement, lookup, join, identity, constant):
+    if not labelled or call.name in VALUE_FREE:
+        return _without_labels(notes, call, rule)
+    if rule not in (movement, lookup, join, identity, constant, gather):
         notes.count_use(labelled)
     if rule is None:
         notes.freeze(labelled, f"operation {call.name} is not known")
@@ -73,11 +89,58 @@ def apply(notes: Notes, call: Call) -> list[Labels]:
         return call.each(Labels())
 
 
-def _stays_uniform(notes: Notes, call: Call) -> bool:
-    """Whether the result is uniform: all inputs are, and the operation only moves values or acts elementwise."""
-    rule, tensors = _rule(call.func), call.tensors
-    keeps = rule in (movement, identity, constant, join, elementwise) and call.name != "constant_pad_nd"
-    return keeps and bool(tensors) and all(notes.labels_of(tensor).uniform or not tensor.ndim for tensor in tensors)
+def _without_labels(notes: Notes, call: Call, rule: Rule | None) -> list[Labels]:
+    """The outputs of an operation on tensors without labels: whether they are uniform, or repeat values."""
+    tensors = call.tensors
+    uniform = all(notes.labels_of(tensor).uniform or not tensor.ndim for tensor in tensors)
+    keeps = rule in (movement, lookup, identity, constant, join, elementwise) and call.name != "constant_pad_nd"
+    if keeps and tensors and uniform:
+        return call.each(Labels(uniform=True))
+    if rule is fill:
+        return call.each(Labels(repeats=()))
+    found: Sequence[tuple[Tensor, ...] | None] = [None] * len(call.outputs)
+    with contextlib.suppress(Exception):  # of an unusual form of an operation it is not known what it repeats
+        found = _repeated(notes, call, rule) or found
+    return [Labels(repeats=own) for own in found]
+
+
+def _repeated(notes: Notes, call: Call, rule: Rule | None) -> Sequence[tuple[Tensor, ...]]:
+    """For each output without labels, planes of numbers: which values are the same; empty if only strides tell."""
+    tensors, first = call.tensors, call.args[0] if call.args else None
+    if not tensors or sum(output.numel() for output in call.outputs) > LARGEST:
+        return []
+
+    def numbers(tensor: Tensor) -> tuple[Tensor, ...]:
+        return numbered(tensor, notes.labels_of(tensor))
+
+    if rule is elementwise or rule is copy:
+        read = tensors[1:] if rule is copy else tensors
+        known = any(tensor.ndim and repeats(tensor, notes.labels_of(tensor)) for tensor in read)
+        if not known and rule is not copy:  # what is copied may be expanded
+            return []
+        ndim = call.outputs[0].ndim
+        return [combined(aligned(own, ndim) for tensor in read for own in numbers(tensor))] * len(call.outputs)
+    if rule is join:
+        if any(tensor is not tensors[0] for tensor in tensors):
+            return []
+        rest, times = call.args[1:], len(tensors)
+        return moved(numbers(tensors[0]), tensors[0].shape, lambda own: call.func([own] * times, *rest, **call.kwargs))
+    moves = rule in (movement, lookup, identity) and not call.in_place  # in place, its shape is no longer there
+    if not moves or not isinstance(first, Tensor):
+        return []
+    if call.name not in REPEATING and not repeats(first, notes.labels_of(first)):
+        return []
+    if rule is identity:
+        return [numbers(first)] * len(call.outputs)
+    if call.name in RESHAPES:
+        return moved(numbers(first), first.shape, lambda own: own.reshape(call.outputs[0].shape))
+    rest, named = on_cpu((call.args[1:], call.kwargs))
+    if call.name == "constant_pad_nd":  # as many places are padded if there are fewer values, so these may all differ
+        padded = {first.ndim - 1 - number // 2 for number, size in enumerate(rest[0]) if size}
+        apart = padded.union(*(dims for dims in map(varying, numbers(first)) if padded & set(dims)))
+        kept = [own for own in numbers(first) if not apart & set(varying(own))]
+        return [combined([*kept, *(own for own in numbered(call.outputs[0], Labels()) if apart & set(varying(own)))])]
+    return moved(numbers(first), first.shape, lambda own: call.func(own, *rest, **named))
 
 
 @cache
@@ -99,6 +162,16 @@ def _rule(func: torch._ops.OpOverload) -> Rule | None:
         "rms_norm": layer_norm,
         "native_group_norm": group_norm,
         "pixel_shuffle": pixel_shuffle,
+        "channel_shuffle": channel_shuffle,
+        "native_channel_shuffle": channel_shuffle,
+        "im2col": im2col,
+        "col2im": col2im,
+        "max_unpool2d": unpool,
+        "max_unpool3d": unpool,
+        "gather": gather,
+        "index_put": index_put,
+        "_pack_padded_sequence": packed,
+        "segment_reduce": segments,
     }
     if name in by_name:
         return by_name[name]
@@ -110,7 +183,7 @@ def _rule(func: torch._ops.OpOverload) -> Rule | None:
         (BATCH_NORMS, batch_norm),
         (REDUCTIONS, reduction),
         (ALONG_DIM, along_dim),
-        (SCATTERED, scattered),
+        (SCATTERED_ROWS | SCATTERED_VALUES, scattered),
         (ELEMENTWISE, elementwise),
     ]
     for names, rule in by_set:

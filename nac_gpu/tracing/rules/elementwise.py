@@ -8,10 +8,14 @@ from nac_gpu.tracing.recorder import Call, Notes, aligned
 #: Elementwise operations that lack the pointwise tag.
 ELEMENTWISE = frozenset("hardswish _prelu_kernel prelu rrelu celu masked_fill threshold".split())
 REDUCTIONS = frozenset(
-    "sum mean amax amin max min var std var_mean std_mean logsumexp prod linalg_vector_norm norm".split()
+    """sum mean amax amin max min var std var_mean std_mean logsumexp prod linalg_vector_norm norm argmax argmin aminmax
+    median nanmedian mode kthvalue nansum any all count_nonzero""".split()
 )
-#: Combine values along a dimension and keep the dimension.
-ALONG_DIM = frozenset("_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod sort".split())
+#: Combine values along a dimension and keep the dimension, if not always its size.
+ALONG_DIM = frozenset(
+    """_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod sort topk cummax cummin
+    logcumsumexp""".split()
+)
 WINDOWS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample", "grid_sampler")
 
 
@@ -41,7 +45,6 @@ def elementwise(notes: Notes, call: Call) -> list[Labels]:
     """
     operands, ndim = call.tensors, call.outputs[0].ndim
     own = {id(tensor): [aligned(plane, ndim) for plane in notes.planes(tensor)] for tensor in operands}
-    before = {varying(plane) for plane in own[id(call.args[0])]} if call.in_place else set()
     planes = notes.join(plane for tensor in operands for plane in own[id(tensor)])
     parameters = [tensor for tensor in operands if notes.labels_of(tensor).parameter]
     for plane in (plane for tensor in parameters for plane in own[id(tensor)]):
@@ -51,9 +54,6 @@ def elementwise(notes: Notes, call: Call) -> list[Labels]:
         apart = [notes.check_context(tensor, plane) for tensor in operands]
         if any(apart) and varying(plane) not in made and set(varying(plane)) <= {dim for dims in apart for dim in dims}:
             planes = [other for other in planes if other is not plane]  # labels of parameters only, such as positions
-    if call.in_place and call.args[0]._is_view() and before != {varying(plane) for plane in planes}:
-        notes.freeze(operands, "values are written in place")  # the base tensor of the view does not get the new labels
-        return call.each(Labels())
     parameter = all(notes.labels_of(tensor).parameter for tensor in operands)
     return call.each(Labels(tuple(planes), parameter))
 
@@ -63,7 +63,7 @@ def reduction(notes: Notes, call: Call) -> list[Labels]:
     given = call.given
     if "other" in given:  # torch.max(a, b)
         return elementwise(notes, call)
-    tensor, dims = call.args[0], given.get("dim")
+    tensor, dims = call.args[0], given.get("dim", call.default("dim"))
     if dims is None or dims == []:
         dims = range(tensor.ndim)
     reduced = {dim % tensor.ndim for dim in (dims if isinstance(dims, Sequence) else [dims])}
@@ -78,8 +78,9 @@ def along_dim(notes: Notes, call: Call) -> list[Labels]:
     """Softmax, cumulative sums and similar operations: values are combined, but channels keep their positions."""
     tensor, planes = call.args[0], notes.planes(call.args[0])
     dim = call.given.get("dim", -1) % tensor.ndim
-    notes.mix(planes, {dim}, f"{call.name.strip('_')} is taken over channels")
-    return call.each(Labels(planes))
+    left = notes.mix(planes, {dim}, f"{call.name.strip('_')} is taken over channels")
+    same = all(output.shape == tensor.shape for output in call.outputs)  # the largest k have positions of their own
+    return call.each(Labels(planes if same else tuple(left)))
 
 
 def windows(notes: Notes, call: Call) -> list[Labels]:
@@ -88,4 +89,5 @@ def windows(notes: Notes, call: Call) -> list[Labels]:
     ndim = call.args[0].ndim
     notes.freeze(call.tensors[1:], f"{call.name} is taken at values that are channels")
     dims = set(range(ndim - windows, ndim))
-    return call.each(Labels(tuple(notes.mix(notes.planes(call.args[0]), dims, f"{call.name} is taken over channels"))))
+    reason = f"{call.name} is taken over channels"
+    return call.each(Labels(tuple(notes.mix(notes.planes(call.args[0]), dims, reason, shaped=True))))

@@ -8,21 +8,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nac_gpu.tracing.atoms import BOTH, CHANNELS, MEAN, NONE, UNITS, Labels, compact, varying
-from nac_gpu.tracing.recorder import Call, Notes, aligned, inner_axis
+from nac_gpu.tracing.recorder import Call, Notes, inner_axis
 
 MOVEMENT = frozenset(
     """view _unsafe_view reshape _reshape_alias permute transpose t squeeze unsqueeze expand slice select narrow split
     split_with_sizes chunk unbind flip roll repeat repeat_interleave index index_select constant_pad_nd unfold
-    movedim swapaxes tile unsafe_split unsafe_chunk pixel_shuffle pixel_unshuffle channel_shuffle reflection_pad1d
-    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d gather""".split()
+    movedim swapaxes tile unsafe_split unsafe_chunk pixel_unshuffle reflection_pad1d reflection_pad2d reflection_pad3d
+    replication_pad1d replication_pad2d replication_pad3d""".split()
 )
 #: Operations that can be applied to a compact plane, without expanding it to the tensor's shape first.
 PERMUTATION = frozenset("permute transpose t unsqueeze movedim swapaxes".split())
 RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias".split())
 #: Split channels into parts. Equal parts get the same assignment, because the model's code expects equal sizes.
 PARTS = frozenset("split split_with_sizes chunk unbind unsafe_split unsafe_chunk".split())
-#: Write rows into a tensor, or add them, at indices along one dimension.
-SCATTERED = frozenset("index_add index_copy scatter_add".split())
 
 
 def identity(notes: Notes, call: Call) -> list[Labels]:
@@ -38,14 +36,15 @@ def constant(notes: Notes, call: Call) -> list[Labels]:
 def movement(notes: Notes, call: Call) -> list[Labels]:
     """An operation that moves values: the same operation is applied to the planes."""
     tensor = call.args[0]
-    rest, named = pytree.tree_map(_on_cpu, (call.args[1:], call.kwargs))
+    rest, named = on_cpu((call.args[1:], call.kwargs))
     notes.freeze([t for t in call.tensors if t is not tensor], "channels are used as indices")
     labels = notes.labels_of(tensor)
     if call.name == "constant_pad_nd":
         return _padded(notes, call)
     per_output: list[list[Tensor]] = [[] for _ in call.outputs]
     for plane in labels.planes:
-        full = plane.clone() if call.name in PERMUTATION else plane.expand(tensor.shape)
+        compact_too = call.name in PERMUTATION or (call.in_place and "dim" in call.given)
+        full = plane.clone() if compact_too else plane.expand(tensor.shape)
         _check_order(notes, call, plane)
         if call.name in RESHAPES:
             moved = [full.reshape(call.outputs[0].shape)]  # often without copying the expanded plane
@@ -55,7 +54,7 @@ def movement(notes: Notes, call: Call) -> list[Labels]:
         for target, result in zip(per_output, small, strict=True):
             if result is not None:
                 target.append(result)
-                _regrouped(notes, plane, result)
+                notes.regroup(plane, result)
         if call.name in PARTS and len(small) > 1 and len({result.shape for result in moved}) == 1:
             for result in small[1:]:
                 if small[0] is not None and result is not None and varying(plane) == varying(result):
@@ -68,9 +67,9 @@ def movement(notes: Notes, call: Call) -> list[Labels]:
     return [Labels(tuple(planes), labels.parameter, labels.source) for planes in per_output]
 
 
-def _on_cpu(value: object) -> object:
-    """Move index tensors to the CPU, where the planes are."""
-    return value.cpu() if isinstance(value, Tensor) else value
+def on_cpu(arguments: Any) -> Any:
+    """Arguments with index tensors moved to the CPU, where the planes are."""
+    return pytree.tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, arguments)
 
 
 def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
@@ -83,9 +82,7 @@ def _check_order(notes: Notes, call: Call, plane: Tensor) -> None:
     given, tensor = call.given, call.args[0]
     dims = given.get("dim", given.get("dims") or (range(tensor.ndim) if call.name == "roll" else 0))
     dims = [dim % max(1, tensor.ndim) for dim in (dims if isinstance(dims, Sequence) else [dims])]
-    if call.name in ("index", "index_select", "gather"):
-        if call.name == "gather" and set(varying(plane)) & set(dims):
-            notes.freeze_planes([plane], "channels are picked by index")
+    if call.name in ("index", "index_select"):
         indices = given["indices"] if call.name == "index" else [None] * dims[0] + [given["index"]]
         for dim, index in enumerate(indices):
             if (
@@ -139,28 +136,6 @@ def _padded(notes: Notes, call: Call) -> list[Labels]:
     return [Labels(tuple(planes), labels.parameter, labels.source)]
 
 
-def _regrouped(notes: Notes, before: Tensor, after: Tensor) -> None:
-    """Channels reshaped from C to (h, d): all rows h get the same assignment along d, as the code keeps h fixed."""
-    dims = varying(after)
-    if len(dims) > max(1, len(varying(before))):
-        first = after
-        for dim in dims[:-1]:
-            first = first.narrow(dim, 0, 1)
-        notes.atoms.unite(first, after, CHANNELS)
-
-
-def pixel_shuffle(notes: Notes, call: Call) -> list[Labels]:
-    """Blocks of r² channels become r x r pixels of one channel: each block is united, and blocks can be merged."""
-    tensor, times = call.args[0], call.args[1] ** 2
-    channels = notes.along(tensor, tensor.ndim - 3)
-    if channels is None or len(notes.planes(tensor)) > 1:
-        notes.freeze([tensor], "operation pixel_shuffle moves other dimensions than channels")
-        return [Labels()]
-    rows = channels.reshape(-1, times)
-    notes.atoms.unite(rows, rows[:, :1])
-    return [Labels((rows[:, 0].reshape(-1, 1, 1),))]
-
-
 def join(notes: Notes, call: Call) -> list[Labels]:
     """Concatenation: planes are concatenated along the joined dimension, and united along the others."""
     ndim, stacked = call.outputs[0].ndim, call.name == "stack"
@@ -178,37 +153,12 @@ def join(notes: Notes, call: Call) -> list[Labels]:
         if notes.labels_of(tensor).parameter and not parameter:
             for plane in notes.planes(tensor):
                 notes.atoms.role(plane, MEAN)
-        seen = tensor.unsqueeze(dim) if stacked else tensor
         own = {d for p in notes.planes(tensor) for d in varying(p.unsqueeze(dim) if stacked else p)}
         for plane in planes:
-            differs = [d for d in varying(plane) if d not in own and d != dim and seen.shape[d] > 1 and seen.stride(d)]
-            if differs and not notes.labels_of(tensor).uniform:
-                notes.separate(plane, differs, "channels are joined with values that are not channels")
+            dims = [d for d in varying(plane) if d not in own and d != dim]
+            places = [d - (stacked and d > dim) for d in dims]
+            notes.keep_apart(plane, dims, tensor, places, "channels are joined with values that are not channels")
     return [Labels(tuple(planes), parameter)]
-
-
-def copy(notes: Notes, call: Call) -> list[Labels]:
-    """`copy_`: a whole tensor takes the labels of the source; writing into a view or a parameter freezes both."""
-    target, source = call.args[:2]
-    if target._is_view() or notes.labels_of(target).parameter:
-        notes.freeze(call.args[:2], "values are written in place")
-        return [Labels()]
-    return [Labels(tuple(aligned(plane, target.ndim) for plane in notes.planes(source)))]
-
-
-def scattered(notes: Notes, call: Call) -> list[Labels]:
-    """Rows written at indices along one dimension: labels of target and source along other dimensions are united."""
-    given = call.given
-    target, index, dim = given["self"], given["index"], given["dim"] % given["self"].ndim
-    source = given["source"] if "source" in given else given["src"]
-    if any(dim in varying(plane) for t in (target, source) for plane in notes.planes(t)) or notes.planes(index):
-        notes.freeze(call.tensors, f"operation {call.name} writes along channels")
-        return [Labels()]
-    planes = notes.join([*notes.planes(target), *notes.planes(source)])
-    for plane in planes:
-        for tensor in (target, source):
-            notes.check_context(tensor, plane)
-    return [Labels(tuple(planes))]
 
 
 def lookup(notes: Notes, call: Call) -> list[Labels]:

@@ -3,20 +3,13 @@
 import torch
 from torch import Tensor
 
-from nac_gpu.tracing.atoms import BOTH, CHANNELS, MEAN, SUM, UNITS, Labels, varying
+from nac_gpu.tracing.atoms import BOTH, CHANNELS, MEAN, SUM, UNITS, Labels, plane_along, varying
 from nac_gpu.tracing.recorder import Call, Notes, aligned
 
 #: Matrix products, with the position of the first factor among their arguments.
 MATRIX_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1, "matmul": 0, "_grouped_mm": 0}
 #: Index of the shared (summed) dimension once both factors are laid out as (batch, rows, shared, columns).
 SHARED = 2
-
-
-def plane_along(atoms: Tensor, dim: int, ndim: int) -> Tensor:
-    """Atoms [size] as a plane that varies along one dimension."""
-    shape = [1] * ndim
-    shape[dim] = len(atoms)
-    return atoms.reshape(shape)
 
 
 def matrix_product(notes: Notes, call: Call) -> list[Labels]:
@@ -54,7 +47,8 @@ def matrix_product(notes: Notes, call: Call) -> list[Labels]:
         if not alone and not any(0 in varying(plane) for plane in own):
             for plane in others:
                 if 0 in varying(plane):
-                    notes.separate(plane, [0], "multiplied by values that differ between them and are not channels")
+                    reason = "multiplied by values that differ between them and are not channels"
+                    notes.keep_apart(plane, [0], tensor, [0], reason)
     planes = [plane.squeeze(SHARED) for plane in notes.join([*of_a, *of_b])]
     if b.ndim == 1:
         planes = [plane.squeeze(-1) for plane in planes]

@@ -156,7 +156,8 @@ def _noting(kind: type[nn.Module], name: str, found: set[tuple[str, str]]) -> ty
 def own_sizes(module: nn.Module) -> frozenset[str]:
     """Attributes of a module that PyTorch's layers define, also where its class is derived from one of theirs.
 
-    They follow the tensors of the layer (see `nac_gpu.network.layer_sizes`), or have nothing to do with them (`kernel_size`, ...).
+    They follow the tensors of the layer (see `nac_gpu.network.layer_sizes`), or have nothing to do with them, as
+    `kernel_size`.
     """
     if isinstance(module, nn.MultiheadAttention):
         return _OF_ATTENTION

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nac_gpu.merging.attributes import attributes
+from nac_gpu.merging.attributes import attributes, set_configs
 from nac_gpu.merging.centroids import Deviation, homes_of, merged
 from nac_gpu.merging.copies import copy_neurons, random_assignments
 from nac_gpu.network.comparing import outputs, relative_error, tells
-from nac_gpu.network.copying import rebuild
+from nac_gpu.network.copying import Attributes, rebuild
 from nac_gpu.network.costs import Cost, flop_counter
+from nac_gpu.network.kept_numbers import reads_of
 from nac_gpu.network.probes import Probe
 from nac_gpu.network.reaching import tensors_in
 from nac_gpu.tracing.graph import Choice
@@ -129,7 +130,7 @@ class Bench:
 
         try:
             state = merged(self._copies, choices, labels, self._deviation)
-            small = self._network(state, attributes(self._probe.model, choices))
+            small = self._smaller(state, choices)
             if self._layers is None:
                 found = self._answers(small, counter)
             else:
@@ -158,14 +159,25 @@ class Bench:
         """The error that the smaller network raises in training mode, if the network of copies raises none."""
         labels = [self._labels[choice.group.name] for choice in choices]
         state = merged(self._copies, choices, labels, self._deviation)
-        why = self._probe.training_error(self._network(state, attributes(self._probe.model, choices)))
+        why = self._probe.training_error(self._smaller(state, choices))
         if why is None or self._probe.training_error(self._network(self._copies)) is not None:
             return None
         return why
 
-    def _network(
-        self, state: Mapping[str, Tensor], values: Mapping[tuple[str, str], object] | None = None
-    ) -> nn.Module:
+    def reads(self) -> frozenset[tuple[str, str]]:
+        """The (module, attribute) that the network of copies reads as it runs, in training mode, too."""
+        network = self._network(self._copies)
+        with reads_of(network) as found:
+            self._answers(network)
+            self._probe.training_error(network)
+        return frozenset(found)
+
+    def _smaller(self, state: Mapping[str, Tensor], choices: Sequence[Choice]) -> nn.Module:
+        small = self._network(state, attributes(self._probe.model, choices))
+        set_configs(small, choices)
+        return small
+
+    def _network(self, state: Mapping[str, Tensor], values: Attributes | None = None) -> nn.Module:
         return rebuild(self._probe.model, state, values, clone=True)
 
     def _answers(self, network: nn.Module, counter: Any = None) -> list[Tensor]:

@@ -91,7 +91,7 @@ def plan_for(network: Network, request: Request, deviation: Deviation = "restore
     )
     if outcome.measured is None:
         raise nothing_to_compress(graph)
-    subject = replace(subject, graph=graph, changes=(*subject.changes, *lines, *_by_weights(subject)))
+    subject = replace(subject, graph=graph, changes=(*subject.changes, *lines, *outcome.lines, *_by_weights(subject)))
     return Prepared(_plan(subject, outcome.choices, outcome.measured), subject, outcome.choices, evidence)
 
 

@@ -6,13 +6,14 @@ the groups around the layer where the smaller network differs first are suspecte
 network gets further without it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from torch import nn
 
-from nac_gpu.merging.attributes import guesses
+from nac_gpu.merging.attributes import Following, guesses, stale
 from nac_gpu.merging.centroids import Deviation
 from nac_gpu.network.probes import probes
 from nac_gpu.network.running import ExampleInputs
@@ -32,11 +33,13 @@ class Outcome:
             (heads, groups) that cannot be merged are replaced by their channels.
         measured: the network of these choices; None if no group can be merged.
         refused: groups that cannot be merged, and why.
+        lines: for the printed plan, on what could not be brought up to date.
     """
 
     choices: tuple[Choice, ...]
     measured: Measured | None
     refused: tuple[LeftAlone, ...] = ()
+    lines: tuple[str, ...] = ()
 
 
 class Trial:
@@ -86,13 +89,17 @@ class Trial:
         place = {
             group.name: at for at, choice in enumerate(choices) for group in (*choice.group.otherwise, choice.group)
         }
-        good = [choice if choice.group.attributes else guessed(self._modules, choice, 0) for choice in choices]
+        good = [choice if choice.group.attributes else _guessed(self._modules, choice) for choice in choices]
         refused: list[LeftAlone] = []
         measured: Measured | None = None
         for search in self._searches:
             good, measured = self._settled(search, good, refused)
         good.sort(key=lambda choice: place[choice.group.name])
-        return Outcome(tuple(good), measured, tuple(refused))
+        lines = stale(self._modules[""], good)
+        if lines and measured is not None:  # numbers that nothing reads in eval mode may matter in training
+            good, measured, why = self._searches[-1].trained(good, measured)
+            lines = stale(self._modules[""], good) + why
+        return Outcome(tuple(good), measured, tuple(refused), tuple(lines))
 
     def _settled(
         self, search: "_Search", choices: list[Choice], refused: list[LeftAlone]
@@ -102,7 +109,7 @@ class Trial:
         if not failed:
             return good, measured
         rest = [
-            guessed(self._modules, Choice(other, max(1, round(choice.width / choice.group.size * other.size))), 0)
+            _guessed(self._modules, Choice(other, max(1, round(choice.width / choice.group.size * other.size))))
             for choice, _ in failed
             for other in choice.group.otherwise
         ]
@@ -138,6 +145,7 @@ class _Search:
         self._deviation: Deviation = deviation
         self._stricter = probes(model, inputs, seed)
         self._probe = next(self._stricter)
+        self._read: frozenset[tuple[str, str]] | None = None
         self.attempts = 0
 
     def run(self, choices: Sequence[Choice]) -> tuple[list[Choice], Failed, Measured | None]:
@@ -154,10 +162,44 @@ class _Search:
                 self._bench, found = self._benched(choices), None
             elif not self._bench.watching:
                 self._bench.watch()
-                found = None
+                found = self._attempt(active)
+                others = self._second(active) if isinstance(found, Failure) else active
+                if others != active:  # several groups may need the same attribute
+                    then = self._attempt(others)
+                    active, found = (others, then) if isinstance(then, Measured) else (active, found)
             else:
                 active, found = self._without_cause(active, found, failed)
         return [], failed, None
+
+    def trained(self, choices: list[Choice], measured: Measured) -> tuple[list[Choice], Measured, list[str]]:
+        """Attributes with which the smaller network runs in training mode, too, if it does not already.
+
+        Returns:
+            The choices with these attributes, and their network; and a line that says why there are none.
+        """
+        why = self._bench.trains(choices)
+        if why is None:
+            return choices, measured, []
+        others = self._second(choices)
+        found = self._attempt(others)
+        if isinstance(found, Measured) and self._bench.trains(others) is None:
+            return others, found, []
+        return choices, measured, [f"the smaller network does not run in training mode: {why}"]
+
+    def _ways(self, choice: Choice) -> Iterator[Choice]:
+        """The choice with the attributes of every guess but its own."""
+        for found in guesses(self._modules, choice.group, self._reads):
+            if found != choice.group.attributes:
+                yield _with(choice, found)
+
+    def _second(self, choices: Sequence[Choice]) -> list[Choice]:
+        """The choices, each with the attributes of its next guess if there is one."""
+        return [next(self._ways(choice), choice) for choice in choices]
+
+    def _reads(self) -> frozenset[tuple[str, str]]:
+        if self._read is None:
+            self._read = self._bench.reads()
+        return self._read
 
     def _attempt(self, choices: Sequence[Choice]) -> Measured | Failure:
         self.attempts += 1
@@ -194,7 +236,7 @@ class _Search:
             then = self._attempt(rest) if rest else None
             if then is not None and not found.moved(then):
                 continue
-            for number, other in enumerate(ways(self._modules, suspect)):
+            for number, other in enumerate(self._ways(suspect)):
                 mended = [other if choice is suspect else choice for choice in active]
                 after = self._attempt(mended)
                 if found.moved(after):
@@ -212,8 +254,8 @@ class _Search:
         kind = _kind(self._modules, suspect)
         same = []
         for choice in active:
-            others = ways(self._modules, choice) if _kind(self._modules, choice) == kind else []
-            same.append(others[number] if len(others) > number else choice)
+            others = self._ways(choice) if _kind(self._modules, choice) == kind else iter(())
+            same.append(next(islice(others, number, None), choice))
         then = self._attempt(same)
         return (same, then) if after.moved(then) else (active, after)
 
@@ -227,7 +269,7 @@ class _Search:
                 return part
             if len(part) > 1:
                 return passing(part[: len(part) // 2]) + passing(part[len(part) // 2 :])
-            for other in ways(self._modules, part[0]):
+            for other in self._ways(part[0]):
                 if isinstance(self._attempt([other]), Measured):
                     return [other]
             lost.append((part[0], found.reason))
@@ -242,15 +284,13 @@ class _Search:
         return good
 
 
-def guessed(modules: Mapping[str, nn.Module], choice: Choice, number: int) -> Choice:
-    """The choice with the attributes of a guess, by number."""
-    return replace(choice, group=replace(choice.group, attributes=list(guesses(modules, choice.group))[number]))
+def _guessed(modules: Mapping[str, nn.Module], choice: Choice) -> Choice:
+    """The choice with the attributes that most likely follow its size."""
+    return _with(choice, next(guesses(modules, choice.group)))
 
 
-def ways(modules: Mapping[str, nn.Module], choice: Choice) -> list[Choice]:
-    """The choice with the attributes of every guess but its own."""
-    found = [guessed(modules, choice, number) for number in range(len(list(guesses(modules, choice.group))))]
-    return [other for other in found if other.group.attributes != choice.group.attributes]
+def _with(choice: Choice, attributes: tuple[Following, ...]) -> Choice:
+    return replace(choice, group=replace(choice.group, attributes=attributes))
 
 
 def _kind(modules: Mapping[str, nn.Module], choice: Choice) -> str:

@@ -16,7 +16,8 @@ from nac_gpu.experts.merging import merge_experts
 from nac_gpu.files.exporting import export
 from nac_gpu.files.models import load, save
 from nac_gpu.files.opening import open_model
-from nac_gpu.network.costs import Cost, cost
+from nac_gpu.network.costs import Cost
+from nac_gpu.network.counting import cost
 from nac_gpu.network.machine import package_version
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.planning.plans import GroupPlan, Plan

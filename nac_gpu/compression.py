@@ -2,11 +2,13 @@
 
 The steps of a compression: `take` the network; make a plan with `plan_for`, or prepare an existing one with `replay`;
 compute the `assignments` of neurons to clusters and merge them, group by group (`merged`); train the result
-(`refined`).
+(`refined`). Where a step fails that the result can do without, the next best is done, and the plan says so: see
+`nac_gpu.distributed.fallbacks`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -21,15 +23,16 @@ from nac_gpu.distributed.ranks import ALONE, Ranks, joined
 from nac_gpu.distributed.replicas import same_result
 from nac_gpu.files.origin import remember
 from nac_gpu.merging.attributes import attributes, set_configs
-from nac_gpu.merging.centroids import Merger
+from nac_gpu.merging.centroids import Deviation, Merger
 from nac_gpu.merging.compensation import Compensator
 from nac_gpu.merging.refinement import PASSES, learn
-from nac_gpu.network.copying import rebuild
+from nac_gpu.network.ambient import undisturbed
+from nac_gpu.network.copying import in_float32, rebuild
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.network.state import tensors
 from nac_gpu.planning.plans import Plan
 from nac_gpu.planning.prepare import Prepared, forget, keep, plan_for, replay
-from nac_gpu.planning.request import LimitsByLayer, Names, Request, Share, Width
+from nac_gpu.planning.request import LimitsByLayer, Names, Request, Share, Width, checked_passes
 from nac_gpu.planning.taking import take
 from nac_gpu.tracing.graph import Choice
 
@@ -42,6 +45,7 @@ Rule = Literal["compensated", "restored", "centroid"]
 Neurons = Literal["activations", "folded", "weights"]
 
 
+@undisturbed()
 def plan(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -75,7 +79,7 @@ def plan(
         latency: the same for the time of that pass, a share (float).
         calibration: inputs for choosing widths: batches of unlabelled inputs, `"dream"` or `"none"`.
         limits: for a budget, the fewest and most neurons of layers.
-        multiple_of: for a budget, widths are multiples of this.
+        multiple_of: for a budget, widths are multiples of this, and narrower layers keep their neurons.
         only: names of layers or of modules that contain layers, or patterns; nothing else is compressed.
         skip: the same for layers that are not compressed.
         seed: of synthetic inputs; the global random state is not touched.
@@ -101,6 +105,7 @@ def plan(
         return keep(plan_for(take(model, example_inputs, ranks), request), request)
 
 
+@undisturbed()
 def compress(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -143,7 +148,8 @@ def compress(
         calibration: inputs for comparing neurons and compensation: batches of unlabelled inputs, such as a list of
             tensors or a DataLoader (a few hundred inputs; labels are ignored); or `"dream"` for synthetic inputs (see
             `nac_gpu.calibration.dream` and `nac_gpu.calibration.tokens`). With `"none"`, or if no inputs can be made
-            from the model, neurons are compared by their weights and the rule is `"restored"`.
+            from the model, neurons are compared by their weights and the rule is `"restored"`. Where a step fails on
+            this model, a warning and the plan that the result remembers say what was done in its place.
         limits: fewest and most neurons of layers; this and the next three as for `nac_gpu.plan`.
         multiple_of: chosen widths are multiples of this.
         only: names or patterns; nothing else is compressed.
@@ -180,13 +186,17 @@ def compress(
     request = Request(width, params, flops, latency, limits, multiple_of, only, skip, calibration, seed)
     with joined(process_group, model) as ranks:
         request.check() if plan is None else request.check_beside_plan()
-        settings = MergeSettings.of(method, rule, neurons, refine, seed)
+        settings = MergeSettings.of(method, rule, neurons, refine, request.seed)
         planned = request.arguments() if plan is None else {"plan": plan.widths}
         check_arguments(ranks, {**settings.arguments(), **planned, "example_inputs": without_values(example_inputs)})
         network = take(model, example_inputs, ranks)
-        prepared = plan_for(network, request) if plan is None else replay(network, plan, request)
+        prepared = (
+            plan_for(network, request, settings.deviation)
+            if plan is None
+            else replay(network, plan, request, settings.deviation)
+        )
         evidence = prepared.known(request) if settings.looks_at_activations else prepared.evidence
-        small = refined(merged(prepared, evidence, settings), prepared, evidence, settings)
+        small = made(prepared, evidence, settings)
         if plan is not None:
             forget(plan)
         return same_result(small, ranks)
@@ -224,17 +234,20 @@ class MergeSettings:
         for name, value, known in (("rule", rule, get_args(Rule)), ("neurons", neurons, (None, *get_args(Neurons)))):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(k for k in known if k)}")
-        if refine < 0:
-            raise ValueError(f"refine={refine}, expected a number of passes over the calibration inputs, 0 for none")
         assign = METHODS[method] if isinstance(method, str) else method
         if assign is l1 and neurons is None:
             neurons = "weights"
-        return MergeSettings(assign, rule, neurons, refine, seed)
+        return MergeSettings(assign, rule, neurons, checked_passes(refine), seed)
 
     @property
     def looks_at_activations(self) -> bool:
         """Whether activations have to be observed."""
         return self.rule == "compensated" or self.neurons == "activations"
+
+    @property
+    def deviation(self) -> Deviation:
+        """How the standard deviation of a merged channel with BatchNorm is chosen."""
+        return "centroid" if self.rule == "centroid" else "restored"
 
     def arguments(self) -> dict[str, object]:
         """The arguments that must be equal on all ranks."""
@@ -242,30 +255,72 @@ class MergeSettings:
         return {"method": method, **{name: value for name, value in vars(self).items() if name != "assign"}}
 
 
-def merged(prepared: Prepared, evidence: Evidence | None, settings: MergeSettings) -> nn.Module:
-    """The smaller network of a plan, with compensated consumers if the rule asks for them."""
-    merger = _merger(prepared, evidence, settings)
+def made(prepared: Prepared, evidence: Evidence | None, settings: MergeSettings) -> nn.Module:
+    """The smaller model of a plan, which remembers the plan with a line about each step that failed.
+
+    If activations were observed in a copy of the model in float32, the smaller network is made of that copy first.
+    """
+    model = prepared.model
+    wide = evidence is not None and evidence.float32 and _compensates(evidence, settings)
+    network = in_float32(model) if wide else model
+    small, failures = merged(prepared, network, evidence, settings)
+    lines = [line for line in failures if line not in prepared.plan.changes]
+    if lines:
+        warnings.warn("; ".join(lines), stacklevel=3)
+    not_refined = refined(small, network, prepared, evidence, settings)
+    if network is not model:
+        dtypes = {name: tensor.dtype for name, tensor in tensors(model).items()}
+        state = {name: tensor.to(dtypes[name]) for name, tensor in tensors(small).items()}
+        small = _rebuilt(model, state, prepared)
+    set_configs(small, prepared.choices)
+    lines += [not_refined] if not_refined else []
+    plan = replace(prepared.plan, changes=(*prepared.plan.changes, *lines))
+    remember(small, model, plan, settings.seed)
+    return small
+
+
+def _rebuilt(network: nn.Module, state: Mapping[str, Tensor], prepared: Prepared) -> nn.Module:
+    return rebuild(network, state, attributes(prepared.model, prepared.choices))
+
+
+def merged(
+    prepared: Prepared, network: nn.Module, evidence: Evidence | None, settings: MergeSettings
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The smaller network of a plan, with compensated consumers if the rule asks for them.
+
+    Args:
+        prepared: the plan.
+        network: the model, or its copy in float32.
+        evidence: about its neurons.
+        settings: how they are merged.
+
+    Returns:
+        The network, and lines about what failed so far.
+    """
+    merger = _merger(prepared, network, evidence, settings)
     for choice, labels in assignments(prepared, evidence, settings, merger):
         merger.merge(choice.group, labels)
-    small = rebuild(prepared.model, merger.finish(), attributes(prepared.model, prepared.choices))
-    set_configs(small, prepared.choices)
-    remember(small, prepared.model, prepared.plan, settings.seed)
-    return small
+    failures = () if evidence is None else evidence.failures
+    failures += tuple(merger.failures) if isinstance(merger, Compensator) else ()
+    return _rebuilt(network, merger.finish(), prepared), failures
 
 
 def _compensates(evidence: Evidence | None, settings: MergeSettings) -> bool:
     return settings.rule == "compensated" and evidence is not None and bool(evidence.batches)
 
 
-def _merger(prepared: Prepared, evidence: Evidence | None, settings: MergeSettings) -> Merger | Compensator:
+def _merger(
+    prepared: Prepared, network: nn.Module, evidence: Evidence | None, settings: MergeSettings
+) -> Merger | Compensator:
     """The merger, with compensation if the rule asks for it and there are inputs."""
-    model, subject = prepared.model, prepared.subject
+    subject = prepared.subject
     if not _compensates(evidence, settings):
-        return Merger(tensors(model), "centroid" if settings.rule == "centroid" else "restored")
+        return Merger(tensors(network), settings.deviation)
     assert evidence is not None, "_compensates() checks this"
     # The sums of a batch are large matrices: a GPU computes them faster than ranks can exchange them.
     ranks = ALONE if subject.on_cuda else subject.ranks
-    return Compensator(model, subject.graph, evidence.batches, evidence.activities, ranks)
+    dtypes = {name: tensor.dtype for name, tensor in tensors(prepared.model).items()}
+    return Compensator(network, subject.graph, evidence.batches, evidence.activities, ranks, dtypes=dtypes)
 
 
 def assignments(
@@ -308,18 +363,24 @@ def _by_activations(
     return iter(ranks.share(choices, assigned))
 
 
-def refined(small: nn.Module, prepared: Prepared, evidence: Evidence | None, settings: MergeSettings) -> nn.Module:
-    """The smaller network after refinement; unchanged if it was not compensated."""
-    if _compensates(evidence, settings) and evidence is not None:
-        touched = {m.tensor for choice in prepared.choices if choice.merges for m in choice.group.members}
-        learn(
-            small,
-            prepared.model,
-            touched,
-            evidence.batches,
-            settings.refine,
-            synthetic=evidence.synthetic,
-            seed=settings.seed,
-            ranks=prepared.subject.ranks,
-        )
-    return small
+def refined(
+    small: nn.Module, network: nn.Module, prepared: Prepared, evidence: Evidence | None, settings: MergeSettings
+) -> str:
+    """Refine the smaller network, if it was compensated.
+
+    Returns:
+        A line that says why it was not refined; empty if it was, or was not to be.
+    """
+    if not _compensates(evidence, settings) or evidence is None:
+        return ""
+    touched = {m.tensor for choice in prepared.choices if choice.merges for m in choice.group.members}
+    return learn(
+        small,
+        network,
+        touched,
+        evidence.batches,
+        settings.refine,
+        synthetic=evidence.synthetic,
+        seed=settings.seed,
+        ranks=prepared.subject.ranks,
+    )

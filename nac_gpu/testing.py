@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from nac_gpu.merging.attributes import attributes
 from nac_gpu.merging.centroids import Merger
 from nac_gpu.merging.copies import copy_neurons, random_assignments
+from nac_gpu.network.ambient import undisturbed
 from nac_gpu.network.comparing import relative_error
-from nac_gpu.network.copying import rebuild
-from nac_gpu.network.probes import converted
+from nac_gpu.network.copying import converted, rebuild
 from nac_gpu.network.running import ExampleInputs, call, evaluating
 from nac_gpu.network.state import tensors
 from nac_gpu.planning.prepare import plan_for
@@ -126,6 +126,7 @@ class Copies:
         return not self.effect > VACUOUS
 
 
+@undisturbed()
 def check_copies(
     model: nn.Module, example_inputs: ExampleInputs, *, width: Width = 0.5, seed: int = 0, tolerance: float = 1e-8
 ) -> Copies:
@@ -150,8 +151,10 @@ def check_copies(
     >>> nac_gpu.testing.check_copies(model, torch.zeros(2, 8)).error < 1e-8
     True
     """
-    prepared = plan_for(take(model, example_inputs), Request(width=width))
-    found = merge_copies(prepared.model, example_inputs, prepared.choices, seed)
+    request = Request(width=width, seed=seed)
+    request.check()
+    prepared = plan_for(take(model, example_inputs), request)
+    found = merge_copies(prepared.model, example_inputs, prepared.choices, request.seed)
     if found.vacuous:
         raise AssertionError(
             f"copies of neurons moved the outputs by {found.effect:.1e} only, expected more than {VACUOUS:.0e}: "

@@ -15,7 +15,8 @@ from common.device import peak, reset_peak
 from common.gpu_times import profiled
 from common.models import NETWORKS
 from common.runner import Check
-from nac_gpu.network.running import call, evaluating, tensors_in
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import call, evaluating
 
 _TOLERANCE = 1e-6  # relative, of outputs in float64
 

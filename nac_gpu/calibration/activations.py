@@ -20,6 +20,10 @@ from nac_gpu.network.watching import count_calls, look
 from nac_gpu.tracing.graph import Group
 
 
+class NotFiniteError(Exception):
+    """Activations are not finite."""
+
+
 def observe(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -37,7 +41,7 @@ def observe(
         ranks: the processes that divide the batches among them.
 
     Raises:
-        ValueError: activations are not finite.
+        NotFiniteError: activations are not finite.
         RankError: another rank failed or was lost.
     """
     read = {group.name: readings(model, group) for group in groups}
@@ -62,7 +66,7 @@ def observe(
         return own
 
     with evaluating(model):
-        calls = count_calls(model, batches[0], layers)
+        (calls,) = ranks.share([None], lambda _: count_calls(model, batches[0], layers))
         for own in ranks.share(batches, observed):
             for key, one in own.items():
                 moments[key].take(one)
@@ -72,10 +76,7 @@ def observe(
         covariances = tuple(moments[name, reading.layer].covariance for reading in called)
         for reading, covariance in zip(called, covariances, strict=True):
             if not bool(torch.isfinite(covariance).all()):
-                raise ValueError(
-                    f"{reading.layer} reads activations that are not finite on the calibration data, expected finite "
-                    "ones; check the calibration inputs"
-                )
+                raise NotFiniteError(f"{reading.layer} reads activations that are not finite")
         flat = [outgoing(state[reading.member.tensor], reading.member).flatten(1).double() for reading in called]
         if called:
             result[name] = Activity(covariances, tuple(columns @ columns.T for columns in flat))

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nac_gpu.network.ambient import drawn, ordinary
 from nac_gpu.network.moving import to_device
 from nac_gpu.network.running import ExampleInputs
 
@@ -26,7 +27,7 @@ def as_batches(calibration: Iterable[Any], example_inputs: ExampleInputs, device
         kind = "a tensor" if isinstance(calibration, Tensor) else type(calibration).__name__
         raise TypeError(f"calibration is {kind}, expected batches: a list of inputs of the model, or a DataLoader")
     none = True
-    for number, given in enumerate(calibration):
+    for number, given in enumerate(drawn(calibration)):
         batch = given
         if isinstance(example_inputs, Tensor) and isinstance(batch, list | tuple) and batch:
             batch = batch[0]
@@ -36,7 +37,7 @@ def as_batches(calibration: Iterable[Any], example_inputs: ExampleInputs, device
                 "example inputs, or a pair that starts with one"
             )
         none = False
-        yield to_device(batch, device)
+        yield to_device(ordinary(batch), device)
     if none:
         raise ValueError("the calibration data has no batch, expected at least one; a generator can be used only once")
 

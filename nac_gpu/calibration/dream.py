@@ -9,18 +9,24 @@ something about its inputs. Gradients of the first layer are sums of inputs, so 
 the inputs vary. Inputs are drawn as random linear combinations of these weights. They are centred on the small input
 whose pre-activations best cancel the biases, because trained neurons tend to be balanced where the data lie. Such
 inputs are good enough for compensation, but not for comparing neurons.
+
+Both ways run the model with gradients and in batches of their own, which its code may not expect. The careful variants
+avoid that as far as possible: see `dream` and `draw`.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nac_gpu.calibration.noise import image_noise, pink
 from nac_gpu.distributed.ranks import ALONE, Ranks
+from nac_gpu.network.gradients import GradientsKept
 from nac_gpu.network.precision import multiplies_bfloat16
-from nac_gpu.network.running import ExampleInputs, call, evaluating
+from nac_gpu.network.running import ExampleInputs, call, call_on, evaluating
 
 BATCH = 64
 COUNT = 256  # inputs; fewer where they are large
@@ -50,35 +56,90 @@ def why_not(model: nn.Module, example_inputs: ExampleInputs) -> str | None:
 
 
 def dream(
-    model: nn.Module, inputs: Tensor, *, count: int | None = None, seed: int = 0, ranks: Ranks = ALONE
+    model: nn.Module,
+    inputs: Tensor,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+    careful: int | None = None,
+    steps: int | None = None,
 ) -> list[Tensor]:
     """Synthetic inputs whose channel statistics match the running statistics of BatchNorm.
 
-    Without BatchNorm: random linear combinations of the first layer's weights, centred where its biases cancel.
+    Without BatchNorm: random linear combinations of the first layer's weights, see `draw`.
 
     Args:
         model: one for which `why_not` returns None; not changed.
         inputs: an example, [batch, ...]; defines shape, dtype and device.
-        count: number of inputs; by default 256, down to 64 for large images. Without BatchNorm, enough for 4096 output
-            positions of the first layer, but at most 4096.
+        count: number of inputs; by default 256, down to 64 for large images.
         seed: of the noise; the global random state is not touched.
         ranks: the processes that divide the batches among them.
+        careful: the model is run on this many inputs at once, and neither in bfloat16 nor without gradients where its
+            code switches them off.
+        steps: of gradient descent, by default 60. With none, the noise is only scaled to fit, which needs no gradient.
 
     Returns:
         Batches of inputs.
 
     Raises:
+        Exception: anything that the model's code raises.
         RuntimeError: no gradient reaches the inputs.
+        ValueError: the inputs that were made are not finite.
         RankError: another rank failed or was lost.
     """
-    generator = torch.Generator().manual_seed(seed)
     if not _norms(model):
-        return _drawn(model, inputs, count, generator)
+        return draw(model, inputs, count=count, seed=seed, careful=careful)
+    generator = torch.Generator().manual_seed(seed)
     count = usual_count(inputs) if count is None else count
-    sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
-    noises = [_noise((size, *inputs.shape[1:]), generator).to(inputs) for size in sizes]
+    size = BATCH if careful is None else max(1, BATCH // careful) * careful
+    sizes = [min(size, count - start) if careful is None else size for start in range(0, count, size)]
+    noises = [image_noise((size, *inputs.shape[1:]), generator).to(inputs) for size in sizes]
     with evaluating(model), torch.enable_grad():
-        return list(ranks.share(noises, lambda noise: _dreamed(model, noise)))
+        made = list(
+            ranks.share(noises, lambda noise: _dreamed(model, noise, careful, STEPS if steps is None else steps))
+        )
+    return _divided(made, careful)
+
+
+def draw(
+    model: nn.Module,
+    inputs: Tensor,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    careful: int | None = None,
+) -> list[Tensor]:
+    """Random linear combinations of the first layer's weights, centred where its biases cancel.
+
+    Args:
+        model: not changed.
+        inputs: an example, [batch, ...]; defines shape, dtype and device.
+        count: number of inputs; by default enough for 4096 output positions of the first layer, but at most 4096.
+        seed: of the sums; the global random state is not touched.
+        careful: the layer alone is run, and batches have this size.
+
+    Returns:
+        Batches of inputs.
+
+    Raises:
+        Exception: anything that the model's code raises.
+        RuntimeError: no gradient reaches the inputs.
+        ValueError: no layer reads the inputs as they are, or those that were made are not finite.
+    """
+    with evaluating(model):
+        batches = _drawn(model, inputs, count, torch.Generator().manual_seed(seed), careful is not None)
+    return _divided(batches, careful)
+
+
+def _divided(batches: list[Tensor], size: int | None) -> list[Tensor]:
+    return batches if size is None else [small for batch in batches for small in batch.split(size)]
+
+
+def _finite(inputs: Tensor) -> Tensor:
+    if not bool(torch.isfinite(inputs).all()):
+        raise ValueError("the inputs that were made are not finite")
+    return inputs
 
 
 def usual_count(inputs: Tensor) -> int:
@@ -86,64 +147,98 @@ def usual_count(inputs: Tensor) -> int:
     return max(BATCH, min(COUNT, COUNT * 64 * 64 // max(math.prod(inputs.shape[2:]), 1)))
 
 
-def _first_layer(model: nn.Module, inputs: Tensor) -> nn.Module | None:
-    """The first linear layer or convolution that is called with the model's input, possibly flattened."""
-    found: list[nn.Module] = []
-    inputs = inputs.detach()
+def _first_layer(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor] | None:
+    """The first linear layer or convolution that is called with the model's input, possibly as another view of it.
+
+    Returns:
+        The layer, and what it is called with.
+    """
+    found: list[tuple[nn.Module, Tensor]] = []
+    inputs = inputs.detach().clone()
 
     def look(module: nn.Module, given: tuple[Any, ...]) -> None:
         reads = bool(given) and isinstance(given[0], Tensor)
         if reads and given[0].untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr():
-            found.append(module)
+            found.append((module, given[0]))
 
     kinds = nn.Linear | nn.modules.conv._ConvNd
     hooks = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, kinds)]
     try:
         with evaluating(model):
-            call(model, inputs)
+            call_on(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
 
 
-def _drawn(model: nn.Module, inputs: Tensor, count: int | None, generator: torch.Generator) -> list[Tensor]:
-    """Batches of random linear combinations of the first layer's weights, centred where its biases cancel."""
-    layer = _first_layer(model, inputs)
-    assert layer is not None, "why_not() was asked"
+@contextlib.contextmanager
+def _within(model: nn.Module, layer: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The outputs of the first layer for inputs of the model, by running the whole model."""
     made: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, result: Tensor) -> None:
         made.append(result)
-
-    hook = layer.register_forward_hook(keep)
 
     def first(x: Tensor) -> Tensor:
         made.clear()
         call(model, x)
         return made[0]
 
+    hook = layer.register_forward_hook(keep)
+    try:
+        yield first
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _alone(layer: nn.Module, given: Tensor, size: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The same by running the layer alone.
+
+    Args:
+        layer: the first layer.
+        given: what it is called with: a view of contiguous inputs.
+        size: how many inputs those are; `first` takes multiples of it.
+    """
+
+    def first(x: Tensor) -> Tensor:
+        parts = (part.contiguous() for part in x.split(size))
+        views = (part.as_strided(given.shape, given.stride(), given.storage_offset()) for part in parts)
+        return torch.cat([layer(view) for view in views])
+
+    yield first
+
+
+def _drawn(
+    model: nn.Module, inputs: Tensor, count: int | None, generator: torch.Generator, careful: bool
+) -> list[Tensor]:
+    """Batches of random linear combinations of the first layer's weights, centred where its biases cancel."""
+    found = _first_layer(model, inputs.detach().clone(memory_format=torch.contiguous_format) if careful else inputs)
+    if found is None:
+        raise ValueError("no layer reads the input as it is")
+    layer, given = found
+    least = len(inputs) if careful else 1
+
     def zeros(size: int) -> Tensor:
         return torch.zeros((size, *inputs.shape[1:]), dtype=inputs.dtype, device=inputs.device)
 
-    try:
-        with evaluating(model):
-            norm = layer.get_parameter("weight").flatten(1).norm(dim=1).square().mean().sqrt()
-            nothing, spatial = first(zeros(1)), isinstance(layer, nn.modules.conv._ConvNd)
-            if count is None:
-                positions = nothing[0].numel() // max(nothing.shape[1 if spatial else -1], 1)
-                count = min(POSITIONS, max(usual_count(inputs), POSITIONS // max(positions, 1)))
-            centre = _centre(first, zeros(1), _STIFFNESS * norm.square())
-            size = min(count, _DRAWN)
-            batches = []
-            for _ in range(0, count, size):
-                white = torch.randn((size, *nothing.shape[1:]), generator=generator)
-                drawn = (_pink(white) if spatial else white).to(nothing)
-                sums = _transposed(first, zeros(size), drawn)
-                deviation = (first(sums) - nothing).std()
-                batches.append(centre + sums * (_LIVELINESS * norm / deviation))
-    finally:
-        hook.remove()
+    with _alone(layer, given, least) if careful else _within(model, layer) as first:
+        norm = layer.get_parameter("weight").flatten(1).norm(dim=1).square().mean().sqrt()
+        nothing, spatial = first(zeros(least)), isinstance(layer, nn.modules.conv._ConvNd)
+        rows = len(nothing) // least
+        if count is None:
+            positions = nothing[0].numel() // max(nothing.shape[1 if spatial else -1], 1)
+            count = min(POSITIONS, max(usual_count(inputs), POSITIONS // max(positions, 1)))
+        centre = _centre(first, zeros(least), _STIFFNESS * norm.square())[:1]
+        size = math.ceil(min(count, _DRAWN) / least) * least
+        batches = []
+        for _ in range(0, count, size):
+            white = torch.randn((size * rows, *nothing.shape[1:]), generator=generator)
+            drawn = (pink(white) if spatial else white).to(nothing)
+            sums = _transposed(first, zeros(size), drawn)
+            deviation = (first(sums) - nothing[:1]).std()
+            batches.append(_finite(centre + sums * (_LIVELINESS * norm / deviation)))
     return batches
 
 
@@ -186,68 +281,90 @@ def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     ]
 
 
-def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Noise of unit standard deviation with a spatial 1/f amplitude spectrum, as in natural images.
+class _Mismatch:
+    """How far the statistics of the inputs of BatchNorm are from those that it keeps.
 
     Args:
-        shape: [batch, channels, ...].
-        generator: on the CPU.
+        parts: how many passes see a part of the inputs each; the statistics are those of all parts.
     """
-    if len(shape) < 3:
-        return torch.randn(shape, generator=generator)
-    shared = torch.randn((shape[0], 1, *shape[2:]), generator=generator)
-    own = torch.randn(shape, generator=generator)
-    white = math.sqrt(0.9) * shared + math.sqrt(0.1) * own  # colour channels of images are correlated
-    return _pink(white)
 
+    def __init__(self, parts: int) -> None:
+        self._parts = parts
+        self.clear()
 
-def _pink(white: Tensor) -> Tensor:
-    """White noise filtered to unit standard deviation and a spatial 1/f amplitude spectrum."""
-    space = tuple(range(2, white.ndim))
-    squared = torch.zeros(())
-    for dim in space:
-        squared = squared[..., None] + torch.fft.fftfreq(white.shape[dim]).square()
-    amplitude = squared.clamp_min(1 / max(white.shape[2:]) ** 2).rsqrt()
-    noise = torch.fft.ifftn(torch.fft.fftn(white, dim=space) * amplitude, dim=space).real
-    return noise / noise.std()
+    def clear(self) -> None:
+        """Begin with new inputs."""
+        self._errors: list[Tensor] = []
+        self._seen: list[list[tuple[nn.Module, Tensor]]] = []
 
+    def begin(self) -> None:
+        """The pass of the next part begins."""
+        self._seen.append([])
 
-def _dreamed(model: nn.Module, noise: Tensor) -> Tensor:
-    """One batch of noise, optimised to match the statistics of BatchNorm."""
-    errors: list[Tensor] = []
+    def look(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """A hook that is called before BatchNorm."""
+        given: Tensor = args[0] if args else next(iter(named.values()))
+        if self._parts == 1:
+            self._errors.append(self._of(module, given))
+        else:
+            self._seen[-1].append((module, given.clone()))  # the model may change it afterwards
 
-    def look(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, nn.modules.batchnorm._BatchNorm), "hooked below"
+    def total(self) -> Tensor:
+        """The sum over all calls of BatchNorm, a scalar."""
+        for calls in zip(*self._seen, strict=True):
+            self._errors.append(self._of(calls[0][0], torch.cat([given for _, given in calls])))
+        if not self._errors:
+            raise ValueError("no BatchNorm with statistics is run")
+        return torch.stack(self._errors).sum()
+
+    def _of(self, module: nn.Module, given: Tensor) -> Tensor:
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm), "hooked by _dreamed()"
         assert module.running_mean is not None, "checked when it was hooked"
         assert module.running_var is not None, "it has a running mean"
-        values = given[0].float() if given[0].dtype != torch.float64 else given[0]
+        values = given.float() if given.dtype != torch.float64 else given
         over = [dim for dim in range(values.ndim) if dim != 1]
         mean, variance = values.mean(over), values.var(over, correction=0)
         deviation = (module.running_var.to(values.dtype) + module.eps).sqrt()
         off = (mean - module.running_mean.to(values.dtype)) / deviation
         stretched = (variance + module.eps).sqrt() / deviation - 1
-        errors.append(off.square().mean() + stretched.square().mean())
+        return off.square().mean() + stretched.square().mean()
+
+
+def _dreamed(model: nn.Module, noise: Tensor, part: int | None, steps: int) -> Tensor:
+    """One batch of noise, optimised to match the statistics of BatchNorm.
+
+    Args:
+        model: in eval mode.
+        noise: a batch.
+        part: how many inputs the model is run on at once, see `careful` of `dream`.
+        steps: of gradient descent.
+    """
+    parts = 1 if part is None else len(noise) // part
+    mismatch = _Mismatch(parts)
 
     def error(inputs: Tensor) -> Tensor:
-        errors.clear()
-        fast = inputs.dtype == torch.float32 and multiplies_bfloat16(inputs.device)
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=fast):
+        mismatch.clear()
+        fast = part is None and inputs.dtype == torch.float32 and multiplies_bfloat16(inputs.device)
+        kept = contextlib.nullcontext() if part is None else GradientsKept()
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=fast), kept:
             layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
-            call(model, inputs.contiguous(memory_format=layout) if fast else inputs)
-        return torch.stack(errors).sum()
+            for own in inputs.chunk(parts) if parts > 1 else (inputs,):
+                mismatch.begin()
+                call(model, own.contiguous(memory_format=layout) if fast else own)
+        return mismatch.total()
 
-    hooks = [module.register_forward_pre_hook(look) for module in _norms(model)]
+    hooks = [module.register_forward_pre_hook(mismatch.look, with_kwargs=True) for module in _norms(model)]
     try:
         with torch.no_grad():
             found = [float(error(mean + scale * noise)) for mean, scale in _SCALES]
         mean, scale = _SCALES[found.index(min(found))]
         inputs = (mean + scale * noise).requires_grad_()
         optimizer = torch.optim.Adam([inputs], lr=_RATE * scale, betas=(0.9, 0.99))
-        for step in range(STEPS):
-            optimizer.param_groups[0]["lr"] = _RATE * scale * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = _RATE * scale * 0.5 * (1 + math.cos(math.pi * step / steps))
             (inputs.grad,) = torch.autograd.grad(error(inputs), inputs)
             optimizer.step()
     finally:
         for hook in hooks:
             hook.remove()
-    return inputs.detach()
+    return _finite(inputs.detach())

@@ -27,6 +27,8 @@ class Evidence:
         source: one line for the plan and the report that says where the evidence is from.
         comparable: the activations are good enough to compare neurons, not only for compensation.
         synthetic: the inputs are synthetic.
+        float32: the model is of another type, and was observed as a copy in float32: the batches are for that.
+        failures: lines that say which steps failed that should have told more.
     """
 
     state: Mapping[str, Tensor]
@@ -35,6 +37,8 @@ class Evidence:
     source: str = ""
     comparable: bool = True
     synthetic: bool = False
+    float32: bool = False
+    failures: tuple[str, ...] = ()
     _trees: dict[str, Dendrogram] = field(default_factory=dict)
 
     def points(self, group: Group) -> tuple[Tensor, Tensor | None]:

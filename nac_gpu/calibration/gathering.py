@@ -1,15 +1,18 @@
 """Gathering evidence: choose the inputs, then observe the neurons on them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from nac_gpu.calibration.activations import observe
+from nac_gpu.calibration.activations import NotFiniteError, observe
 from nac_gpu.calibration.batches import Batches, Calibration
 from nac_gpu.calibration.evidence import Evidence
-from nac_gpu.calibration.inputs import inputs_for
+from nac_gpu.calibration.inputs import Inputs, Way, ways
 from nac_gpu.calibration.readings import readings
+from nac_gpu.distributed.fallbacks import StepError, attempt
 from nac_gpu.distributed.ranks import ALONE, RankError, Ranks
+from nac_gpu.network.copying import copied, in_float32
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.network.state import tensors
 from nac_gpu.tracing.graph import Group
@@ -26,10 +29,11 @@ def gather(
     """Gather evidence about the neurons of these groups.
 
     Args:
-        model: not changed.
+        model: not changed, and not run: a copy is.
         example_inputs: what it is called with.
         groups: the groups.
-        calibration: as for `nac_gpu.calibration.inputs.inputs_for`.
+        calibration: as for `nac_gpu.calibration.inputs.ways`. If a way fails that the model was to provide, the next is
+            taken, and the evidence says so.
         seed: of synthetic inputs.
         ranks: the processes that work together; each may hold its own part of the calibration data.
 
@@ -39,18 +43,48 @@ def gather(
         RuntimeError: the forward pass fails on the calibration data.
         RankError: another rank failed or was lost.
     """
-    state = tensors(model)
-    inputs = inputs_for(calibration, model, example_inputs, seed, ranks)
-    if not inputs.batches:
-        return Evidence(state, source=inputs.source)
+    failed: dict[str, str] = {}  # steps, and why they failed
+    way = Way(lambda _: Inputs((), ""))
+    for way in ways(calibration, copied(model), example_inputs, seed, ranks):
+        if not way.step:
+            break
+        try:
+            found = attempt(lambda ranks, way=way: _observed(model, groups, way.make(ranks), ranks), ranks)
+        except StepError as error:
+            failed[way.step] = str(error)
+        else:
+            failed.pop(way.step, None)  # at the second attempt, say
+            return _because(found, failed)
+    inputs = way.make(ranks)
     try:
-        activities = observe(model, state, groups, inputs.batches, ranks)
+        return _because(_observed(model, groups, inputs, ranks), failed)
     except RankError:
         raise
-    except (RuntimeError, TypeError) as error:
+    except NotFiniteError as error:
+        why = "on the calibration data, expected finite ones; check the calibration inputs"
+        raise ValueError(f"{error} {why}") from error
+    except Exception as error:
         raise RuntimeError(f"the forward pass fails on the calibration data: {error}") from error
-    line = _described(model, groups, inputs.batches, inputs.source)
-    return Evidence(state, inputs.batches, activities, line, inputs.comparable, inputs.synthetic)
+
+
+def _because(evidence: Evidence, failed: Mapping[str, str]) -> Evidence:
+    """Evidence that is the next best after some steps failed, of which it tells the first."""
+    if not failed:
+        return evidence
+    step, why = next(iter(failed.items()))
+    source = f"{evidence.source}, because {step} failed ({why})"
+    return replace(evidence, source=source, failures=(source,))
+
+
+def _observed(model: nn.Module, groups: Sequence[Group], inputs: Inputs, ranks: Ranks) -> Evidence:
+    """What is seen on the inputs; the weights alone if there are none."""
+    state = tensors(model)
+    if not inputs.batches:
+        return Evidence(state, source=inputs.source)
+    found = Evidence(state, inputs.batches, {}, "", inputs.comparable, inputs.synthetic, inputs.float32)
+    network = in_float32(model) if inputs.float32 else copied(model)
+    activities = observe(network, state, groups, inputs.batches, ranks)
+    return replace(found, activities=activities, source=_described(model, groups, inputs.batches, inputs.source))
 
 
 def _described(model: nn.Module, groups: Sequence[Group], batches: Batches, source: str) -> str:

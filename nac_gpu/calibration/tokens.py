@@ -5,6 +5,10 @@ Aware Training", 2023). Generating token by token is slow, so all positions are 
 (Jacobi decoding). Each pass samples every token given those of the pass before, with the same random numbers. After k
 passes the first k tokens equal those of sequential sampling, and later ones are close to it. Other models that read
 tokens get random ones: good enough for compensation, but not for comparing neurons.
+
+Some models do not take any tokens: they expect one that ends the sequence, or as many tokens of images as there are
+images. A careful speaker changes only those positions of the example at which the model accepts any token, and puts
+none there that is among the others.
 """
 
 from collections.abc import Mapping
@@ -16,12 +20,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.distributed.ranks import ALONE, Ranks
-from nac_gpu.network.running import ExampleInputs, call, evaluating, tensors_in
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import ExampleInputs, call, call_on, evaluating, own_inputs
 
 POSITIONS = 8192  # of all tokens
 _MOST, _FEWEST = 256, 8  # sequences
 _BATCH = 4096  # tokens
 _PASSES = 16
+_PIECES = 64  # of a sequence, at most, for finding out where tokens may be changed
+_TRIALS = 4  # random tokens are accepted if none of so many attempts fails
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,19 @@ class _Place:
     kinds: int
 
 
+@dataclass(frozen=True)
+class _Free:
+    """Where tokens may be changed, and to which.
+
+    Attributes:
+        positions: bool, the shape of a sequence.
+        kinds: int64 [kinds], the tokens that may be put there.
+    """
+
+    positions: Tensor
+    kinds: Tensor
+
+
 class Speaker:
     """A model that reads tokens and may predict the next ones.
 
@@ -46,12 +66,20 @@ class Speaker:
     Args:
         model: not changed.
         example_inputs: what it is called with.
+        careful: only tokens that the model accepts are changed, and only to some that it accepts.
+
+    Raises:
+        Exception: anything that the model's code raises.
+        ValueError: being careful, no token can be changed.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, *, careful: bool = False) -> None:
         self._model = model
-        self._leaves, self._structure = pytree.tree_flatten(example_inputs)
+        self._leaves, self._structure = pytree.tree_flatten(own_inputs(example_inputs))
+        self._free: dict[int, _Free] = {}
         self.places = self._found()
+        if careful and self.places:
+            self._free = self._accepted()
         self._speaking = [self._next(place) for place in self.places]
 
     def speaks(self) -> bool:
@@ -92,7 +120,7 @@ class Speaker:
         try:
             if hooks and storages:
                 with evaluating(self._model):
-                    call(self._model, pytree.tree_unflatten(self._leaves, self._structure))
+                    call_on(self._model, pytree.tree_unflatten(self._leaves, self._structure))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -114,10 +142,71 @@ class Speaker:
     def _random(self, size: int, generator: torch.Generator) -> dict[int, Tensor]:
         made = {}
         for place in self.places:
-            leaf = self._leaves[place.leaf]
-            drawn = torch.randint(place.kinds, (size, *leaf.shape[1:]), generator=generator)
-            made[place.leaf] = drawn.to(leaf)
+            leaf, free = self._leaves[place.leaf], self._free.get(place.leaf)
+            kinds = place.kinds if free is None else len(free.kinds)
+            drawn = torch.randint(kinds, (size, *leaf.shape[1:]), generator=generator)
+            if free is None:
+                made[place.leaf] = drawn.to(leaf)
+            else:
+                made[place.leaf] = self._kept(place, free.kinds[drawn].to(leaf))
         return made
+
+    def _kept(self, place: _Place, tokens: Tensor) -> Tensor:
+        """Tokens in which those of the example stand where none may be changed."""
+        if place.leaf not in self._free:
+            return tokens
+        leaf = self._leaves[place.leaf]
+        free = self._free[place.leaf].positions.to(leaf.device)
+        return torch.where(free, tokens, leaf[torch.arange(len(tokens), device=leaf.device) % len(leaf)])
+
+    def _accepted(self) -> dict[int, _Free]:
+        """What may be changed, found by trying, at each place in turn.
+
+        Raises:
+            ValueError: nothing.
+        """
+        nowhere = {
+            place.leaf: _Free(torch.zeros(self._leaves[place.leaf].shape[1:], dtype=torch.bool), torch.zeros(1).long())
+            for place in self.places
+        }
+        self._free = dict(nowhere)
+        for place in self.places:
+            leaf = self._leaves[place.leaf].cpu()
+            between = torch.arange(int(leaf.min()), int(leaf.max()) + 1)
+            for kinds in (torch.arange(place.kinds), between, leaf.unique().long()):
+                found = self._search(place, kinds, torch.arange(leaf[0].numel()), max(1, leaf[0].numel() // _PIECES))
+                if self._accepts(place, kinds, found):
+                    break
+                self._free[place.leaf] = nowhere[place.leaf]
+        if not any(bool(free.positions.any()) for free in self._free.values()):
+            raise ValueError("no tokens other than those of the example are accepted")
+        return self._free
+
+    def _search(self, place: _Place, kinds: Tensor, positions: Tensor, least: int) -> Tensor:
+        """The positions at which these tokens are accepted, by bisection down to so many positions."""
+        if self._accepts(place, kinds, positions):
+            return positions
+        if len(positions) <= least:
+            return positions[:0]
+        half = len(positions) // 2
+        return torch.cat([self._search(place, kinds, part, least) for part in (positions[:half], positions[half:])])
+
+    def _accepts(self, place: _Place, kinds: Tensor, positions: Tensor) -> bool:
+        """Whether the model takes any of these tokens at these positions; if so, `_free` says so from now on."""
+        leaf = self._leaves[place.leaf].cpu()
+        free = torch.zeros(leaf[0].numel(), dtype=torch.bool)
+        free[positions] = True
+        kinds = kinds[~torch.isin(kinds, leaf.flatten(1)[:, ~free])]
+        if not len(positions) or len(kinds) < 2:
+            return False
+        self._free[place.leaf] = _Free(free.view(leaf.shape[1:]), kinds)
+        try:
+            with evaluating(self._model):
+                for seed in range(_TRIALS):
+                    call(self._model, self._with(self._random(len(leaf), torch.Generator().manual_seed(seed))))
+        except Exception:  # the user's code may raise anything
+            return False
+        return True
 
     def _fitting(self) -> int:
         """Batch size: the default, or that of the example inputs if the model accepts no other."""
@@ -144,10 +233,14 @@ class Speaker:
         if self._leaves[place.leaf].ndim != 2 or self._leaves[place.leaf].shape[1] < 2:
             return False
         with evaluating(self._model):
-            tokens = self._random(len(self._leaves[place.leaf]), torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            tokens = self._random(len(self._leaves[place.leaf]), generator)
             changed = dict(tokens)
             changed[place.leaf] = tokens[place.leaf].clone()
-            changed[place.leaf][:, -1] = (changed[place.leaf][:, -1] + 1) % place.kinds
+            if place.leaf in self._free:  # one more may not be accepted
+                changed[place.leaf][:, -1] = self._random(len(tokens[place.leaf]), generator)[place.leaf][:, -1]
+            else:
+                changed[place.leaf][:, -1] = (changed[place.leaf][:, -1] + 1) % place.kinds
             before, after = self._said(tokens, place), self._said(changed, place)
         if before is None or after is None or before.shape[2] < place.kinds:
             return False
@@ -165,7 +258,12 @@ class Speaker:
             for _ in range(min(length - 1, _PASSES)):
                 scores = self._said(tokens, place)
                 assert scores is not None, "it speaks"
+                if place.leaf in self._free:
+                    banned = torch.ones(scores.shape[2], dtype=torch.bool, device=scores.device)
+                    banned[self._free[place.leaf].kinds.to(scores.device)] = False
+                    scores = scores.masked_fill(banned, -torch.inf)
                 summed = scores.float().softmax(2).cumsum(2)
                 drawn = torch.searchsorted(summed, (luck * summed[..., -1])[..., None]).squeeze(2)
                 tokens[place.leaf][:, 1:] = drawn[:, :-1].clamp_max(place.kinds - 1)
+                tokens[place.leaf] = self._kept(place, tokens[place.leaf])
         return self._with(tokens)

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from torch import nn
@@ -13,7 +12,8 @@ from torch import nn
 import nac_gpu as nac
 from nac_gpu.cli.inputs import Images, example_inputs, read_tensors
 from nac_gpu.cli.options import Compressed, Training, Widths, calibrated
-from nac_gpu.files.atomic import atomically, write_text
+from nac_gpu.cli.outputs import check_model_output, check_output, size_of, write_array
+from nac_gpu.files.atomic import write_text
 from nac_gpu.files.origin import origin_of
 from nac_gpu.merging.refinement import PASSES
 from nac_gpu.network.moving import to_device
@@ -28,6 +28,8 @@ class PlanCommand(Widths):
 
     def run(self) -> None:
         """Make and print the plan."""
+        check_output(self.output)
+        self.wanted()
         source = self.source()
         model, inputs = self.original(source)
         plan = self.planned(model, inputs, calibrated(self, self.calibration, self.images, source, inputs))
@@ -64,13 +66,15 @@ class Compress(Training, Widths):
         if self.open and self.finetune is not None:
             raise ValueError("--finetune needs a model in memory, but --open keeps it in its files; use nac finetune")
         source = self.source()
-        check_output(self.output)
+        check_model_output(self.output)
+        self.wanted()
+        given = None if self.plan is None else self.read_plan(self.plan)
         model, inputs = self.original(source)
         images = None
         if self.finetune is not None:
             images = Images(self.finetune, inputs, self.scale(source), self.batch_size, training=True)
         calibration = calibrated(self, self.calibration, self.images, source, inputs)
-        small, plan = self.smaller(model, inputs, calibration)
+        small, plan = self.smaller(model, inputs, calibration, given)
         epochs: list[nac.Epoch] = []
         checkpoint = self.output.with_name(f"{self.output.name}.checkpoint")
         if images is not None:
@@ -84,9 +88,9 @@ class Compress(Training, Widths):
             print(f"written: {self.output} ({found['bytes']:,} bytes)")
 
     def smaller(
-        self, model: nn.Module, inputs: nac.ExampleInputs, calibration: nac.Calibration
+        self, model: nn.Module, inputs: nac.ExampleInputs, calibration: nac.Calibration, plan: nac.Plan | None
     ) -> tuple[nn.Module, nac.Plan]:
-        """The smaller model and its plan."""
+        """The smaller model and its plan, which may be given."""
         if self.experts is not None:
             model = nac.merge_experts(
                 model, inputs, self.experts, calibration=calibration, refine=self.refine, seed=self.seed
@@ -95,9 +99,9 @@ class Compress(Training, Widths):
             assert origin is not None, "it was just made"
             if not self.json:
                 print(origin.plan)
-            if self.plan is None and not self.says_widths():
+            if plan is None and not self.says_widths():
                 return model, origin.plan
-        plan = self.read_plan() if self.plan is not None else self.planned(model, inputs, calibration)
+        plan = plan or self.planned(model, inputs, calibration)
         if not self.json:
             print(plan)
         small = nac.compress(
@@ -113,14 +117,23 @@ class Compress(Training, Widths):
         )
         return small, plan
 
-    def read_plan(self) -> nac.Plan:
-        """The plan in the file of --plan."""
-        assert self.plan is not None, "asked by the caller"
+    def read_plan(self, path: Path) -> nac.Plan:
+        """The plan in the file of --plan.
+
+        Raises:
+            ValueError: it is no plan, or widths are given, too.
+            FileNotFoundError: there is no such file.
+        """
         if self.says_widths():
             raise ValueError(
                 "--plan comes in place of --params, --flops, --latency and --width, expected one or the other"
             )
-        return nac.Plan.from_json(self.plan.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise FileNotFoundError(f"--plan {path}: there is no such file")
+        try:
+            return nac.Plan.from_json(path.read_text(encoding="utf-8", errors="replace"))
+        except ValueError as error:
+            raise ValueError(f"--plan {path}: {error}") from error
 
 
 @dataclass(kw_only=True)
@@ -134,7 +147,7 @@ class Finetune(Training, Compressed):
         """Train, save, print."""
         if self.finetune is None:
             raise ValueError("give --finetune, a folder of images")
-        check_output(self.output)
+        check_output(self.output, (".safetensors",))
         source = self.source()
         model, inputs = self.original(source)
         small = self.small(source)
@@ -158,6 +171,7 @@ class Export(Compressed):
 
     def run(self) -> None:
         """Write, print."""
+        check_output(self.output, (".pt2", ".onnx"))
         source = self.source()
         inputs = to_device(example_inputs(self.inputs, source, source.build()), torch.device(self.device))
         error = nac.export(self.small(source), self.output, inputs, dynamic_batch=not self.fixed_batch)
@@ -191,6 +205,8 @@ class Linkage:
         """Cluster, write, print."""
         if (self.clusters is None) == (self.height is None) and not (self.clusters is None and self.matrix):
             raise ValueError("give --clusters or --height (or --matrix alone)")
+        check_output(self.output, (".npy",))
+        check_output(self.matrix, (".npy",), "--matrix")
         points = read_tensors(self.points)[0].to(self.device)
         tree = nac.ward_linkage(points, dtype=getattr(torch, self.dtype))
         found: dict[str, Any] = {"points": len(points), "dimensions": points.shape[1]}
@@ -230,6 +246,7 @@ class ReportCommand(Compressed):
 
     def run(self) -> None:
         """Measure, write, print."""
+        check_output(self.output, (".html", ".txt", ".md", ".json"))
         source = self.source()
         model, inputs = self.original(source)
         data = None
@@ -247,30 +264,6 @@ class ReportCommand(Compressed):
         report = replace(report, title=f"{self.model}, compressed")
         report.save(self.output)
         print(report.to_json() if self.json else report.to_text())
-
-
-def check_output(path: Path) -> None:
-    """Check before a long run that the output can be written.
-
-    Raises:
-        ValueError: its parent folder does not exist, or a folder for output exists already.
-    """
-    if path.suffix != ".safetensors" and path.exists():
-        raise ValueError(f"--output {path} exists already; remove it or choose another name")
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"--output {path}: there is no folder {path.resolve().parent}")
-
-
-def size_of(path: Path) -> int:
-    """Size in bytes of a file, or of all files in a folder."""
-    files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
-    return sum(file.stat().st_size for file in files)
-
-
-def write_array(path: Path, values: "np.ndarray[Any, Any]") -> None:
-    """Write an array as .npy."""
-    with atomically(path) as partial, partial.open("wb") as file:
-        np.save(file, values)
 
 
 #: Commands by name.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from nac_gpu.cli.models import Scale, Source
+from nac_gpu.cli.models import Scale, Source, first_line
 from nac_gpu.network.running import ExampleInputs
 
 _SHAPE = re.compile(r"(int:)?\d+(,\d+)*")
@@ -64,13 +64,14 @@ def read_tensors(path: Path) -> list[Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return list(load_file(path).values())
-        found = torch.load(path, map_location="cpu", weights_only=True)
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as tensors: {error}") from error
+        raise ValueError(f"{path} cannot be read as tensors: {first_line(error)}") from error
     values = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list | tuple) else [found]
-    if not all(isinstance(value, Tensor) for value in values):
-        raise ValueError(f"{path} holds other things than tensors")
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        raise ValueError(f"{path} holds {'other things than' if values else 'no'} tensors")
     return list(values)
 
 

@@ -74,7 +74,10 @@ def find(name: str, pretrained: bool = False) -> Source:
 
 def _program(path: Path) -> nn.Module:
     """The network of an exported program, with `train` and `eval` allowed; they have no effect on it."""
-    module = torch.export.load(path).module()
+    try:
+        module = torch.export.load(path).module()
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as an exported program: {first_line(error)}") from error
     for method in ("train", "eval"):  # torch sets them on the instance, to raise an error
         vars(module).pop(method, None)
     return module
@@ -160,15 +163,18 @@ def _factory(name: str, module: str, function: str) -> Callable[[], nn.Module]:
         sys.path.insert(0, "")  # find modules in the working directory, as `python -m` does
     try:
         found: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"{name}: {module} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # code of the user runs
+        raise ValueError(f"{name}: {module} cannot be imported: {_told(error)}") from error
     for part in function.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{name}: {module} has no {function}")
         found = getattr(found, part)
 
     def build() -> nn.Module:
-        model = found if isinstance(found, nn.Module) else found()
+        try:
+            model = found if isinstance(found, nn.Module) else found()
+        except (Exception, SystemExit) as error:  # code of the user
+            raise ValueError(f"{name}, called without arguments, raised {_told(error)}") from error
         if not isinstance(model, nn.Module):
             raise ValueError(f"{name} gives {type(model).__name__}, expected a torch.nn.Module")
         return model
@@ -198,7 +204,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"--weights {path} cannot be read as weights: {error}") from error
+        raise ValueError(f"--weights {path} cannot be read as weights: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -210,6 +216,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise ValueError(f"--weights {path} is of another model: {' '.join(lines[1:3])[:400]}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without advice for programmers; its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _like(name: str, known: list[str]) -> str:

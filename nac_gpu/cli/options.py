@@ -1,5 +1,6 @@
 """Options shared by the commands of `nac`: the model, its new size, and training."""
 
+import contextlib
 import math
 import sys
 from dataclasses import dataclass
@@ -125,15 +126,19 @@ class Widths(Model):
         return model, to_device(example_inputs(self.inputs, source, model), torch.device(self.device))
 
     def wanted(self) -> nac.Width | None:
-        """The widths in --width."""
+        """The widths in --width.
+
+        Raises:
+            ValueError: something else than numbers and shares.
+        """
         if not self.width:
             return None
         if len(self.width) == 1 and "=" not in self.width[0]:
-            return float(self.width[0])
+            return float(_number(self.width[0]))
         pairs = [text.rpartition("=") for text in self.width]
         if not all(layer for layer, _, _ in pairs):
             raise ValueError("--width: expected one share, or layer=number or layer=share for each layer")
-        return {layer: float(value) if "." in value else int(value) for layer, _, value in pairs}
+        return {layer: _number(value) for layer, _, value in pairs}
 
     def says_widths(self) -> bool:
         """Whether widths or a budget are given."""
@@ -154,6 +159,14 @@ class Widths(Model):
             skip=self.skip,
             seed=self.seed,
         )
+
+
+def _number(text: str) -> int | float:
+    """A number of neurons (int) or a share (float) in --width."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    raise ValueError(f"--width: {text!r} is no number, expected one share (0.5), layer=number or layer=share")
 
 
 @dataclass(kw_only=True)

@@ -30,10 +30,12 @@ from nac_gpu.experts.counts import Entry, attributes, entries, set_configs
 from nac_gpu.experts.mixtures import Lookalike, Mixture, find_mixtures
 from nac_gpu.files.origin import origin_of, remember, shorten
 from nac_gpu.merging.refinement import PASSES, learn
-from nac_gpu.network.checking import check_weights
+from nac_gpu.network.ambient import ordinary, undisturbed
+from nac_gpu.network.checking import check_model, check_weights
 from nac_gpu.network.comparing import change, mean_change, outputs
-from nac_gpu.network.copying import rebuild
-from nac_gpu.network.costs import Cost, cost
+from nac_gpu.network.copying import copied, ordinary_model, rebuild
+from nac_gpu.network.costs import Cost
+from nac_gpu.network.counting import cost
 from nac_gpu.network.precision import working_dtype
 from nac_gpu.network.probes import lively
 from nac_gpu.network.running import ExampleInputs
@@ -42,6 +44,7 @@ from nac_gpu.network.sums import add_rows
 from nac_gpu.network.unwrapping import computed, unwrapped
 from nac_gpu.planning.layers import kept_of
 from nac_gpu.planning.plans import Plan
+from nac_gpu.planning.request import checked_passes, checked_seed
 from nac_gpu.tracing.graph import Group, Member
 from nac_gpu.tracing.trace import record
 
@@ -49,6 +52,7 @@ Experts = int | float | Mapping[str, int | float]
 _DIRECTIONS = 64  # random directions in which the products of an expert are compared
 
 
+@undisturbed()
 def merge_experts(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -88,21 +92,22 @@ def merge_experts(
     >>> len(nac_gpu.merge_experts(Mixture(), torch.randn(16, 8), 2, calibration="none").experts)
     2
     """
-    if refine < 0:
-        raise ValueError(f"refine={refine}, expected a number of passes over the calibration inputs, 0 for none")
+    refine, seed = checked_passes(refine), checked_seed(seed)
     network, wrappers = unwrapped(model)
+    check_model(network)
+    network, example_inputs = ordinary_model(network), ordinary(example_inputs)
     if is_open(network):
         raise ValueError("expected a model in memory, not one of nac_gpu.open_model, whose weights are in files")
     model, changes = computed(network)
     check_weights(model)
     fewer = _Fewer.found(model, example_inputs, experts)
     evidence = gather(model, example_inputs, (), calibration, seed) if refine and calibration != "none" else None
-    batches = list(evidence.batches) if evidence is not None else []
+    batches = list(evidence.batches) if evidence is not None and not evidence.float32 else []  # else for a copy
     generator = torch.Generator().manual_seed(seed)
     # inputs of zeros would not show how the router normalises its scores
     tried_on = batches[0] if batches else pytree.tree_map(lambda value: lively(value, generator), example_inputs)
     small = fewer.network(model, tried_on)
-    source = () if evidence is None else (evidence.source,)
+    source = () if evidence is None else (f"{'not refined: ' * evidence.float32}{evidence.source}",)
     said = (*wrappers, *changes, *fewer.told(type(model).__name__), *source)
     before, after = cost(model, example_inputs), cost(small, example_inputs)
     remember(small, model, _plan(model, said, before, after), seed)
@@ -211,14 +216,14 @@ def _nearest(
     normalised: the sum of its members.
     """
     ways = [(0, False), *([(0, True)] if any(c.has_bias() for c in changed) else []), (1, False), (-1, False)]
-    expected = outputs(model, inputs)
+    expected = outputs(copied(model), inputs)
     best: tuple[float, nn.Module] | None = None
     for power, logarithm in ways:
         new = {n: t for c in changed for n, t in c.tensors(state, power, logarithm).items()}
         small = rebuild(model, {**state, **new}, attributes)
         shorten(small, {c.mixture.name: len(c.clusters) for c in changed if c.mixture.keys})
         try:
-            distance = mean_change([change(outputs(small, inputs), expected)])
+            distance = mean_change([change(outputs(copied(small), inputs), expected)])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the user's code may raise anything

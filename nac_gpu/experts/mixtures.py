@@ -263,7 +263,7 @@ class _Trial:
             for name, dim in mixture.router
         }
         expected, both, alone = (
-            outputs(rebuild(self._model, state | other, share=True), self._typed_inputs)
+            outputs(rebuild(self._model, state | other, clone=True), self._typed_inputs)
             for other in ({}, moved | followed, moved)
         )
         return relative_error(both, expected), relative_error(alone, expected)

@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.files.atomic import atomically
+from nac_gpu.network.ambient import ordinary, undisturbed
 from nac_gpu.network.comparing import relative_error
+from nac_gpu.network.copying import copied
 from nac_gpu.network.precision import without_tf32
-from nac_gpu.network.running import ExampleInputs, call, evaluating, tensors_in
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import ExampleInputs, call, evaluating
 from nac_gpu.network.unwrapping import unwrapped
 
 
+@undisturbed()
 def export(
     model: nn.Module,
     path: str | Path,
@@ -53,7 +57,8 @@ def export(
     path = Path(path)
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected .pt2 or .onnx")
-    model, _ = unwrapped(model)
+    model = copied(unwrapped(model)[0])
+    example_inputs = ordinary(example_inputs)
     args, kwargs = _arguments(model, example_inputs)
     if dynamic_batch:  # torch.export treats a size of 1 as a constant
         args, kwargs = _batched((args, kwargs), 2)

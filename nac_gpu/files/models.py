@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.files.atomic import atomically, atomically_folder
-from nac_gpu.files.opening import built_without_parameters
+from nac_gpu.files.opening import built, built_without_parameters
 from nac_gpu.files.origin import Origin, origin_of, restore, shorten
 from nac_gpu.files.shards import file_entries, relabel, write
 from nac_gpu.network.copying import rebuild
@@ -92,8 +92,7 @@ def load(path: str | Path, factory: Callable[[], nn.Module], *, device: torch.de
     """
     path = Path(path)
     manifest, stored = read(path)
-    model, _ = unwrapped(built_without_parameters(factory))
-    model, _ = computed(model)
+    model = _architecture(factory)
     try:
         plan = Plan.from_json(json.dumps(manifest["plan"]))
         shapes = {name: tuple(shape) for name, shape in manifest["original"]["shapes"].items()}
@@ -147,6 +146,18 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"version reads format {FORMAT}: upgrade nac_gpu"
         )
     return manifest, found
+
+
+def _architecture(factory: Callable[[], nn.Module]) -> nn.Module:
+    """The factory's network without wrappers and parametrisations; its values do not matter.
+
+    Parameters get values only if the factory or a parametrisation cannot do without.
+    """
+    model, _ = unwrapped(built_without_parameters(factory))
+    try:
+        return computed(model)[0]
+    except Exception:  # of any kind: parametrisations are code of the user
+        return computed(unwrapped(built(factory))[0])[0]
 
 
 def _save_file(model: nn.Module, origin: Origin, path: Path) -> None:

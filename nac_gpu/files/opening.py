@@ -77,8 +77,16 @@ def built_without_parameters(factory: Callable[[], nn.Module]) -> nn.Module:
     model = None
     with contextlib.suppress(Exception), _parameters_on_meta():  # an error of the factory itself is raised again below
         model = factory()
-    if model is None or (isinstance(model, nn.Module) and _lost(model)):
-        model = factory()
+    return model if isinstance(model, nn.Module) and not _lost(model) else built(factory)
+
+
+def built(factory: Callable[[], nn.Module]) -> nn.Module:
+    """The factory's module.
+
+    Raises:
+        TypeError: the factory does not build a module.
+    """
+    model = factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"the factory returned {type(model).__name__}, expected a torch.nn.Module")
     return model

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from nac_gpu.network.kept_numbers import number_at, numbers_of, set_number
 from nac_gpu.network.state import shapes_of
 from nac_gpu.planning.plans import Plan
 
@@ -21,7 +22,8 @@ class Origin:
 
     Attributes:
         shapes: of the original's tensors, by name.
-        attributes: changed attributes of modules: integers, tuples of them, strings.
+        attributes: changed attributes of modules: integers, tuples of them, strings; and integers inside of other
+            containers, by their paths (see `nac_gpu.network.kept_numbers`).
         configs: the same for configurations that modules keep as `config`, as models of transformers do.
         plan: of the last compression.
         shortened: new lengths of lists and dictionaries of modules that became shorter, by name.
@@ -57,7 +59,7 @@ def remember(small: nn.Module, model: nn.Module, plan: Plan, seed: int) -> None:
         old = originals[name]
         if isinstance(new, _Lists) and isinstance(old, _Lists) and len(new) < len(old):
             shortened[name] = len(new)
-        for attribute, value in _changed(vars(old), vars(new)):
+        for attribute, value in (*_changed_inside(old, new), *_changed(vars(old), vars(new))):
             attributes.setdefault(name, {})[attribute] = value
         config = getattr(new, "config", None)
         if config is not None and id(config) not in seen and hasattr(config, "to_dict"):
@@ -99,12 +101,15 @@ def restore(small: nn.Module, origin: Origin) -> None:
         for name, values in changes.items():
             known = vars(holders[name]) if holders.get(name) is not None else {}
             for attribute, value in values.items():
-                if not known or not _same_kind(known.get(attribute, None if holders is configs else ...), value):
+                if known and holders is modules and type(value) is int and number_at(modules[name], attribute):
+                    set_number(modules[name], attribute, value)
+                elif known and _same_kind(known.get(attribute, None if holders is configs else ...), value):
+                    setattr(holders[name], attribute, value)
+                else:
                     raise ValueError(
                         f"the module {name!r} has no attribute {attribute} like {value!r}, expected the original's "
                         "code; give the factory that built the original"
                     )
-                setattr(holders[name], attribute, value)
     attach(small, origin)
 
 
@@ -114,8 +119,17 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[s
             yield attribute, value
 
 
+def _changed_inside(old: nn.Module, new: nn.Module) -> Iterator[tuple[str, int]]:
+    """Numbers in containers, and those of NumPy, by their paths."""
+    for path, value in numbers_of(old).items():
+        now = number_at(new, path)
+        name = path.partition(".")[0]
+        if now is not None and now != value and not _plain(vars(old)[name]):
+            yield path, now
+
+
 def _plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
+    if type(value) is tuple:
         return all(isinstance(item, int) for item in value)
     return isinstance(value, int | str)
 

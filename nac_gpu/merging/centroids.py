@@ -10,9 +10,14 @@ For clusters p of neurons j:
   different channels has a smaller standard deviation than each of them. With the rule `"restored"` (the default)
   BatchNorm scales it up to the members' mean standard deviation; with `"centroid"`, the paper's rule, it stays small.
 
+Members that are equal in every bit keep their values: the centroid of copies is the first of them, without rounding.
+Members that BatchNorm makes equal (constants, or multiples of one another) merge without changing what they compute.
+
 A neuron with label -1 is removed together with its connections. This is pruning, the baseline for merging.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,12 +25,13 @@ from torch import Tensor
 
 from nac_gpu.calibration.neurons import norm_scale
 from nac_gpu.clustering.labels import first_of_each
-from nac_gpu.network.deferred import after, loaded
+from nac_gpu.clustering.points import power_of_two_below
+from nac_gpu.network.deferred import Deferred, after, loaded
 from nac_gpu.network.moving import sent
 from nac_gpu.network.precision import working_dtype
 from nac_gpu.network.state import selected
 from nac_gpu.network.sums import add_rows
-from nac_gpu.tracing.graph import Group, Member, Norm, Producer
+from nac_gpu.tracing.graph import Choice, Group, Member, Norm, Producer
 
 #: How the standard deviation of a merged channel with BatchNorm is chosen.
 Deviation = Literal["restored", "centroid"]
@@ -70,6 +76,7 @@ class Merger:
             masses: weights of the neurons in their cluster's centroid, [n], positive; by default all are equal.
         """
         home, share = _homes(labels.cpu(), masses)
+        share = torch.where(self._copies(group, home), (home == torch.arange(group.size)).double(), share)
         done: set[str] = set()
         for producer in group.producers:
             if producer.norm is not None:
@@ -86,6 +93,28 @@ class Merger:
         for member in group.members:
             if member.role == "sum":
                 self._merge_member(member, home, torch.ones(group.size, dtype=torch.float64))
+
+    def _copies(self, group: Group, home: Tensor) -> Tensor:
+        """Which neurons are in a cluster of neurons that are equal in every bit: bool [n].
+
+        Tensors in files are not read for this: none of their neurons count as copies.
+        """
+        made = [member for member in group.members if member.role == "mean"]
+        moved = ((home >= 0) & (home != torch.arange(group.size))).nonzero().flatten()
+        alike = torch.zeros(group.size, dtype=torch.bool)
+        if any(isinstance(self.state[member.tensor], Deferred) for member in made):
+            return alike
+        for member in made:
+            if not len(moved):
+                return alike
+            values = self.state[member.tensor].movedim(member.dim, 0)
+            own, first = (sent(member.index[places].flatten(), values.device) for places in (moved, home[moved]))
+            equal = (values[own] == values[first]).reshape(len(moved), -1).all(1)
+            moved = moved[equal.cpu()]
+        alike[moved] = True
+        counts = torch.bincount(home[home >= 0], minlength=group.size)
+        whole = torch.bincount(home[alike], minlength=group.size) == counts - 1
+        return (home >= 0) & (whole & (counts > 1))[home]
 
     def _merge_member(self, member: Member, home: Tensor, share: Tensor | None) -> None:
         """Write the weighted sum of each cluster (share None: already written) and record the dropped positions."""
@@ -120,18 +149,11 @@ class Merger:
         """
         weight = self.state[producer.member.tensor]
         size = weight.shape[producer.member.dim]
-        like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)
-        source, target = (sent(index, weight.device) for index in _spread(producer.member.index, home))
-        part = torch.zeros(size, dtype=like.dtype, device=weight.device)
-        repeated = share.repeat_interleave(producer.member.index.shape[1])
-        part[sent(producer.member.index.flatten(), weight.device)] = sent(repeated, weight.device).to(part.dtype)
-
-        def total(values: Tensor) -> Tensor:
-            return add_rows(torch.zeros_like(values), 0, target, values[source])
-
-        slope, _, mean = norm_scale(self.state, norm, size, like)
-        signed = total(part * slope)
-        merged_slope = torch.where(signed < 0, -1, 1) * total(part * slope.abs())
+        channels = _Channels.of(weight, producer.member, home, share)
+        part, total, source, target = channels.part, channels.total, channels.source, channels.target
+        slope, _, mean = norm_scale(self.state, norm, size, part)
+        sign = torch.where(total(part * slope) < 0, -1, 1)
+        merged_slope = sign * total(part * slope.abs())
         scale = torch.zeros_like(slope)
         scale[source] = merged_slope[target]
         q = torch.where(scale != 0, part * slope / torch.where(scale != 0, scale, 1), part)
@@ -142,30 +164,29 @@ class Merger:
             done.add(producer.bias)
             self.state[producer.bias] = _combine(self.state[producer.bias], 0, source, target, q)
 
-        alone = torch.bincount(target, minlength=size) <= 1
+        alone, equal = channels.alone, torch.zeros_like(channels.alone)
         deviation = torch.ones_like(slope)
         if norm.variance is not None:
-            variance = self.state[norm.variance].to(like.dtype)
-            flat = weight.movedim(producer.member.dim, 0).reshape(size, -1).to(like.dtype)
-            directions = flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny)
-            merged = total((q * variance.sqrt())[:, None] * directions).square().sum(1)
-            if (
-                norm.weight is None and self._deviation == "centroid"
-            ):  # without a weight, only the variance can set the slope
-                merged = merged_slope.square().reciprocal() - norm.eps
+            variance = self.state[norm.variance].to(part.dtype)
+            flat = loaded(weight.movedim(producer.member.dim, 0)).reshape(size, -1)
+            equal = channels.equal(slope[:, None] * flat.to(part.dtype), 8 * torch.finfo(weight.dtype).eps)
+            merged = _merged_variance(channels, flat.to(part.dtype), q * variance.sqrt())
+            if norm.weight is None:  # only the variance can set the slope
+                exact = (merged_slope.square().reciprocal() - norm.eps).clamp(0, torch.finfo(part.dtype).max)
+                merged = exact if self._deviation == "centroid" else torch.where(equal, exact, merged)
             merged = torch.where(alone, variance, merged)
             deviation = torch.sqrt(merged + norm.eps)
             self._put(norm.variance, merged, source, target)
         if norm.weight is not None:
-            old = self.state[norm.weight].to(like.dtype)
+            old = self.state[norm.weight].to(part.dtype)
             gain = merged_slope * deviation
             if self._deviation == "restored" and norm.variance is not None:
-                gain = torch.where(signed < 0, -1, 1) * total(part * old.abs())
+                gain = torch.where(equal, gain, sign * total(part * old.abs()))
             self._put(norm.weight, torch.where(alone, old, gain), source, target)
         if norm.mean is not None:
             self._put(norm.mean, total(q * mean), source, target)
         if norm.bias is not None:  # offset + slope * mean is the bias of BatchNorm
-            self._put(norm.bias, total(part * self.state[norm.bias].to(like.dtype)), source, target)
+            self._put(norm.bias, total(part * self.state[norm.bias].to(part.dtype)), source, target)
         return done | {name for name in (norm.weight, norm.bias, norm.mean, norm.variance) if name is not None}
 
     def _merge_norm(self, norm: Norm, group: Group, home: Tensor, share: Tensor) -> set[str]:
@@ -175,22 +196,17 @@ class Merger:
             return set()  # the tensors that exist are averaged like all others
         member = next(m for m in group.members if m.tensor == norm.weight)
         weight = self.state[norm.weight]
-        like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)
-        source, target = (sent(index, weight.device) for index in _spread(member.index, home))
-        part = torch.zeros(len(weight), dtype=like.dtype, device=weight.device)
-        repeated = share.repeat_interleave(member.index.shape[1])
-        part[sent(member.index.flatten(), weight.device)] = sent(repeated, weight.device).to(part.dtype)
-
-        def total(values: Tensor) -> Tensor:
-            return add_rows(torch.zeros_like(values), 0, target, values[source])
-
-        slope, offset, mean = norm_scale(self.state, norm, len(weight), like)
+        channels = _Channels.of(weight, member, home, share)
+        part, total = channels.part, channels.total
+        slope, offset, mean = norm_scale(self.state, norm, len(weight), part)
         merged_mean, merged_slope = total(part * mean), total(part * slope)
-        variance = total(part * self.state[norm.variance].to(like.dtype))
-        self._put(norm.weight, merged_slope * torch.sqrt(variance + norm.eps), source, target)
-        self._put(norm.bias, total(part * offset) + merged_slope * merged_mean, source, target)
-        self._put(norm.mean, merged_mean, source, target)
-        self._put(norm.variance, variance, source, target)
+        variance = total(part * self.state[norm.variance].to(part.dtype))
+        gain, bias = merged_slope * torch.sqrt(variance + norm.eps), total(part * offset) + merged_slope * merged_mean
+        copies = channels.alone & channels.several
+        merged = {norm.weight: gain, norm.bias: bias, norm.mean: merged_mean, norm.variance: variance}
+        for name, values in merged.items():
+            values = torch.where(copies, self.state[name].to(part.dtype), values)
+            self._put(name, values, channels.source, channels.target)
         return set(names)
 
     def _put(self, name: str, values: Tensor, source: Tensor, target: Tensor) -> None:
@@ -199,6 +215,94 @@ class Merger:
         new[source] = 0
         new[target] = values[target].to(new.dtype)
         self.state[name] = new
+
+
+def merged(
+    state: Mapping[str, Tensor], choices: Sequence[Choice], labels: Sequence[Tensor], deviation: Deviation = "restored"
+) -> dict[str, Tensor]:
+    """Smaller tensors in which the neurons of each group are merged.
+
+    Args:
+        state: tensors by name; not changed.
+        choices: the groups.
+        labels: for each group, int64 [n], as `Merger.merge` takes them.
+        deviation: as for `Merger`.
+    """
+    merger = Merger(dict(state), deviation)
+    for choice, own in zip(choices, labels, strict=True):
+        merger.merge(choice.group, own)
+    return merger.finish()
+
+
+def homes_of(labels: Tensor) -> Tensor:
+    """For each neuron, the first neuron of its cluster, where the cluster is stored: int64 [n]; no label is -1."""
+    return first_of_each(labels)[labels]
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """The channels along one dimension of a tensor, and the clusters that they are merged into.
+
+    Attributes:
+        source: positions of all channels that are not removed, int64 [m].
+        target: for each of them the position at which its cluster is stored, int64 [m].
+        part: the share of each channel in its cluster, [size], in the dtype of the arithmetic.
+        several: at the positions of clusters, whether they have several members: bool [size].
+        alone: whether a single member has all of the share: bool [size].
+    """
+
+    source: Tensor
+    target: Tensor
+    part: Tensor
+    several: Tensor
+    alone: Tensor
+
+    @staticmethod
+    def of(tensor: Tensor, member: Member, home: Tensor, share: Tensor) -> "_Channels":
+        """From the home and the share of each neuron, see `_homes`."""
+        device, size = tensor.device, tensor.shape[member.dim]
+        source, target = (sent(index, device) for index in _spread(member.index, home))
+        part = torch.zeros(size, dtype=working_dtype(tensor), device=device)
+        repeated = share.repeat_interleave(member.index.shape[1])
+        part[sent(member.index.flatten(), device)] = sent(repeated, device).to(part.dtype)
+        several = torch.bincount(target, minlength=size) > 1
+        alone = torch.bincount(target[part[source] > 0], minlength=size) <= 1
+        return _Channels(source, target, part, several, alone)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over each cluster of values [size, ...], at the cluster's position; zero elsewhere."""
+        return add_rows(torch.zeros_like(values), 0, self.target, values[self.source])
+
+    def equal(self, values: Tensor, tolerance: float) -> Tensor:
+        """At the positions of clusters, whether their members have the same values [size, d]: bool [size].
+
+        Args:
+            values: one row for each channel.
+            tolerance: relative to the largest absolute value of the row at the cluster's position.
+        """
+        first = values[self.target]
+        apart = (values[self.source] - first).abs().amax(1)
+        other = ~(apart <= tolerance * first.abs().amax(1))  # also where a row has overflowed
+        return torch.bincount(self.target[other], minlength=len(values)) == 0
+
+
+def _merged_variance(channels: _Channels, rows: Tensor, deviations: Tensor) -> Tensor:
+    """The variance of each merged channel, from the cosines between its members' weights: [size].
+
+    Args:
+        channels: the clusters.
+        rows: weights [size, d].
+        deviations: the standard deviation of each channel times its weight in the sum, [size].
+    """
+    tiny = torch.finfo(rows.dtype).tiny
+    # A power of two changes no bit of the directions, but keeps squares of very small and large weights in range.
+    unit = power_of_two_below(rows.abs().amax(1, keepdim=True).double()).to(rows.dtype).clamp_min(tiny)
+    scaled = rows / unit
+    lengths = scaled.norm(dim=1, keepdim=True)
+    merged = channels.total(deviations[:, None] * (scaled / lengths.clamp_min(tiny))).square().sum(1)
+    # Rows of zeros have no direction. Where there are no others, the channels are constants, which do not cancel out.
+    living = channels.total((lengths > 0).to(rows.dtype).squeeze(1)) > 0
+    return torch.where(living, merged, channels.total(deviations.abs()).square())
 
 
 def keeps_all(labels: Tensor) -> bool:

@@ -25,9 +25,10 @@ from nac_gpu.calibration.batches import Batches
 from nac_gpu.calibration.moments import RIDGE_NEURONS, Moments, ridge
 from nac_gpu.calibration.readings import Reading, by_channel, columns_of, outgoing, readings, samples
 from nac_gpu.clustering.labels import first_of_each
+from nac_gpu.distributed.fallbacks import StepError, attempt
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.merging.centroids import Merger, keeps_all
-from nac_gpu.network.copying import rebuild
+from nac_gpu.network.copying import copied, rebuild
 from nac_gpu.network.moving import sent
 from nac_gpu.network.precision import floating
 from nac_gpu.network.running import evaluating
@@ -69,15 +70,17 @@ class Compensator:
 
     Attributes:
         merger: merges the tensors.
+        failures: lines that say which consumers could not be refitted, and why.
 
     Args:
-        model: the original; not changed.
+        model: the original; not changed, and not run.
         graph: its record.
         batches: inputs of the model.
         activities: activations and outgoing weights on these inputs, by the name of the group.
         ranks: the processes that divide the batches among them.
         repeated: each group is merged several times, to other widths, before the next one: what its consumers read in
             the original network is kept meanwhile, if that takes little memory.
+        dtypes: in which the tensors will be used in the end, by name, if not in the model's own; they must fit.
     """
 
     def __init__(
@@ -89,11 +92,14 @@ class Compensator:
         ranks: Ranks = ALONE,
         *,
         repeated: bool = False,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        self._model, self._graph, self._batches, self._ranks = model, graph, batches, ranks
+        self._dtypes = dtypes or {}
+        self.failures: list[str] = []
+        self._original, self._graph, self._batches, self._ranks = model, graph, batches, ranks
+        self._model = copied(model)  # to be run
         self._activities = activities
         self._state = tensors(model)
-        self._work = rebuild(model, self._state)
         self._modules = dict(model.named_modules())
         self._calls: dict[str, int] | None = None
         self._repeated = repeated
@@ -115,10 +121,8 @@ class Compensator:
         return self.merger.finish()
 
     def network(self) -> nn.Module:
-        """The network merged so far, with zeros at the positions of dropped neurons; the next merge changes it."""
-        for name, tensor in [*self._work.named_parameters(), *self._work.named_buffers()]:
-            tensor.data = self.merger.state[name]
-        return self._work
+        """A network merged so far, to be run, with zeros at the positions of dropped neurons."""
+        return rebuild(self._original, self.merger.state, clone=True)
 
     def merge(self, group: Group, labels: Tensor) -> None:
         """Merge one group and refit its consumers.
@@ -141,10 +145,36 @@ class Compensator:
         self.merger.merge_made(group, labels, None if activity is None else activity.masses())
         whole = dict(self.merger.state)  # consumers not merged yet
         self.merger.merge_read(group, labels)
-        work = self.network()
         found = {reading.layer: reading for reading in readings(self._model, group)}
+        try:
+            sums = attempt(lambda ranks: self._summed(assigned, found, whole, ranks), self._ranks)
+        except StepError as error:  # the merged network may not run on some inputs
+            self._say(found, error)
+            return
+        for layer, one in sums.items():
+            if one.total.comparable:
+                try:
+                    attempt(lambda _, layer=layer, one=one: self._change(layer, one))
+                except StepError as error:
+                    self._say([layer], error)
+
+    def _say(self, layers: Iterable[str], error: StepError) -> None:
+        self.failures.append(f"{', '.join(layers)}: not compensated, because that failed ({error})")
+
+    def _summed(
+        self, assigned: Assigned, found: Mapping[str, Reading], whole: Mapping[str, Tensor], ranks: Ranks
+    ) -> "dict[str, _Sums]":
+        """The regressions of the consumers of a group that was merged, by layer.
+
+        Args:
+            assigned: the group.
+            found: what its consumers read, by layer.
+            whole: tensors of the network with consumers not merged yet.
+            ranks: the processes that divide the batches among them.
+        """
+        work = self.network()
         with evaluating(self._model), evaluating(work):
-            calls = self._calls_of(found)
+            calls = self._calls_of(found, ranks)
             sums = {
                 layer: _Sums(reading, self._modules[layer], assigned, whole, self.merger.state)
                 for layer, reading in found.items()
@@ -153,7 +183,7 @@ class Compensator:
 
             def observed(number: int) -> dict[str, _Terms]:
                 batch = self._batches[number]
-                before = self._originally(group, number, calls)
+                before = self._originally(assigned.group, number, calls)
                 rows = _MOST_ROWS // len(self._batches)
                 most = {layer: max(1, rows // max(1, len(values))) for layer, values in before.items()}
                 terms = {layer: _Terms() for layer in sums}
@@ -167,21 +197,19 @@ class Compensator:
                     terms[layer].comparable &= not left
                 return terms
 
-            for terms in self._ranks.share(range(len(self._batches)) if sums else (), observed):
+            for terms in ranks.share(range(len(self._batches)) if sums else (), observed):
                 for layer, one in sums.items():
                     one.total.take(terms[layer])
-        for layer, one in sums.items():
-            if one.total.comparable:
-                self._change(layer, one)
+        return sums
 
-    def _calls_of(self, layers: Iterable[str]) -> dict[str, int]:
+    def _calls_of(self, layers: Iterable[str], ranks: Ranks) -> dict[str, int]:
         """How often each of these layers is called in a pass of the original; those that are not called are left out.
 
         All layers are counted in one pass.
         """
         if self._calls is None:
             plain = [name for name, module in self._modules.items() if columns_of(module) is not None]
-            self._calls = count_calls(self._model, self._batches[0], plain)
+            (self._calls,) = ranks.share([None], lambda _: count_calls(self._model, self._batches[0], plain))
         return {layer: self._calls[layer] for layer in layers if layer in self._calls}
 
     def _originally(self, group: Group, number: int, calls: Mapping[str, int]) -> dict[str, list[Tensor]]:
@@ -198,19 +226,27 @@ class Compensator:
         return found
 
     def _change(self, layer: str, sums: "_Sums") -> None:
+        """Refit a consumer.
+
+        Raises:
+            ValueError: the result is not finite.
+        """
         state = self.merger.state
         weight = f"{layer}.weight"
         bias, norm = f"{layer}.bias", self._graph.norms.get(weight)
         target, sign = (bias, 1) if bias in state else (norm.mean if norm is not None else None, -1)
         columns, constant = sums.solved(intercept=target is not None)
         member = sums.reading.member
-        changed = state[weight].clone()
-        view = changed.movedim(member.dim, 0)
+        changed = {weight: state[weight].clone()}
+        view = changed[weight].movedim(member.dim, 0)
         places = sent(member.index[sums.assigned.first], view.device)
         view[places] = (view[places].to(columns.dtype) + columns).to(view.dtype)
-        state[weight] = changed
         if target is not None:
-            state[target] = (state[target].to(constant.dtype) + sign * constant).to(state[target].dtype)
+            changed[target] = (state[target].to(constant.dtype) + sign * constant).to(state[target].dtype)
+        for name, tensor in changed.items():
+            if not bool(torch.isfinite(tensor.to(self._dtypes.get(name, tensor.dtype))).all()):
+                raise ValueError(f"{name} would not be finite")
+        state.update(changed)
 
 
 @dataclass

@@ -20,11 +20,15 @@ from torch.utils import _pytree as pytree
 
 from nac_gpu.calibration.batches import Batches
 from nac_gpu.calibration.dream import COUNT, usual_count
-from nac_gpu.distributed.ranks import ALONE, RankError, Ranks
+from nac_gpu.distributed.fallbacks import StepError, attempt
+from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.network.comparing import change, mean_change
+from nac_gpu.network.copying import copied
+from nac_gpu.network.gradients import GradientsKept
 from nac_gpu.network.moving import sent
 from nac_gpu.network.precision import multiplies_bfloat16
-from nac_gpu.network.running import ExampleInputs, arguments, call, evaluating, in_small_operations, tensors_in
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import ExampleInputs, arguments, call, evaluating, in_small_operations
 
 BATCH = 64  # inputs
 PASSES = 80  # over the inputs
@@ -46,47 +50,50 @@ def learn(
     synthetic: bool = False,
     seed: int = 0,
     ranks: Ranks = ALONE,
-) -> None:
+) -> str:
     """Train a merged network to reproduce the original's outputs, in place.
 
     Only the parameters that merging changed are trained, whether or not they require gradients. The result is kept
-    only if it reduces the error of the outputs on the batches.
+    only if it reduces the error of the outputs on the batches. A failure is a warning: the network is as it was.
 
     Args:
         small: the merged network.
-        model: the original; not changed.
+        model: the original; not changed, and not run: a copy is.
         touched: names of the tensors that merging changed.
-        batches: inputs of both; tensors are joined and divided into batches of 64.
+        batches: inputs of both; tensors are joined and divided into batches of 64, if the networks take those.
         passes: passes over the inputs; at most 1280 steps are made, fewer for large images.
         synthetic: the inputs are synthetic.
         seed: of the augmentation; the global random state is not touched.
         ranks: the processes; rank 0 does the work.
+
+    Returns:
+        A line that says why the network was not trained; empty if it was.
 
     Raises:
         RankError: another rank failed or was lost.
     """
     weights = {name: value for name, value in small.named_parameters() if name in touched}
     if not weights or not passes:
-        return
+        return ""
 
-    def learnt(_: None) -> dict[str, Tensor]:
-        try:
-            _check_memory(weights)
-            rate = _RATE_SYNTHETIC if synthetic else _RATE
-            return _Learning(small, model, weights, batches).found(passes, rate, seed)
-        except RankError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:  # an operation without gradient, or too little memory
-            warnings.warn(
-                f"merged and compensated, but not refined, because training failed: {error}; refine=0 skips it",
-                stacklevel=2,
-            )
-            return {}
+    def learnt(_: None) -> dict[str, Tensor] | None:
+        _check_memory(weights)
+        rate = _RATE_SYNTHETIC if synthetic else _RATE
+        return _Learning(copied(small), copied(model), weights, batches).found(passes, rate, seed)
 
-    for found in ranks.share([None], learnt):
-        with torch.no_grad():
-            for name, value in found.items():
-                weights[name].copy_(value)
+    try:
+        (found,) = attempt(lambda ranks: [*ranks.share([None], learnt)], ranks, survives_memory=True)
+    except StepError as error:  # an operation without gradient, say, or too little memory
+        line = f"merged and compensated, but not refined, because training failed ({error}); refine=0 skips it"
+        if not ranks.rank:
+            warnings.warn(line, stacklevel=2)
+        return line
+    if found is None:
+        return "merged and compensated, but not refined, because the outputs cannot be compared"
+    with torch.no_grad():
+        for name, value in found.items():
+            weights[name].copy_(value)
+    return ""
 
 
 def _check_memory(weights: Mapping[str, nn.Parameter]) -> None:
@@ -125,14 +132,22 @@ class _Learning:
         }
         self._device = next(iter(weights.values())).device
         self._inputs = rebatched(batches)
+        self._batches = batches
+        self._kept: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 
-    def found(self, passes: int, rate: float, seed: int) -> dict[str, Tensor]:
-        """The trained weights by name; empty if they are no better than before."""
-        steps = self._steps(passes)
+    def found(self, passes: int, rate: float, seed: int) -> dict[str, Tensor] | None:
+        """The trained weights by name; empty if they are no better than before, None if no outputs are comparable."""
         with evaluating(self._small), evaluating(self._model), self._recurrent():
-            before = self._distance()
-            if before is None or before < _NEAR:
+            try:
+                before = attempt(lambda _: self._distance())
+            except StepError:  # they may take batches of the original size only
+                self._inputs = list(self._batches)
+                before = self._distance()
+            if before is None:
+                return None
+            if before < _NEAR:
                 return {}
+            steps = self._steps(passes)
             self._autocast = self._fitting_autocast()
             with torch.enable_grad():
                 self._descend(steps, rate, torch.Generator().manual_seed(seed))
@@ -146,8 +161,8 @@ class _Learning:
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=fast)
         try:
             with torch.no_grad(), autocast:
-                self._apart(self._inputs[0])
-        except RuntimeError:  # such as an in-place addition to a float32 tensor
+                attempt(lambda _: self._apart(self._inputs[0]))
+        except StepError:  # such as an in-place addition to a float32 tensor
             return contextlib.nullcontext()
         return autocast
 
@@ -166,9 +181,14 @@ class _Learning:
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / _WARMUP) * (1 - step / steps)
         )
-        for _, batch in zip(range(steps), augmented(self._inputs, generator), strict=False):
+        for step, batch in zip(range(steps), augmented(self._inputs, generator), strict=False):
             with self._autocast:
                 distance = self._apart(batch)
+                if not step and distance is not None and not distance.requires_grad:
+                    self._kept = GradientsKept()
+                    distance = self._apart(batch)
+            if not step and distance is not None and not distance.requires_grad:
+                raise ValueError("no gradient reaches the weights")
             if distance is None or not distance.requires_grad:
                 continue
             slopes = torch.autograd.grad(distance, list(self._weights.values()), allow_unused=True)
@@ -182,7 +202,9 @@ class _Learning:
         with torch.no_grad():
             expected = list(tensors_in(call(self._model, batch)))
         typed = {name: value.to(self._types[name]) for name, value in self._weights.items()}
-        return change(list(tensors_in(functional_call(self._small, typed, *arguments(batch)))), expected)
+        with self._kept:
+            found = list(tensors_in(functional_call(self._small, typed, *arguments(batch))))
+        return change(found, expected)
 
     def _distance(self) -> float | None:
         """The mean error over the inputs, without augmentation."""

@@ -2,31 +2,45 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nac_gpu.network.precision import floating, without_tf32
-from nac_gpu.network.running import ExampleInputs, call, evaluating, in_small_operations, tensors_in
+from nac_gpu.network.reaching import leaves_in
+from nac_gpu.network.running import ExampleInputs, call, evaluating, in_small_operations
 
 
 def outputs(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool = False) -> list[Tensor]:
-    """All tensors that the model returns in eval mode, including those of auxiliary heads if `auxiliary` is set.
+    """All outputs of the model in eval mode, with those of auxiliary heads if `auxiliary` is set.
 
-    They are to be compared, so TF32 is off: its rounding would look like a difference.
+    These are all tensors that can be reached from what it returns; arrays and numbers become tensors. They are to be
+    compared, so TF32 is off: its rounding would look like a difference.
     """
     with evaluating(model, auxiliary=auxiliary), in_small_operations(model), without_tf32():
-        return list(tensors_in(call(model, example_inputs)))
+        found = list(leaves_in(call(model, example_inputs)))
+    return [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf) for leaf in found if _has_numbers(leaf)]
+
+
+def _has_numbers(leaf: Any) -> bool:
+    return not isinstance(leaf, np.ndarray) or leaf.dtype.kind in "bifc"
+
+
+def tells(value: Tensor) -> bool:
+    """Whether a tensor has a finite floating value, so that comparing it with another one says something."""
+    return value.is_floating_point() and bool(value.isfinite().any())
 
 
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference over several floating tensors, each relative to its own largest finite value.
 
     The difference is 0 where both have the same infinity or both have NaN, infinite where only one has it, and
-    infinite for tensors of different shapes.
+    infinite for another number of tensors and for tensors of different shapes.
     """
-    worst = 0.0
-    for a, b in zip(found, expected, strict=True):
+    worst = math.inf if len(found) != len(expected) else 0.0
+    for a, b in zip(found, expected, strict=False):
         if a.shape != b.shape:
             return math.inf
         if not b.numel() or not b.is_floating_point():

@@ -1,11 +1,8 @@
-"""The size of a model: its parameters, and the floating point operations of one forward pass."""
+"""What the size of a model is, and what counts the operations of a forward pass."""
 
 from dataclasses import dataclass
 
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
-from nac_gpu.network.running import ExampleInputs, call, evaluating, in_small_operations
 
 
 class _NoTracker:
@@ -37,22 +34,3 @@ class Cost:
 
     parameters: int
     flops: int
-
-
-def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
-    """Count a model's parameters, and the operations of its forward pass on these inputs in eval mode.
-
-    Args:
-        model: not changed.
-        example_inputs: as for a call: a tensor, a sequence of arguments, or a mapping of keyword arguments.
-
-    Returns:
-        The number of parameters, and of floating point operations for the whole batch of inputs.
-
-    >>> nac_gpu.cost(nn.Linear(3, 2), torch.ones(1, 3))
-    Cost(parameters=8, flops=12)
-    """
-    counter = flop_counter()
-    with evaluating(model), in_small_operations(model), counter:
-        call(model, example_inputs)
-    return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops())

@@ -1,8 +1,9 @@
-"""Updates the size attributes of PyTorch's layers to the shapes of their tensors."""
+"""Size attributes of PyTorch's layers: which they are, and their update to the shapes of their tensors."""
 
 from torch import Tensor, nn
 
 from nac_gpu.network.attention import shrink
+from nac_gpu.network.kept_numbers import is_transposed_linear
 
 
 def set_sizes(module: nn.Module) -> None:
@@ -39,7 +40,7 @@ def set_sizes(module: nn.Module) -> None:
         weight = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
         if len(weight) != module.embed_dim * (1 if module.in_proj_weight is None else 3):
             shrink(module)
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # Hugging Face's transposed Linear
+    elif is_transposed_linear(module):
         weight = module.get_parameter("weight")
         vars(module).update(nx=weight.shape[0], nf=weight.shape[1])
 

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,3 +73,9 @@ def floating(tensor: Tensor) -> Tensor:
 def working_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype used for sums over this tensor: float64 for float64, float32 for everything else."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def in_dtype(value: Any, dtype: torch.dtype | None) -> Any:
+    """Floating tensors in another dtype; anything else unchanged, and everything if there is none."""
+    floating = dtype is not None and isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating else value

@@ -1,6 +1,7 @@
 """Runs a model on example inputs: in eval mode, without side effects, with fused operations decomposed if needed."""
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,24 +24,34 @@ def arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str,
 
 
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
-    """Run one forward pass; see `arguments`."""
-    positional, named = arguments(example_inputs)
+    """Run one forward pass on copies of the inputs, which the model's code may write to; see `arguments`."""
+    return call_on(model, own_inputs(example_inputs))
+
+
+def call_on(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Run one forward pass on these very inputs."""
+    positional, named = arguments(inputs)
     return model(*positional, **named)
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """All tensors in a value, also inside sequences, mappings, dataclasses and other objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
-        for item in vars(value).values():
-            yield from tensors_in(item)
+def own_inputs(example_inputs: ExampleInputs) -> ExampleInputs:
+    """Copies of inputs. Tensors keep their place in the graph of gradients, and their strides.
+
+    What is no tensor, such as a cache that the model appends to, is copied if it can be.
+    """
+    copies: dict[int, Any] = {}  # the same tensor given twice stays the same tensor, as self-attention expects
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in copies:
+                copies[id(value)] = value.clone()
+            return copies[id(value)]
+        try:
+            return value if callable(value) else copy.deepcopy(value, copies)
+        except Exception:  # an object may raise anything when it is copied
+            return value
+
+    return pytree.tree_map(copied, example_inputs)
 
 
 def device_of(model: nn.Module) -> torch.device:

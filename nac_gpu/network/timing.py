@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nac_gpu.network.running import ExampleInputs, call, device_of, evaluating
+from nac_gpu.network.running import ExampleInputs, call_on, device_of, evaluating, own_inputs
 
 _FEWEST, _MOST = 5, 500  # limits of the number of rounds at one batch size, independent of the time budget
 
@@ -122,12 +122,12 @@ def seconds_in_turn(
         example_inputs: the inputs of both.
         seconds: how long to measure, including the warm-up; at least five rounds are measured.
     """
-    device = device_of(model)
+    device, inputs = device_of(model), own_inputs(example_inputs)
 
     def timed(network: nn.Module) -> float:
         synchronise(device)
         start = time.perf_counter()
-        call(network, example_inputs)
+        call_on(network, inputs)
         synchronise(device)
         return time.perf_counter() - start
 

@@ -1,12 +1,12 @@
 """Removes training wrappers from a model, and replaces parametrised weights by the values that it computes with."""
 
-import copy
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from nac_gpu.network.copying import copied
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -35,11 +35,7 @@ def computed(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """
     if not any(is_computed(module) for module in model.modules()):
         return model, ()
-    memo: dict[int, Tensor] = {}  # detached copies of tensors that hooks computed: deepcopy fails on autograd history
-    for value in (value for module in model.modules() for value in vars(module).values()):
-        if isinstance(value, Tensor) and value.grad_fn is not None:
-            memo[id(value)] = value.detach().clone()
-    model = copy.deepcopy(model, memo)
+    model = copied(model)
     said = []
     for name, module in model.named_modules():
         own = f"{name}." if name else ""

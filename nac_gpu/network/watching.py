@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nac_gpu.network.running import ExampleInputs, call
 
 
-class _EnoughError(Exception):
-    """All requested calls were observed, so the rest of the pass is skipped."""
+class _EnoughError(BaseException):
+    """All requested calls were observed, so the rest of the pass is skipped; the model's code must not catch it."""
 
 
 def look(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int], take: Callable[[str, Tensor], None]) -> None:
@@ -27,7 +28,9 @@ def look(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int], take:
     def watch(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             nonlocal missing
-            take(name, inputs[0] if inputs else next(iter(keywords.values())))
+            # what a model computes in inference mode could not be added up outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                take(name, inputs[0] if inputs else next(iter(keywords.values())))
             missing -= 1
             if not missing:
                 raise _EnoughError

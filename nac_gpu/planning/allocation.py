@@ -122,11 +122,10 @@ def allocate(losses: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, mo
 
 
 def _widest(sizes: Sizes, now: Tensor, group: int, wider: int, step: int, target: Tensor) -> int:
-    """The largest width of one group below `wider`, in steps, that meets the budget; the other groups stay fixed."""
+    """The largest multiple of the step below `wider` that meets the budget; the other groups stay fixed."""
     low, high = int(now[group]), wider
-    while high - low > step:
-        middle = low + (high - low) // 2 // step * step
-        middle = middle if middle > low else low + step
+    while _next(low, step) < high:
+        middle = max((low + (high - low) // 2) // step * step, _next(low, step))
         trial = now.clone()
         trial[group] = middle
         if bool((sizes.cost(trial) > target).any()):
@@ -134,6 +133,11 @@ def _widest(sizes: Sizes, now: Tensor, group: int, wider: int, step: int, target
         else:
             low = middle
     return low
+
+
+def _next(width: int, step: int) -> int:
+    """The smallest multiple of the step above a width; the width itself may be a limit, and no multiple."""
+    return (width // step + 1) * step
 
 
 def _filled(sizes: Sizes, now: Tensor, limits: Sequence[Limits], losses: Sequence[Curve], target: Tensor) -> list[int]:
@@ -144,7 +148,7 @@ def _filled(sizes: Sizes, now: Tensor, limits: Sequence[Limits], losses: Sequenc
     )
     for group in order:
         grown = now.clone()
-        grown[group] = min(limits[group].most, int(now[group]) + limits[group].step)
+        grown[group] = min(limits[group].most, _next(int(now[group]), limits[group].step))
         if grown[group] > now[group] and bool((sizes.cost(grown) <= target).all()):
             now = grown
     return [int(width) for width in now]

@@ -12,7 +12,7 @@ from nac_gpu.network.costs import Cost
 from nac_gpu.network.state import is_open
 from nac_gpu.planning.allocation import Sizes, allocate
 from nac_gpu.planning.latency import Stopwatch, nearest
-from nac_gpu.planning.layers import limits_of, nothing_to_compress
+from nac_gpu.planning.layers import limits_of, nothing_to_compress, usual_limits
 from nac_gpu.planning.request import Limits, Request
 from nac_gpu.planning.sensitivity import losses
 from nac_gpu.planning.subject import Subject
@@ -53,27 +53,27 @@ def choose(subject: Subject, request: Request, trial: Trial) -> Chosen:
         )
     chooser = _Chooser(subject, request, trial)
     asked = request.most(subject.cost.parameters, subject.cost.flops)
-    source = chooser.evidence.source
+    lines = (chooser.evidence.source, *chooser.unmeasured)
     if request.latency is None:
-        outcome = chooser.within(asked)
-        return Chosen(outcome, chooser.evidence, tuple(chooser.refused), (source,))
+        outcome, own = chooser.within(asked)
+        return Chosen(outcome, chooser.evidence, tuple(chooser.refused), (*lines, *own))
     watch = Stopwatch(subject.model, subject.inputs, subject.ranks)
     measured: dict[tuple[int, ...], tuple[float, str]] = {}  # by widths: another, tighter budget may repeat them
-    known: dict[float, tuple[Outcome, str]] = {}
+    known: dict[float, tuple[Outcome, tuple[str, ...]]] = {}
 
     def timed(share: float) -> float:
         """The relative latency of the network with this share of the model's operations."""
-        outcome = chooser.within((asked[0], min(asked[1], share * subject.cost.flops)))
+        outcome, lines = chooser.within((asked[0], min(asked[1], share * subject.cost.flops)))
         widths = tuple(choice.width for choice in outcome.choices)
         if widths not in measured:
             measured[widths] = watch.measure(outcome.choices)
         latency, line = measured[widths]
-        known[share] = outcome, line
+        known[share] = outcome, (line, *lines)
         return latency
 
     found = nearest(request.latency, 1.001 * chooser.least / subject.cost.flops, timed)  # a margin for rounding
-    outcome, line = known[found]
-    return Chosen(outcome, chooser.evidence, tuple(chooser.refused), (source, line))
+    outcome, own = known[found]
+    return Chosen(outcome, chooser.evidence, tuple(chooser.refused), (*lines, *own))
 
 
 class _Chooser:
@@ -82,41 +82,47 @@ class _Chooser:
     Attributes:
         evidence: used to choose the widths.
         refused: groups that a trial refused, and why.
+        unmeasured: a line that says that losses could not be measured; none if they were.
     """
 
     def __init__(self, subject: Subject, request: Request, trial: Trial) -> None:
         self._subject, self._request, self._trial = subject, request, trial
         self.refused: list[LeftAlone] = []
-        graph = subject.graph
-        pairs = zip(graph.groups, limits_of(graph, request, _step(subject, request)), strict=True)
-        self._limits = {group.name: limits for group, limits in pairs}
+        graph, self._step = subject.graph, _step(subject, request)
         halves = [
             Choice(group, max(limits.least, min(limits.most, max(1, group.size // 2))))
-            for group, limits in zip(graph.groups, self._limits.values(), strict=True)
+            for group, limits in zip(graph.groups, limits_of(graph, request, self._step), strict=True)
         ]
         self._good = self._left(self._run(halves))
         self.evidence = gather(
             subject.model, subject.inputs, self._good, request.calibration, request.seed, subject.ranks
         )
-        self._lost: Mapping[str, Curve] = losses(subject.model, graph, self._good, self.evidence, subject.ranks)
+        self._lost: Mapping[str, Curve]
+        self._lost, why = losses(subject.model, graph, self._good, self.evidence, subject.ranks)
+        self.unmeasured = (why,) if why else ()
         self._shapes = {name: parameter.shape for name, parameter in subject.model.named_parameters()}
 
     @property
     def least(self) -> float:
         """FLOPs of one pass of the narrowest possible network."""
-        narrowest = torch.tensor([limits.least for limits in self._own()], dtype=torch.float64)
+        narrowest = torch.tensor([limits.least for limits in self._limits(self._step)], dtype=torch.float64)
         return float(self._sizes().cost(narrowest)[1])
 
-    def within(self, asked: tuple[float, float]) -> Outcome:
-        """Groups and widths within a budget of parameters and FLOPs.
+    def within(self, asked: tuple[float, float], step: int | None = None) -> tuple[Outcome, tuple[str, ...]]:
+        """Groups and widths within a budget of parameters and FLOPs, and lines for the printed plan.
+
+        Args:
+            asked: the most parameters and FLOPs.
+            step: widths are multiples of this; by default what the request says. It is halved until the budget can be
+                met.
 
         Raises:
             ValueError: there are none.
         """
-        most = asked
+        most, step = asked, step or self._step
         best: tuple[float, Outcome] | None = None
         for _ in range(_ATTEMPTS):
-            own = self._own()
+            own = self._limits(step)
             widths = allocate([self._lost[group.name] for group in self._good], own, self._sizes(), most)
             outcome = self._run([Choice(group, width) for group, width in zip(self._good, widths, strict=True)])
             if len(outcome.choices) < len(self._good):  # some groups fail only at these widths
@@ -130,19 +136,26 @@ class _Chooser:
             if 1 - _TOLERANCE <= used <= 1:
                 break
             if used > 1 and widths == [limits.least for limits in own]:
+                if step > 1:
+                    return self.within(asked, step // 2)
                 raise ValueError(_impossible(self._request, self._subject.cost, after))
             most = (most[0] / used, most[1] / used)
         if best is None:
             raise ValueError(f"no widths were found that meet the budget in {_ATTEMPTS} attempts; give width= instead")
-        return best[1]
+        left = f"the budget cannot be met with multiples of {self._step} neurons: widths are multiples of {step}"
+        return best[1], (left,) if step < self._step else ()
 
     def _run(self, choices: Sequence[Choice]) -> Outcome:
         outcome = self._trial.run(choices)
         self.refused += [alone for alone in outcome.refused if alone not in self.refused]
         return outcome
 
-    def _own(self) -> list[Limits]:
-        return [self._limits.get(group.name, Limits(1, group.size)) for group in self._good]
+    def _limits(self, step: int) -> list[Limits]:
+        graph = self._subject.graph
+        known = dict(zip((group.name for group in graph.groups), limits_of(graph, self._request, step), strict=True))
+        return [  # groups of channels in place of units are not among them
+            known.get(group.name) or usual_limits(group, self._request, step) for group in self._good
+        ]
 
     def _sizes(self) -> Sizes:
         return Sizes(self._good, self._shapes, self._subject.graph.operations, self._subject.cost.flops)

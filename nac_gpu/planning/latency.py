@@ -11,8 +11,9 @@ from torch import nn
 
 from nac_gpu.distributed.ranks import Ranks
 from nac_gpu.merging.attributes import attributes
-from nac_gpu.merging.copies import merged_copies, random_assignments
-from nac_gpu.network.copying import rebuild
+from nac_gpu.merging.centroids import merged
+from nac_gpu.merging.copies import random_assignments
+from nac_gpu.network.copying import copied, rebuild
 from nac_gpu.network.running import ExampleInputs, device_of
 from nac_gpu.network.state import tensors
 from nac_gpu.network.timing import seconds_in_turn, spread
@@ -42,9 +43,9 @@ class Stopwatch:
         return self._ranks.sent(self._measured(choices) if self._ranks.rank == 0 else (0.0, ""))
 
     def _measured(self, choices: Sequence[Choice]) -> tuple[float, str]:
-        merged = merged_copies(self._state, [choice.group for choice in choices], random_assignments(choices, 0))
-        small = rebuild(self._model, merged, attributes(self._model, choices), share=True)
-        before, after = seconds_in_turn(self._model, small, self._inputs, _SECONDS)
+        state = merged(self._state, choices, random_assignments(choices, 0))
+        small = rebuild(self._model, state, attributes(self._model, choices))
+        before, after = seconds_in_turn(copied(self._model), small, self._inputs, _SECONDS)
         share = spread(after / before).median
         old, new = (f"{1000 * spread(seconds).median:.3g} ms" for seconds in (before, after))
         where = f"on {device_of(self._model).type}, median of {len(before)} passes in turn"

@@ -1,10 +1,10 @@
 """Names of layers in `only=`, `skip=`, `width=` and `limits=`: which groups they mean, and the resulting widths."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from nac_gpu.planning.request import Limits, Names, Request, Width
+from nac_gpu.planning.request import Limits, Names, Request, Width, number
 from nac_gpu.tracing.graph import Graph, Group, LeftAlone
 
 
@@ -50,6 +50,8 @@ def filtered(graph: Graph, only: Names, skip: Names) -> Graph:
     for option, patterns in (("only", only or ()), ("skip", skip or ())):
         if isinstance(patterns, str):
             raise TypeError(f"{option}={patterns!r}: expected a sequence of names, such as [{patterns!r}]")
+        if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"{option}={patterns!r}: expected a sequence of names (str)")
         for pattern in patterns:
             if not any(stands_for(pattern, group) for group in graph.groups) and not any(
                 matches(alone.layer, pattern) for alone in graph.left_alone
@@ -104,7 +106,7 @@ def limits_of(graph: Graph, request: Request, step: int) -> list[Limits]:
     """The fewest and most neurons of each group, for a budget.
 
     Layers named in `width` have a fixed width; a single number is the maximum of every group. Without limits, a group
-    keeps at least one neuron.
+    keeps at least `step` neurons, or all if it has no more.
 
     Raises:
         ValueError: an unknown layer, or limits out of range.
@@ -125,16 +127,30 @@ def limits_of(graph: Graph, request: Request, step: int) -> list[Limits]:
             chosen[group.name] = (least, most)
     result = []
     for group in graph.groups:
-        least, most = chosen.get(group.name, (1, group.size))
-        own = 1 if group.units else step
-        if group.name not in chosen and group.size > own:
-            least = max(least, own)
+        usual = usual_limits(group, request, step)
+        least, most = chosen.get(group.name, (usual.least, usual.most))
         if group.name in exact:
             least = most = exact[group.name]
-        elif request.width is not None and not isinstance(request.width, Mapping):
-            most = max(least, min(most, kept_of(group.name, group.size, float(request.width))))
-        result.append(Limits(least, most, own))
+        elif group.name in chosen:
+            most = max(least, min(most, _widest(group, request)))
+        result.append(Limits(least, most, usual.step))
     return result
+
+
+def usual_limits(group: Group, request: Request, step: int) -> Limits:
+    """The fewest and most neurons of a group that is not named in `limits` or `width`; units have no step."""
+    own = 1 if group.units else step
+    widest = _widest(group, request)
+    if group.size <= own:
+        return Limits(min(own, widest), widest, own)
+    return Limits(own, max(own, widest), own)
+
+
+def _widest(group: Group, request: Request) -> int:
+    """The number of neurons that a single width for all groups leaves of this one."""
+    if request.width is None or isinstance(request.width, Mapping):
+        return group.size
+    return kept_of(group.name, group.size, float(request.width))
 
 
 def kept_of(name: str, size: int, value: int | float, what: str = "neurons") -> int:
@@ -149,6 +165,7 @@ def kept_of(name: str, size: int, value: int | float, what: str = "neurons") -> 
     Raises:
         ValueError: out of range.
     """
+    value = number(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: width is {value!r}, expected a number of {what} (int) or a share (float)")
     if isinstance(value, int):

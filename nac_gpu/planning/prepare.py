@@ -11,14 +11,16 @@ from nac_gpu.calibration.batches import Calibration
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.calibration.gathering import gather
 from nac_gpu.distributed.consistency import check_same
+from nac_gpu.merging.centroids import Deviation
 from nac_gpu.network.state import fingerprint, tensors
+from nac_gpu.planning.bench import Measured
 from nac_gpu.planning.budget import choose
 from nac_gpu.planning.layers import filtered, kept_of, nothing_to_compress, widths_of, with_groups
 from nac_gpu.planning.plans import GroupPlan, Plan
 from nac_gpu.planning.request import Request
 from nac_gpu.planning.subject import Network, Subject
 from nac_gpu.planning.taking import recorded
-from nac_gpu.planning.trial import Measured, Trial
+from nac_gpu.planning.trial import Trial
 from nac_gpu.tracing.graph import Choice, Graph, Group
 
 
@@ -53,18 +55,25 @@ class Prepared:
         if self.evidence is not None:
             return self.evidence
         subject = self.subject
+        request = _runnable(subject, request)
         return gather(subject.model, subject.inputs, self.groups, request.calibration, request.seed, subject.ranks)
 
 
-def plan_for(network: Network, request: Request) -> Prepared:
+def plan_for(network: Network, request: Request, deviation: Deviation = "restored") -> Prepared:
     """Make a plan.
+
+    Args:
+        network: the network.
+        request: what is asked for.
+        deviation: of the rule that will merge the groups, see `nac_gpu.merging.centroids.Merger`.
 
     Raises:
         ValueError: an unknown layer, a width out of range, nothing to compress, or a budget that cannot be met.
         RuntimeError: the forward pass fails, or the ranks made different plans.
     """
     subject = recorded(network)
-    trial = Trial(subject.model, subject.inputs, auxiliary=subject.graph.auxiliary)
+    request = _runnable(subject, request)
+    trial = _trial(subject, deviation)
     graph = filtered(subject.graph, request.only, request.skip)
     if not graph.groups:
         raise nothing_to_compress(graph)
@@ -82,11 +91,33 @@ def plan_for(network: Network, request: Request) -> Prepared:
     )
     if outcome.measured is None:
         raise nothing_to_compress(graph)
-    subject = replace(subject, graph=graph, changes=(*subject.changes, *lines))
+    subject = replace(subject, graph=graph, changes=(*subject.changes, *lines, *_by_weights(subject)))
     return Prepared(_plan(subject, outcome.choices, outcome.measured), subject, outcome.choices, evidence)
 
 
-def replay(network: Network, plan: Plan, request: Request) -> Prepared:
+def _trial(subject: Subject, deviation: Deviation) -> Trial:
+    return Trial(
+        subject.model, subject.inputs, larger=subject.larger, deviation=deviation, auxiliary=subject.graph.auxiliary
+    )
+
+
+def _runnable(subject: Subject, request: Request) -> Request:
+    """The request, without inputs on which neurons would be observed if the model writes to its own parameters.
+
+    What such a model computes depends on how often it ran, so its activations say nothing about its weights.
+    """
+    return replace(request, calibration="none") if subject.graph.written else request
+
+
+def _by_weights(subject: Subject) -> tuple[str, ...]:
+    names = subject.graph.written
+    if not names:
+        return ()
+    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (f"neurons are compared by their weights, without compensation: forward writes to {told}",)
+
+
+def replay(network: Network, plan: Plan, request: Request, deviation: Deviation = "restored") -> Prepared:
     """Prepare a plan that was made before for this model.
 
     The record and the evidence that the plan keeps are reused if the model and its inputs are unchanged.
@@ -95,21 +126,24 @@ def replay(network: Network, plan: Plan, request: Request) -> Prepared:
         network: the network.
         plan: the plan.
         request: its `calibration` and `seed` define the evidence.
+        deviation: as for `plan_for`.
 
     Raises:
         ValueError: the plan was made for another model, or cannot be carried out on these inputs.
         RuntimeError: the forward pass fails, or the ranks made different plans.
     """
     memory = _memory_of(plan)
-    fits = memory is not None and memory.fingerprint == fingerprint(network.model, network.inputs)
+    fits = memory is not None and memory.fits(network, deviation)
     if all(network.ranks.gathered(fits)) and memory is not None:
         subject = Subject(**vars(network), graph=memory.graph, cost=plan.before)
+        request = _runnable(subject, request)
         return Prepared(plan, subject, memory.choices, memory.evidence_for(network, request))
     subject = recorded(network)
     graph = with_groups(subject.graph, [(planned.name, planned.before) for planned in plan.groups])
     widths = [kept_of(planned.name, planned.before, planned.after) for planned in plan.groups]
-    trial = Trial(subject.model, subject.inputs, auxiliary=graph.auxiliary)
-    outcome = trial.run([Choice(group, width) for group, width in zip(graph.groups, widths, strict=True)])
+    outcome = _trial(subject, deviation).run(
+        [Choice(group, width) for group, width in zip(graph.groups, widths, strict=True)]
+    )
     if outcome.refused:
         alone = outcome.refused[0]
         why = f"{alone.layer} ({alone.size}): {alone.reason}; make it again"
@@ -132,6 +166,7 @@ class _Memory:
         evidence: used to choose the widths, without the tensors of the network.
         calibration: the `calibration` argument that the evidence is from.
         seed: of synthetic inputs.
+        deviation: of the rule of the trial.
     """
 
     fingerprint: tuple[object, ...]
@@ -140,6 +175,11 @@ class _Memory:
     evidence: Evidence | None
     calibration: Calibration
     seed: int
+    deviation: Deviation = "restored"
+
+    def fits(self, network: Network, deviation: Deviation) -> bool:
+        """Whether the network is the same, and was tried with the same rule."""
+        return self.deviation == deviation and self.fingerprint == fingerprint(network.model, network.inputs)
 
     def evidence_for(self, network: Network, request: Request) -> Evidence | None:
         """The evidence, if the request would gather the same; else None."""

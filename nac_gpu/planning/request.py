@@ -1,7 +1,9 @@
 """The request of the user: widths, budgets of parameters, FLOPs or latency, limits, and names of layers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 from nac_gpu.calibration.batches import Calibration
 
@@ -13,6 +15,52 @@ Names = Sequence[str] | None
 Share = int | float
 #: Fewest and most neurons of a layer, each a number (int) or a share (float).
 LimitsByLayer = Mapping[str, tuple[int | float, int | float]]
+
+
+def number(value: Any) -> Any:
+    """A number of any library as an int or a float: NumPy's, and tensors of zero dimensions; all else unchanged.
+
+    >>> nac_gpu.planning.request.number(torch.tensor(8))
+    8
+    """
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def _numbers(value: Any) -> Any:
+    """The same for the numbers in mappings and pairs."""
+    if isinstance(value, Mapping):
+        return {key: _numbers(item) for key, item in value.items()}
+    return tuple(map(number, value)) if isinstance(value, list | tuple) else number(value)
+
+
+def checked_seed(value: object) -> int:
+    """A seed as an int.
+
+    Raises:
+        ValueError: it is not an integer of 64 bits.
+    """
+    seed = number(value)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={value!r}, expected an integer of 64 bits")
+    return seed
+
+
+def checked_passes(value: object) -> int:
+    """The argument `refine` as an int.
+
+    Raises:
+        ValueError: it is not an integer, or negative.
+    """
+    passes = number(value)
+    if not isinstance(passes, int) or passes < 0:
+        raise ValueError(f"refine={value!r}, expected a number of passes over the calibration inputs, 0 for none")
+    return int(passes)
 
 
 @dataclass(frozen=True)
@@ -40,6 +88,8 @@ class Limits:
 class Request:
     """How small the model has to become, and the inputs used to decide where to save.
 
+    Numbers may be those of NumPy, or tensors of zero dimensions; they are kept as int and float.
+
     Attributes:
         width: how many neurons to keep. A single number is a share in (0, 1] for every group. A mapping from names (of
             a layer, of a module that contains layers, or a pattern such as `"features.*"`) gives a number of neurons
@@ -52,8 +102,9 @@ class Request:
             are timed in turn with the model, on its device (see `nac_gpu.planning.latency`). Several budgets may be
             combined.
         limits: for a budget, fewest and most neurons of layers (named as in `width`), as numbers or shares.
-        multiple_of: for a budget, chosen widths are multiples of this. By default 8 on CUDA, where other widths are
-            slow, and for a latency budget; else 1.
+        multiple_of: for a budget, chosen widths are multiples of this, and layers with fewer neurons keep all of them,
+            unless `limits` or `width` say otherwise. It is halved, and the plan says so, if the budget cannot be met
+            otherwise. By default 8 on CUDA, where other widths are slow, and for a latency budget; else 1.
         only: names as in `width`; nothing else is compressed.
         skip: names as in `width`; these are not compressed.
         calibration: inputs for choosing widths, comparing neurons and compensation. Batches of unlabelled inputs, such
@@ -73,6 +124,14 @@ class Request:
     skip: Names = ()
     calibration: Calibration = "dream"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "params", "flops", "latency", "limits", "multiple_of", "seed"):
+            object.__setattr__(self, name, _numbers(getattr(self, name)))
+        for name in ("only", "skip"):
+            names = getattr(self, name)
+            if isinstance(names, Iterable) and not isinstance(names, str):
+                object.__setattr__(self, name, tuple(names))  # it is read several times
 
     @property
     def budget(self) -> bool:
@@ -94,8 +153,23 @@ class Request:
             raise ValueError("expected width=, params=, flops= or latency= (or a plan, to compress), got none of them")
         if not self.budget and (self.limits is not None or self.multiple_of is not None):
             raise ValueError("limits= and multiple_of= are for budgets, expected params=, flops= or latency= too")
-        if self.multiple_of is not None and self.multiple_of < 1:
-            raise ValueError(f"multiple_of={self.multiple_of}, expected at least 1")
+        checked_seed(self.seed)
+        step = self.multiple_of
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
+            raise ValueError(f"multiple_of={step!r}, expected at least 1 (an int)")
+        if isinstance(self.width, bool) or not isinstance(self.width, int | float | Mapping | None):
+            raise ValueError(
+                f"width={self.width!r}, expected a share (a float) for all layers, or a mapping from names of layers "
+                "to numbers of neurons (int) or shares (float)"
+            )
+        if not isinstance(self.limits, Mapping | None):
+            raise ValueError(f"limits={self.limits!r}, expected a mapping from names of layers to pairs")
+        for name, given in (("width", self.width), ("limits", self.limits)):
+            for key in given if isinstance(given, Mapping) else ():
+                if not isinstance(key, str):
+                    raise ValueError(
+                        f"{name}= names a layer {key!r}, expected its name in the model, such as {str(key)!r}"
+                    )
         for name, value in (("params", self.params), ("flops", self.flops)):
             if value is None:
                 continue
@@ -115,8 +189,9 @@ class Request:
         """Check that the request contains nothing that a given plan has decided already.
 
         Raises:
-            ValueError: it does.
+            ValueError: it does, or the seed is not an integer.
         """
+        checked_seed(self.seed)
         if self.says_how_small:
             raise ValueError("expected either a plan or width=, params=, flops= or latency=, got both")
         if self.only is not None or self.skip:

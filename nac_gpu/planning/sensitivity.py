@@ -6,7 +6,7 @@ over the inputs. Between these points the change is interpolated as a power of e
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from nac_gpu.calibration.batches import Batches
 from nac_gpu.calibration.curves import Curve
 from nac_gpu.calibration.evidence import Evidence
+from nac_gpu.distributed.fallbacks import StepError, attempt
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.merging.compensation import Compensator
 from nac_gpu.network.comparing import change, mean_change
-from nac_gpu.network.running import call, evaluating, tensors_in
+from nac_gpu.network.copying import copied, in_float32
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import call, evaluating
 from nac_gpu.tracing.graph import Graph, Group
 
 _TRIED = (0.03, 0.1, 0.3)  # errors at which the change of the outputs is measured
@@ -28,17 +31,21 @@ _MOST = 12.0  # upper bound of a loss
 
 def losses(
     model: nn.Module, graph: Graph, groups: Sequence[Group], evidence: Evidence, ranks: Ranks = ALONE
-) -> dict[str, Curve]:
+) -> tuple[dict[str, Curve], str]:
     """The loss of merging each group to k neurons, by name and k; comparable between groups.
 
-    Without activations, or if the outputs cannot be compared, it is `-log(1 - e)` of the group's own error.
+    Without activations, or if the change of the outputs cannot be measured, it is `-log(1 - e)` of the group's own
+    error.
 
     Args:
-        model: not changed.
+        model: not changed, and not run.
         graph: its record.
         groups: the groups.
         evidence: about their neurons.
         ranks: the processes that divide the groups among them.
+
+    Returns:
+        The losses, and a line for the plan that says why nothing was measured; empty if it was, or without activations.
 
     Raises:
         RankError: another rank failed or was lost.
@@ -47,15 +54,40 @@ def losses(
     plain: dict[str, Curve] = {
         name: {k: -math.log1p(-error) for k, error in curve.items()} for name, curve in curves.items()
     }
-    batches = _some(evidence.batches)
-    if not batches:
-        return plain
+    if not evidence.batches:
+        return plain, ""
+    why = "the outputs cannot be compared"
+    try:
+        measured = attempt(lambda ranks: _measured(model, graph, groups, evidence, curves, ranks), ranks)
+    except StepError as error:
+        measured, why = None, f"measuring how the outputs change failed ({error})"
+    if measured is None:
+        return plain, f"widths are chosen by the errors of the groups alone, because {why}"
+    for name, points in measured.items():
+        plain[name] = _through(points, curves[name]) if points else plain[name]
+    return plain, ""
+
+
+def _measured(
+    model: nn.Module,
+    graph: Graph,
+    groups: Sequence[Group],
+    evidence: Evidence,
+    curves: Mapping[str, Curve],
+    ranks: Ranks,
+) -> dict[str, dict[float, float]] | None:
+    """By group, changes of the outputs by the error of the group; None if the outputs cannot be compared."""
+    model, batches = in_float32(model) if evidence.float32 else model, _some(evidence.batches)
     compensator = Compensator(model, graph, batches, evidence.activities, repeated=True)
-    with evaluating(model):
-        expected = [_outputs(model, batch) for batch in batches]
+    run = copied(model)
+
+    def answers(_: Ranks) -> list[list[Tensor]]:
+        with evaluating(run):
+            return [_outputs(run, batch) for batch in batches]
+
+    expected = attempt(answers, ranks)
 
     def measured(group: Group) -> dict[float, float] | None:
-        """Changes of the outputs, by the error of the group; None if the outputs cannot be compared."""
         curve = curves[group.name]
         points: dict[float, float] = {}
         for error in _TRIED if group.name in evidence.activities else ():
@@ -69,11 +101,11 @@ def losses(
                 points[curve[kept]] = max(changed, 1e-9)
         return points
 
-    result: dict[str, Curve] = {}
+    result: dict[str, dict[float, float]] = {}
     for group, points in zip(groups, ranks.share(groups, measured), strict=True):
         if points is None:
-            return plain
-        result[group.name] = _through(points, curves[group.name]) if points else plain[group.name]
+            return None
+        result[group.name] = points
     return result
 
 

@@ -39,7 +39,9 @@ class Subject(Network):
     Attributes:
         graph: the record.
         cost: of the network.
+        larger: inputs on which it does something else with its channels, so that it is tried on them, too.
     """
 
     graph: Graph
     cost: Cost
+    larger: ExampleInputs | None = None

@@ -1,39 +1,26 @@
 """The trial: before a plan is returned, the copies test checks on the example inputs that each group can be merged.
 
-Some neurons of every group are overwritten with copies of others. Merging copies must not change the outputs. If it
-does, or if the smaller network does not run (because a size is hard-coded in the model), the group is left alone.
+All groups are merged at once, with the code and by the rule that will merge them. Where that fails, the layers tell
+which group is the cause; it is left alone, and the others are tried again. So each failing group costs few passes: only
+the groups around the layer where the smaller network differs first are suspected, and a suspect is the cause if the
+network gets further without it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from nac_gpu.merging.attributes import attributes, guesses
-from nac_gpu.merging.copies import copy_neurons, merged_copies, random_assignments
-from nac_gpu.network.comparing import outputs, relative_error
-from nac_gpu.network.copying import rebuild
-from nac_gpu.network.costs import Cost, flop_counter
-from nac_gpu.network.probes import SAME, probed
+from nac_gpu.merging.attributes import guesses
+from nac_gpu.merging.centroids import Deviation
+from nac_gpu.network.probes import probes
 from nac_gpu.network.running import ExampleInputs
-from nac_gpu.tracing.graph import Choice, Group, LeftAlone
+from nac_gpu.planning.bench import Bench, Failure, Measured, suspects
+from nac_gpu.tracing.graph import Choice, LeftAlone
 
-_WIDEST = 1e-4  # relative error that float32 may make where an operation has no float64
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Cost and shapes of a smaller network that passed the trial.
-
-    Attributes:
-        cost: of the network.
-        shapes: of its tensors, by name.
-    """
-
-    cost: Cost
-    shapes: Mapping[str, torch.Size]
+_SUSPECTS = 6  # groups that are tried as the cause of a failure; if it is none of them, all groups are
+Failed = list[tuple[Choice, str]]  # choices that fail, and why
 
 
 @dataclass(frozen=True)
@@ -56,172 +43,217 @@ class Trial:
     """Tests groups on the example inputs, and caches the results.
 
     Args:
-        model: not changed.
+        model: not changed, and not run.
         example_inputs: as for `record`. Constant inputs and parameters are replaced by random ones, because they would
             hide errors.
+        larger: other inputs on which the groups are tested, too, such as longer ones; None for no others.
+        deviation: of the rule that will merge the groups, see `nac_gpu.merging.centroids.Merger`.
         auxiliary: also compare the outputs of auxiliary heads.
         seed: of the choice of copies.
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool = False, seed: int = 0
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        *,
+        larger: ExampleInputs | None = None,
+        deviation: Deviation = "restored",
+        auxiliary: bool = False,
+        seed: int = 0,
     ) -> None:
         self._outcomes: dict[tuple[Any, ...], Outcome] = {}
-        self._passed: dict[tuple[Any, ...], Measured] = {}
-        self._model, self._inputs, self._seed = model, example_inputs, seed
-        self._auxiliary = auxiliary
         self._modules = dict(model.named_modules())
-        double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
-        # float64 if float32 is not conclusive, and float32 again if an operation does not support float64.
-        self._next = [] if double else [torch.float64, torch.float32]
-        self._set_dtype(torch.float64 if double else torch.float32)
+        self._searches = [
+            _Search(model, inputs, deviation, auxiliary=auxiliary, seed=seed)
+            for inputs in (larger, example_inputs)
+            if inputs is not None
+        ]
+
+    @property
+    def attempts(self) -> int:
+        """How many times smaller networks were run."""
+        return sum(search.attempts for search in self._searches)
 
     def run(self, choices: Sequence[Choice]) -> Outcome:
-        """Find out which of these groups can be merged to these widths.
-
-        All groups are tried at once; if that fails, in parts. Finally all groups that passed are tried together, and
-        the cost of that network is measured.
-        """
+        """Find out which of these groups can be merged to these widths, and the cost of the network of all of them."""
         asked = tuple((choice.group.name, choice.group.size, choice.width) for choice in choices)
         if asked not in self._outcomes:
             self._outcomes[asked] = self._outcome(choices)
         return self._outcomes[asked]
 
     def _outcome(self, choices: Sequence[Choice]) -> Outcome:
-        likely = [choice if choice.group.attributes else self._guessed(choice, 0) for choice in choices]
         place = {
             group.name: at for at, choice in enumerate(choices) for group in (*choice.group.otherwise, choice.group)
         }
+        good = [choice if choice.group.attributes else guessed(self._modules, choice, 0) for choice in choices]
         refused: list[LeftAlone] = []
-        good = sorted(self._good(likely, refused), key=lambda choice: place[choice.group.name])
-        if not good:
-            return Outcome((), None, tuple(refused))
-        together = self._tried(good)
-        if isinstance(together, str):
-            why = f"together with the other groups: {together}"
-            refused += [LeftAlone(choice.group.name, choice.group.size, why) for choice in good]
-            return Outcome((), None, tuple(refused))
-        return Outcome(tuple(good), together, tuple(refused))
+        measured: Measured | None = None
+        for search in self._searches:
+            good, measured = self._settled(search, good, refused)
+        good.sort(key=lambda choice: place[choice.group.name])
+        return Outcome(tuple(good), measured, tuple(refused))
 
-    def _set_dtype(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._passed.clear()  # the test is stricter in float64
-        self._state, self._lively_inputs = probed(self._model, self._inputs, dtype, self._seed)
-
-    def _tried(self, choices: Sequence[Choice]) -> Measured | str:
-        """Merge these groups all at once: the measured network, or the reason why that fails."""
-        asked = tuple((c.group.name, c.group.size, c.group.attributes, c.width) for c in choices)
-        if asked in self._passed:
-            return self._passed[asked]
-        found = self._compared(choices)
-        if isinstance(found, Measured):
-            self._passed[asked] = found
-        return found
-
-    def _compared(self, choices: Sequence[Choice]) -> Measured | str:
-        """As `_tried`, without the cache.
-
-        float32 comes first, because it takes half the time. If the difference could be more than rounding, this trial
-        and all later ones use float64.
-        """
-        labels = random_assignments(choices, self._seed)
-        try:
-            expected = self._answers(self._with_copies(choices, labels))
-        except Exception:  # an operation that does not support this dtype
-            if not self._next:
-                raise
-            return self._again(choices)
-        counter = flop_counter()
-        try:
-            # The first neuron of each cluster is unchanged in the network of copies, so the original state can be used.
-            merged = merged_copies(self._state, [choice.group for choice in choices], labels)
-            small = rebuild(self._model, merged, attributes(self._model, choices), share=True)
-            found = self._answers(small, counter)
-        except Exception as error:  # the user's code may raise anything at a width that it does not expect
-            return f"the smaller network does not run: {type(error).__name__}: {error}"
-        error = relative_error(found, expected)
-        if self._dtype == torch.float32 and self._next and not error <= SAME[self._dtype]:
-            return self._again(choices)
-        if not error <= (_WIDEST if self._dtype == torch.float32 else SAME[self._dtype]):
-            return f"merging identical neurons changed the outputs (relative error {error:.1e})"
-        cost = Cost(sum(parameter.numel() for parameter in small.parameters()), counter.get_total_flops())
-        return Measured(cost, {name: tensor.shape for name, tensor in merged.items()})
-
-    def _with_copies(self, choices: Sequence[Choice], labels: Sequence[torch.Tensor]) -> nn.Module:
-        """The network in which all neurons of a cluster are copies of the first."""
-        state = self._state
-        for choice, own in zip(choices, labels, strict=True):
-            state = copy_neurons(state, choice.group, own)
-        return rebuild(self._model, state, share=True)
-
-    def _answers(self, network: nn.Module, counter: Any = None) -> list[torch.Tensor]:
-        """All outputs of a network; the counter counts the FLOPs of the eval mode only."""
-        if counter is None:
-            found = outputs(network, self._lively_inputs)
-        else:
-            with counter:
-                found = outputs(network, self._lively_inputs)
-        if self._auxiliary:
-            found += outputs(network, self._lively_inputs, auxiliary=True)
-        return found
-
-    def _again(self, choices: Sequence[Choice]) -> Measured | str:
-        """Repeat the comparison in the next dtype, which all later trials use, too."""
-        self._set_dtype(self._next.pop(0))
-        return self._compared(choices)
-
-    def _good(self, choices: Sequence[Choice], refused: list[LeftAlone]) -> list[Choice]:
-        """The choices that can be merged, found by bisection; the others are added to `refused`."""
-        if not choices:
-            return []
-        found = self._tried(choices)
-        if isinstance(found, Measured):
-            return list(choices)
-        kinds: dict[str, list[Choice]] = {}
-        for choice in choices:
-            kinds.setdefault(self._kind(choice.group), []).append(choice)
-        if len(kinds) > 1:
-            return [choice for alike in kinds.values() for choice in self._good(alike, refused)]
-        if choices[0].group.units or len(choices) == 1:
-            return self._good_alike(choices, found, refused)
-        half = len(choices) // 2
-        return self._good(choices[:half], refused) + self._good(choices[half:], refused)
-
-    def _kind(self, group: Group) -> str:
-        """A key for groups that are expected to pass or fail together: units in modules of one class, or channels."""
-        return " ".join(sorted({type(self._modules.get(name, self._model)).__qualname__ for name in group.units}))
-
-    def _good_alike(self, choices: Sequence[Choice], why: str, refused: list[LeftAlone]) -> list[Choice]:
-        """Units of one kind: the attributes that work for the first are tried for all."""
-        first = choices[0]
-        if len(choices) > 1:
-            found = self._tried([first])
-            why = found if isinstance(found, str) else ""
-        ways = list(guesses(self._modules, first.group))[1:] if why else []
-        for number, attributes_too in enumerate(ways, 1):
-            other = replace(first, group=replace(first.group, attributes=attributes_too))
-            if isinstance(self._tried([other]), Measured):
-                same = [self._guessed(choice, number) for choice in choices]
-                all_pass = len(same) == 1 or isinstance(self._tried(same), Measured)
-                return same if all_pass else self._one_by_one(same, refused)
-        if not why:
-            return self._one_by_one(choices, refused)
+    def _settled(
+        self, search: "_Search", choices: list[Choice], refused: list[LeftAlone]
+    ) -> tuple[list[Choice], Measured | None]:
+        """The choices that pass together, and the cost of their network; the others are added to `refused`."""
+        good, failed, measured = search.run(choices)
+        if not failed:
+            return good, measured
         rest = [
-            Choice(other, max(1, round(choice.width / choice.group.size * other.size)))
-            for choice in choices
+            guessed(self._modules, Choice(other, max(1, round(choice.width / choice.group.size * other.size))), 0)
+            for choice, _ in failed
             for other in choice.group.otherwise
         ]
-        good = self._good(rest, refused)
+        if rest:
+            good, measured = self._settled(search, good + rest, refused)
         kept = {choice.group.name for choice in good}
-        for group in (choice.group for choice in choices):
+        for choice, why in failed:
+            group = choice.group
             if not any(other.name in kept for other in group.otherwise):
                 refused.append(LeftAlone(group.name, group.size, why))
+        return good, measured
+
+
+class _Search:
+    """Searches on one set of inputs: in float32 first, and from the first doubt on in float64.
+
+    Attributes:
+        attempts: how many times smaller networks were run.
+
+    Args:
+        model: not changed, and not run.
+        inputs: its inputs.
+        deviation: as for `Merger`.
+        auxiliary: also compare the outputs of auxiliary heads.
+        seed: of the choice of copies.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: ExampleInputs, deviation: Deviation, *, auxiliary: bool, seed: int
+    ) -> None:
+        self._modules = dict(model.named_modules())
+        self._auxiliary, self._seed = auxiliary, seed
+        self._deviation: Deviation = deviation
+        self._stricter = probes(model, inputs, seed)
+        self._probe = next(self._stricter)
+        self.attempts = 0
+
+    def run(self, choices: Sequence[Choice]) -> tuple[list[Choice], Failed, Measured | None]:
+        """The choices that pass together, those that fail and why, and the network of those that pass."""
+        active, failed = list(choices), []
+        self._bench = self._benched(choices)
+        found: Measured | Failure | None = None
+        while active:
+            if found is None:
+                found = self._attempt(active)
+            if isinstance(found, Measured):
+                return active, failed, found
+            if not found.raised and self._next_probe():
+                self._bench, found = self._benched(choices), None
+            elif not self._bench.watching:
+                self._bench.watch()
+                found = None
+            else:
+                active, found = self._without_cause(active, found, failed)
+        return [], failed, None
+
+    def _attempt(self, choices: Sequence[Choice]) -> Measured | Failure:
+        self.attempts += 1
+        return self._bench.attempt(choices)
+
+    def _next_probe(self) -> bool:
+        """Go on with a stricter probe, if there is one in which the model runs.
+
+        Difference in float32 may be rounding, so that only a stricter probe tells; all later searches use it, too.
+        """
+        if not self._probe.rounds:
+            return False
+        following = next(self._stricter, None)
+        self._probe = following or self._probe
+        return following is not None
+
+    def _benched(self, choices: Sequence[Choice]) -> Bench:
+        """The network of copies, in the first dtypes in which it runs."""
+        while True:
+            try:
+                return Bench(self._probe, choices, self._deviation, auxiliary=self._auxiliary, seed=self._seed)
+            except Exception:  # an operation that does not support this dtype
+                following = next(self._stricter, None)
+                if following is None:
+                    raise
+                self._probe = following
+
+    def _without_cause(
+        self, active: list[Choice], found: Failure, failed: Failed
+    ) -> tuple[list[Choice], Measured | Failure | None]:
+        """The choices without the cause of a failure, or with attributes that mend it; and what these choices give."""
+        for suspect in suspects(active, found)[:_SUSPECTS]:
+            rest = [choice for choice in active if choice is not suspect]
+            then = self._attempt(rest) if rest else None
+            if then is not None and not found.moved(then):
+                continue
+            for number, other in enumerate(ways(self._modules, suspect)):
+                mended = [other if choice is suspect else choice for choice in active]
+                after = self._attempt(mended)
+                if found.moved(after):
+                    return self._alike(mended, suspect, number, after)
+            failed.append((suspect, found.reason))
+            return rest, then
+        return self._halved(active, failed), None
+
+    def _alike(
+        self, active: list[Choice], suspect: Choice, number: int, after: Measured | Failure
+    ) -> tuple[list[Choice], Measured | Failure]:
+        """Try what mended one group for all groups in modules of the same classes."""
+        if isinstance(after, Measured):
+            return active, after
+        kind = _kind(self._modules, suspect)
+        same = []
+        for choice in active:
+            others = ways(self._modules, choice) if _kind(self._modules, choice) == kind else []
+            same.append(others[number] if len(others) > number else choice)
+        then = self._attempt(same)
+        return (same, then) if after.moved(then) else (active, after)
+
+    def _halved(self, active: list[Choice], failed: Failed) -> list[Choice]:
+        """The choices that pass by themselves, found by halving; none if all do, but not together."""
+        lost: Failed = []
+
+        def passing(part: list[Choice]) -> list[Choice]:
+            found = self._attempt(part)
+            if isinstance(found, Measured):
+                return part
+            if len(part) > 1:
+                return passing(part[: len(part) // 2]) + passing(part[len(part) // 2 :])
+            for other in ways(self._modules, part[0]):
+                if isinstance(self._attempt([other]), Measured):
+                    return [other]
+            lost.append((part[0], found.reason))
+            return []
+
+        good = passing(active) if len(active) > 1 else []
+        if not lost and good == active:
+            found = self._attempt(active)
+            reason = found.reason if isinstance(found, Failure) else "it was not the same twice"
+            lost, good = [(choice, f"together with the other groups: {reason}") for choice in active], []
+        failed += lost
         return good
 
-    def _guessed(self, choice: Choice, number: int) -> Choice:
-        """The choice with the attributes of a guess, by number; the last guess if there are fewer."""
-        found = list(guesses(self._modules, choice.group))
-        return replace(choice, group=replace(choice.group, attributes=found[min(number, len(found) - 1)]))
 
-    def _one_by_one(self, choices: Sequence[Choice], refused: list[LeftAlone]) -> list[Choice]:
-        return [good for choice in choices for good in self._good([choice], refused)]
+def guessed(modules: Mapping[str, nn.Module], choice: Choice, number: int) -> Choice:
+    """The choice with the attributes of a guess, by number."""
+    return replace(choice, group=replace(choice.group, attributes=list(guesses(modules, choice.group))[number]))
+
+
+def ways(modules: Mapping[str, nn.Module], choice: Choice) -> list[Choice]:
+    """The choice with the attributes of every guess but its own."""
+    found = [guessed(modules, choice, number) for number in range(len(list(guesses(modules, choice.group))))]
+    return [other for other in found if other.group.attributes != choice.group.attributes]
+
+
+def _kind(modules: Mapping[str, nn.Module], choice: Choice) -> str:
+    """A key for groups that are expected to need the same attributes: the classes of their modules."""
+    names = choice.group.units or tuple(layer.rpartition(".")[0] for layer in choice.group.layers)
+    return " ".join(sorted({type(modules.get(name, modules[""])).__qualname__ for name in names}))

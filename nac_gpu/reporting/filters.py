@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nac_gpu.calibration.evidence import Evidence
+from nac_gpu.network.copying import copied
 from nac_gpu.network.running import ExampleInputs, evaluating
 from nac_gpu.network.watching import captured
 from nac_gpu.planning.prepare import Prepared
@@ -56,8 +57,9 @@ def _picture(model: nn.Module, group: Group, example_inputs: ExampleInputs) -> t
     _, colours, height, width = example_inputs.shape
     if colours not in (1, 3) or module.in_features != colours * height * width:
         return None
-    with evaluating(model):
-        seen = captured(model, example_inputs, {producer.layer: 1})[producer.layer]
+    run = copied(model)
+    with evaluating(run):
+        seen = captured(run, example_inputs, {producer.layer: 1})[producer.layer]
     as_they_are = bool(seen) and torch.equal(seen[0].flatten(1), example_inputs.flatten(1))
     return (colours, height, width) if as_they_are else None
 

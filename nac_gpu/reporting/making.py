@@ -11,7 +11,9 @@ from nac_gpu.calibration.batches import Calibration
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.clustering.dendrogram import Dendrogram
 from nac_gpu.files.origin import origin_of
-from nac_gpu.network.costs import cost
+from nac_gpu.network.ambient import drawn, undisturbed
+from nac_gpu.network.copying import copied
+from nac_gpu.network.counting import cost
 from nac_gpu.network.machine import environment
 from nac_gpu.network.running import ExampleInputs, describe, device_of
 from nac_gpu.network.timing import timings
@@ -28,6 +30,7 @@ from nac_gpu.reporting.measuring import accuracy, bytes_on_disk
 TIMED: Mapping[int, float] = MappingProxyType({1: 5.0, 64: 5.0})
 
 
+@undisturbed()
 def report(
     model: nn.Module,
     small: nn.Module,
@@ -72,7 +75,8 @@ def report(
     prepared = matched(model, small_network, example_inputs, plan, request)
     chosen = _chosen(prepared, layer)
     evidence = prepared.known(request)
-    measured, failed = timings(model, small, example_inputs, timed)
+    run, small_run = _to_run(model), _to_run(small)
+    measured, failed = timings(run, small_run, example_inputs, timed)
     return Report(
         title=f"{type(unwrapped(model)[0]).__name__}, compressed",
         inputs=describe(example_inputs),
@@ -80,7 +84,7 @@ def report(
         before=_size(network, example_inputs),
         after=_size(small_network, example_inputs),
         timings=tuple(measured),
-        accuracy=None if data is None else accuracy(model, small, data),
+        accuracy=None if data is None else accuracy(run, small_run, drawn(data)),
         curves=_curves(prepared, evidence),
         tree=_tree(prepared, chosen, evidence),
         filters=first_filters(prepared, small_network, example_inputs, evidence),
@@ -88,6 +92,11 @@ def report(
         environment=environment(device),
         notes=tuple(failed),
     )
+
+
+def _to_run(model: nn.Module) -> nn.Module:
+    """A copy, which the model's code may change; a wrapped model (compiled, for example) itself."""
+    return copied(model) if unwrapped(model)[0] is model else model
 
 
 def _checked(model: nn.Module, small: nn.Module, timed: Mapping[int, float]) -> torch.device:

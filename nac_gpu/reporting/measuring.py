@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.network.moving import to_device
-from nac_gpu.network.running import call, device_of, evaluating, tensors_in
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import call, device_of, evaluating
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ class Group:
         norms: BatchNorms over them that do not belong to a single producer.
         units: modules that combine these neurons as whole units (attention heads, groups of channels); empty if the
             neurons are single channels.
-        attributes: (module, attribute) of integers that shrink with the group: numbers of heads, sizes stored by code.
+        attributes: of integers that shrink with the group (numbers of heads, sizes stored by code): module, path of the
+            attribute, and whether it surely is the group's (see `nac_gpu.merging.attributes.Following`).
         otherwise: groups of channels to compress instead if these units cannot be merged.
     """
 
@@ -77,7 +78,7 @@ class Group:
     producers: tuple[Producer, ...]
     norms: tuple[Norm, ...]
     units: tuple[str, ...] = ()
-    attributes: tuple[tuple[str, str], ...] = ()
+    attributes: tuple[tuple[str, str, bool], ...] = ()
     otherwise: tuple["Group", ...] = field(default=(), compare=False)
 
     @property
@@ -142,6 +143,7 @@ class Graph:
         flops: floating point operations of the pass, as `nac_gpu.cost` counts them.
         operations: floating point operations by the name of the parameter that they multiply with.
         norms: by the name of a weight, the BatchNorm directly after it, if nothing else reads the weight's output.
+        written: names of the parameters that the pass writes to.
     """
 
     groups: tuple[Group, ...]
@@ -150,3 +152,4 @@ class Graph:
     flops: int = 0
     operations: Mapping[str, int] = field(default_factory=dict)
     norms: Mapping[str, Norm] = field(default_factory=dict)
+    written: tuple[str, ...] = ()

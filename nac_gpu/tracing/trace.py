@@ -6,11 +6,11 @@ ATen operation, however the model is written. `nac_gpu.tracing.rules` defines wh
 """
 
 import contextlib
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from nac_gpu.network.copying import copied
 from nac_gpu.network.costs import flop_counter
-from nac_gpu.network.running import ExampleInputs, call, describe, evaluating, in_small_operations, tensors_in
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import ExampleInputs, call, describe, evaluating, in_small_operations
 from nac_gpu.tracing.atoms import Atoms, Labels
 from nac_gpu.tracing.cells import CELLS
 from nac_gpu.tracing.graph import Graph, LeftAlone
@@ -67,6 +69,8 @@ class _Record(TorchDispatchMode):
         self.flops = 0
         self.operations: dict[str, int] = {}  # FLOPs by the name of the parameter that they multiply with
         self.modules: list[str] = [type(model).__name__]  # running modules, the innermost last
+        self.written: dict[str, None] = {}  # names of parameters that the pass writes to, in order
+        self._storages = {_storage(tensor): name for name, tensor in model.named_parameters() if tensor.numel()}
         self._sizes = {name: len(tensor) for name, tensor in model.named_parameters() if tensor.ndim > 1}
         atoms, modules = Atoms(), self.modules
         self.labelled = labelled = _Labelled(model, atoms)
@@ -90,12 +94,24 @@ class _Record(TorchDispatchMode):
                 return CELLS[func](*args, **kwargs)
         out = self._run(func, args, kwargs)
         with _disable_current_modes():
+            if func._schema.is_mutable:
+                self._note_writes(func, args, kwargs)
             outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
             labels = apply(self.notes, Call(func, args, kwargs, outputs))
             for tensor, found in zip(outputs, labels, strict=True):
                 self.labelled.put(tensor, found)
             self._count(func, args, kwargs, out)
         return out
+
+    def _note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Note the parameters that an operation writes to, perhaps through a view or through `data`."""
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[place] if place < len(args) else kwargs.get(argument.name)
+                for tensor in pytree.tree_leaves(given):
+                    name = self._storages.get(_storage(tensor)) if isinstance(tensor, Tensor) else None
+                    if name is not None:
+                        self.written[name] = None
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Add the FLOPs of an operation to the parameter that it multiplies with, if any."""
@@ -112,13 +128,18 @@ class _Record(TorchDispatchMode):
             return
 
 
+def _storage(tensor: Tensor) -> int:
+    """A number that tensors have in common if they share memory."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+
+
 def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     """Run the model on example inputs and find its groups.
 
     If some weights are not read, a second pass also runs layers that only run in training (see `evaluating`).
 
     Args:
-        model: not changed.
+        model: not changed, and not run: each pass runs on a copy.
         example_inputs: as for a call: a tensor, a sequence of arguments, or a mapping of keyword arguments.
 
     Raises:
@@ -134,28 +155,27 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     unread = [LeftAlone(name.removesuffix(".weight"), size, NOT_RUN) for name, size in seen.unread().items()]
     graph = find_groups(seen.notes)
     alone = (*graph.left_alone, *unread)
-    return replace(graph, left_alone=alone, auxiliary=auxiliary, flops=flops, operations=operations)
+    return replace(
+        graph, left_alone=alone, auxiliary=auxiliary, flops=flops, operations=operations, written=tuple(seen.written)
+    )
 
 
 NOT_RUN = "it does not run on these example inputs"
 
 
 def _pass(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool) -> _Record:
-    """One recorded pass: with shapes only if possible, otherwise with all values.
-
-    The pass with shapes runs on a copy that shares the model's tensors, because the model may store activations without
-    values (in a cache, for example).
-    """
+    """One recorded pass: with shapes only if possible, otherwise with all values."""
     outline = Outline()
     with contextlib.suppress(Exception):  # a real error occurs again in the pass with values, and is reported there
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        seen = _Record(model, outline)
-        _run(copy.deepcopy(model, dict(shared)), example_inputs, seen, auxiliary=auxiliary)
+        run = copied(model)
+        seen = _Record(run, outline)
+        _run(run, example_inputs, seen, auxiliary=auxiliary)
         if not outline.failed:
             return seen
-    seen = _Record(model, lambda func, args, kwargs: func(*args, **kwargs))
+    run = copied(model)
+    seen = _Record(run, lambda func, args, kwargs: func(*args, **kwargs))
     try:
-        _run(model, example_inputs, seen, auxiliary=auxiliary)
+        _run(run, example_inputs, seen, auxiliary=auxiliary)
     except Exception as error:
         raise RuntimeError(
             f"the example inputs do not fit the forward pass: {seen.modules[-1]} raised {type(error).__name__}: "
@@ -180,12 +200,12 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxi
     try:
         counter = flop_counter()
         with evaluating(model, auxiliary=auxiliary), in_small_operations(model), counter, mode:
-            output = call(model, example_inputs)
+            found = list(tensors_in(call(model, example_inputs)))  # in the mode: an iterator may compute its items
         mode.flops = counter.get_total_flops()
     finally:
         for hook in hooks:
             hook.remove()
-    for tensor in tensors_in(output):
+    for tensor in found:
         mode.notes.atoms.separations.extend(mode.labelled.of(tensor).pending)
         for plane in mode.labelled.of(tensor).planes:
             mode.notes.atoms.freeze(plane, "model output")

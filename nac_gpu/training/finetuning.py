@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.files.atomic import atomically
+from nac_gpu.network.ambient import ordinary, undisturbed
 from nac_gpu.network.moving import to_device
 from nac_gpu.network.precision import multiplies_bfloat16
 from nac_gpu.network.running import call, device_of, modes_kept
@@ -44,6 +45,8 @@ class Epoch:
 Callback = Callable[[nn.Module, Epoch], Mapping[str, float] | None]
 
 
+@undisturbed(defaults=False)
+@torch.enable_grad()
 def finetune(
     model: nn.Module,
     loader: Iterable[Any],
@@ -107,8 +110,8 @@ def finetune(
         All epochs, including those of a run that was resumed. The model's mode is restored.
 
     Raises:
-        ValueError: options out of range, no trainable parameters, a loss that is not finite, or a checkpoint that was
-            made with other options.
+        ValueError: options out of range, no trainable parameters, parameters made in inference mode, a loss that is not
+            finite, or a checkpoint that was made with other options.
         TypeError: a loader without length, or batches or outputs of an unsupported type.
 
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -130,6 +133,8 @@ def finetune(
     }
     _check(epochs, learning_rate, warmup, distillation, temperature, precision)
     plain, _ = unwrapped(model)
+    if any(parameter.is_inference() for parameter in plain.parameters()):
+        raise ValueError("the parameters were made in inference mode and cannot be trained; use copy.deepcopy(model)")
     device = device_of(plain)
     groups = _parameter_groups(plain, weight_decay)
     chosen = optimizer or _sgd(momentum, device)
@@ -153,7 +158,7 @@ def finetune(
             total = torch.zeros((), device=device)
             for batch in _batches(loader, number, epochs, length, progress):
                 with _autocast(precision, device):
-                    outputs, inputs, targets = _forward(model, to_device(batch, device, non_blocking=True))
+                    outputs, inputs, targets = _forward(model, to_device(ordinary(batch), device, non_blocking=True))
                     value = objective(outputs, inputs, targets)
                 value.backward()
                 if max_norm is not None:

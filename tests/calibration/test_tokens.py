@@ -1,5 +1,8 @@
 """Tokens made up: what the model itself says, or random ones; and what they are good for."""
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,3 +125,38 @@ def test_random_tokens_are_said_to_be_random(kind: str) -> None:
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     plan = nac.plan(Counting(whole=True), tokens if kind == "tensor" else {"tokens": tokens}, params=0.8)
     assert "random tokens" in str(plan)
+
+
+class Strict(Counting):
+    """It checks its tokens."""
+
+    def __init__(self, accepts: Callable[[Tensor], bool]) -> None:
+        super().__init__(kinds=30)
+        self.accepts = accepts
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not self.accepts(tokens):
+            raise IndexError("not these tokens")
+        return super().forward(tokens, mask)
+
+
+SENTENCES = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 29], [3, 4, 5, 6, 7, 8, 9, 29]])
+
+
+@pytest.mark.parametrize(
+    ("accepts", "source"),
+    [
+        (lambda tokens: bool(((tokens == 29).sum(1) == 1).all()), "of random tokens"),  # one end of the sentence
+        (lambda tokens: bool((tokens[:, 0] < 6).all() and (tokens[:, -1] == 29).all()), "of random tokens"),
+        (lambda tokens: int(tokens.min()) > 2, "of tokens that the model itself says"),
+        (lambda tokens: bool(torch.isin(tokens, SENTENCES).all()), "of tokens that the model itself says"),
+        (
+            lambda tokens: torch.equal(tokens, SENTENCES),
+            r"^neurons are compared by .*\(ValueError: no tokens",
+        ),
+    ],
+)
+def test_tokens_that_the_model_does_not_take_are_not_made(accepts: Callable[[Tensor], bool], source: str) -> None:
+    torch.manual_seed(0)
+    plan = nac.plan(Strict(accepts), SENTENCES, params=0.7)
+    assert re.search(source, plan.changes[0]), plan.changes

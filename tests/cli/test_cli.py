@@ -14,7 +14,7 @@ import pytest
 import tinymodels
 import torch
 from PIL import Image
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from scipy.cluster.hierarchy import linkage
 from torch import nn
 
@@ -51,6 +51,21 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert len(lines) == 1
     assert lines[0].startswith("nac: error: ")
     return lines[0]
+
+
+@pytest.fixture(scope="module")
+def folder_of_faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that hold nothing of what their names say, and modules that cannot be imported."""
+    folder = tmp_path_factory.mktemp("faults")
+    for name in ("broken.pt", "broken.pt2", "broken.safetensors", "broken.npy"):
+        (folder / name).write_bytes(b"nothing of the kind\x80")
+    (folder / "list.json").write_text("[1, 2]")
+    save_file({}, folder / "empty.safetensors")
+    (folder / "unimportable.py").write_text("1 / 0\n")
+    (folder / "leaving.py").write_text("raise SystemExit(3)\n")
+    (folder / "pictures" / "one").mkdir(parents=True)
+    (folder / "pictures" / "one" / "broken.png").write_bytes(b"no picture")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -264,12 +279,110 @@ def test_points_are_clustered(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("plan", *TINY, "--mean", "nan", "--std", "1"), "expected finite --mean and --std above 0"),
         (("compress", *TINY, "--width", "0.5", "--output", "no/where.safetensors"), "there is no folder"),
         (("plan", "missing.pt2"), "missing.pt2: there is no such file"),
+        (("plan", "broken.pt2"), "broken.pt2 cannot be read as an exported program: "),
+        (("plan", "tinymodels:broken"), r"tinymodels:broken, called without arguments, raised KeyError: 'one\ntwo'"),
+        (("plan", "tinymodels:Failing", "--inputs", "1,4", "--width", "0.5"), "raised KeyError: 'missing'"),
+        (("plan", "tinymodels:Huge", "--inputs", "1,4", "--width", "0.5"), "memory"),
+        (("plan", "unimportable:small"), "unimportable cannot be imported: ZeroDivisionError: division by zero"),
+        (("plan", "leaving:small"), "leaving cannot be imported: SystemExit: 3"),
+        (("plan", *TINY, "--width", "half"), "--width: 'half' is no number, expected one share (0.5), layer=number"),
+        (("plan", *TINY, "--width", "0=x"), "--width: 'x' is no number"),
+        (("plan", *TINY, "--width", "0="), "--width: '' is no number"),
+        (("plan", *TINY, "--width", "0.5", "--weights", "broken.pt"), "broken.pt cannot be read as weights: "),
+        (("plan", *TINY, "--width", "0.5", "--weights", "broken.safetensors"), "cannot be read as weights: "),
+        (("plan", "tinymodels:small", "--inputs", "broken.pt"), "broken.pt cannot be read as tensors: "),
+        (("plan", "tinymodels:small", "--inputs", "empty.safetensors"), "empty.safetensors holds no tensors"),
+        (("plan", *TINY, "--params", "0.5", "--calibration", "pictures"), "cannot identify image file"),
+        (("compress", *TINY, "--plan", "none.json", "--output", "s.safetensors"), "--plan none.json: there is no such"),
+        (("compress", *TINY, "--plan", "broken.pt", "--output", "s.safetensors"), "--plan broken.pt: not the JSON"),
+        (("compress", *TINY, "--plan", "list.json", "--output", "s.safetensors"), "--plan list.json: not the JSON"),
+        (
+            ("export", TINY[0], "broken.safetensors", *TINY[1:], "--output", "s.pt2"),
+            "is not a safetensors file, or was cut off",
+        ),
+        (
+            ("report", TINY[0], "none.safetensors", *TINY[1:], "--output", "s.txt"),
+            "none.safetensors: there is no such file",
+        ),
+        (("linkage", "broken.npy", "--clusters", "2"), "broken.npy cannot be read as tensors: "),
     ],
 )
 def test_errors_are_one_line(
-    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    folder_of_faults: Path,
 ) -> None:
+    monkeypatch.chdir(folder_of_faults)
     assert message in failed(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suffix"),
+    [
+        (("plan", "nowhere:small"), ".json"),
+        (("compress", *TINY, "--plan", "none.json"), ".safetensors"),
+        (("finetune", "nowhere:small", "none.safetensors", "--finetune", "none"), ".safetensors"),
+        (("export", "nowhere:small", "none.safetensors"), ".onnx"),
+        (("report", "nowhere:small", "none.safetensors"), ".html"),
+        (("linkage", "none.npy", "--clusters", "2"), ".npy"),
+        (("linkage", "none.npy", "--matrix"), ".npy"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else value,
+)
+def test_outputs_are_checked_before_anything_is_done(
+    arguments: tuple[str, ...],
+    suffix: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Each of these commands would fail for another reason, too, once it began."""
+    monkeypatch.chdir(tmp_path)
+    option = () if arguments[-1] == "--matrix" else ("--output",)
+    (tmp_path / f"folder{suffix}").mkdir()
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    assert "there is no folder" in failed(capsys, *arguments, *option, f"no/where{suffix}")
+    assert "there is no folder" in failed(capsys, *arguments, *option, f"file/where{suffix}")
+    assert "is a folder, expected a file" in failed(capsys, *arguments, *option, f"folder{suffix}")
+    assert "is no regular file" in failed(capsys, *arguments, *option, f"pipe{suffix}")
+    if arguments[0] == "compress":  # any other name is a folder
+        assert "exists already" in failed(capsys, *arguments, *option, "file")
+    elif arguments[0] != "plan":
+        assert "expected a name that ends in" in failed(capsys, *arguments, *option, "where.xyz")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        assert "cannot be written to" in failed(capsys, *arguments, *option, f"where{suffix}")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("compress", "--help"), ("plan", *TINY, "--width", "0.5", "--calibration", "none")]
+)
+@pytest.mark.parametrize("closed", [("stdout",), ("stdout", "stderr")], ids="-".join)
+def test_a_closed_pipe_ends_a_command_quietly(
+    arguments: tuple[str, ...], closed: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `nac plan ... | head -1` closes it."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        for name in closed:
+            monkeypatch.setattr(sys, name, stream)
+        with pytest.raises(SystemExit) as ended:
+            called(*arguments)
+        assert ended.value.code == 141
+        print("what is still to be written while the interpreter ends", file=stream, flush=True)
+
+
+def test_a_process_with_a_closed_pipe(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "from nac_gpu.cli import main; main()", "plan", "--help"]
+    process = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (141, "")
 
 
 def test_the_installed_command_explains_itself_and_its_exit_codes(tmp_path: Path) -> None:

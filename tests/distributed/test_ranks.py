@@ -209,6 +209,20 @@ def experiment(rank: int, world: Any) -> dict[str, Any]:
     return {"stopped": stopped, "state": model.state_dict(), "errors": errors}
 
 
+class Moody(nn.Sequential):
+    """On the last rank it does not run with gradients."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and dist.get_rank() == dist.get_world_size() - 1:
+            raise RuntimeError("no gradients here")
+        return super().forward(input)
+
+
+def falling_back(rank: int, world: Any) -> dict[str, Any]:
+    plan = nac.plan(Moody(*layers()), VECTOR, params=0.5, process_group=world)
+    return {"changes": plan.changes, "small": bits(nac.compress(Moody(*layers()), VECTOR, plan, process_group=world))}
+
+
 def dying(rank: int, world: Any) -> dict[str, Any]:
     """Of four ranks one is killed while it does its part, of two one is frozen while it does what all do."""
     frozen = dist.get_world_size() == 2
@@ -225,7 +239,7 @@ def dying(rank: int, world: Any) -> dict[str, Any]:
     return {"error": error, "seconds": time.monotonic() - start}
 
 
-SCENARIOS = (data_parallel, calibration, sharded, differing, experiment)
+SCENARIOS = (data_parallel, calibration, sharded, differing, experiment, falling_back)
 
 
 def worker(rank: int, size: int, folder: str) -> None:
@@ -328,6 +342,13 @@ def test_a_rank_that_raises_is_an_error_on_the_others(results: tuple[Found, Foun
     assert last["raises"] == ("OSError", "the disc is full")
     expected = "RankError", f"rank {len(others)} failed: OSError: the disc is full"
     assert [one["raises"] for one in others] == [expected] * len(others)
+
+
+def test_where_one_rank_cannot_go_on_all_do_the_next_best(results: tuple[Found, Found]) -> None:
+    found = of(results, "falling_back")
+    assert {one["changes"] for one in found} == {found[0]["changes"]}
+    assert "because dreaming failed (RuntimeError: no gradients here)" in found[0]["changes"][0]
+    assert {one["small"] for one in found} == {found[0]["small"]}
 
 
 def test_other_results_are_an_error_unless_the_hardware_differs(results: tuple[Found, Found]) -> None:

@@ -7,14 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from networks import network
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import nac_gpu as nac
 from nac_gpu.files.atomic import atomically, atomically_folder
@@ -85,6 +86,45 @@ def test_parametrisations_ties_and_frozen_parameters(tmp_path: Path) -> None:
     assert loaded[5].bias is loaded[4].bias
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in small.parameters()]
     assert not hasattr(loaded[0], "parametrizations")
+
+
+class DividedByLargest(nn.Module):
+    """A parametrisation that decides by values."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        largest = float(weight.detach().abs().max())
+        return weight / largest if largest > 1 else weight
+
+
+def divided(layer: nn.Module) -> nn.Module:
+    nn.utils.parametrize.register_parametrization(layer, "weight", DividedByLargest())
+    return layer
+
+
+def masked(layer: nn.Module) -> nn.Module:
+    return nn.utils.prune.l1_unstructured(layer, "weight", 0.3)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        orthogonal,
+        partial(orthogonal, orthogonal_map="cayley"),
+        partial(orthogonal, use_trivialization=False),
+        spectral_norm,
+        nn.utils.spectral_norm,
+        divided,
+        masked,
+    ],
+)
+def test_factories_with_weights_that_are_computed(way: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(way(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 10), nn.ReLU(), way(nn.Linear(10, 3)))
+
+    inputs = torch.randn(3, 6)
+    small = nac.compress(build().eval(), inputs, width=0.5, calibration="none")
+    loaded = saved(small, tmp_path / "x.safetensors", build)
+    assert torch.equal(loaded(inputs), small(inputs))
 
 
 @pytest.mark.parametrize("name", ["dbn", "cnn"])

@@ -10,8 +10,7 @@ from nac_gpu import compress
 from nac_gpu.merging.centroids import Deviation, Merger
 from nac_gpu.merging.copies import copy_neurons, random_labels
 from nac_gpu.network.comparing import outputs, relative_error
-from nac_gpu.network.copying import rebuild
-from nac_gpu.network.probes import converted
+from nac_gpu.network.copying import converted, rebuild
 from nac_gpu.network.state import tensors
 from nac_gpu.tracing.trace import record
 

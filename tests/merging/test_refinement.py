@@ -96,7 +96,7 @@ class Ungraded(nn.Sequential):
 def test_a_network_that_cannot_be_trained_is_left_unrefined_and_that_is_said() -> None:
     model, x = Ungraded(*network()), inputs(128, 1)
     plain = nac.compress(model, x[:1], width=0.5, calibration=[x], refine=0)
-    with pytest.warns(UserWarning, match="not refined, because training failed: no gradient for this; refine=0"):
+    with pytest.warns(UserWarning, match=r"not refined, because training failed \(RuntimeError: no gradient"):
         small = nac.compress(model, x[:1], width=0.5, calibration=[x])
     assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(small).values(), strict=True))
 

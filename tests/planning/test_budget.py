@@ -2,7 +2,10 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,9 +17,15 @@ import nac_gpu as nac
 from nac_gpu.calibration.curves import error_curve, inertia_curve, widths_to_try
 from nac_gpu.calibration.gathering import gather
 from nac_gpu.planning.allocation import Sizes, allocate
-from nac_gpu.planning.request import Limits
+from nac_gpu.planning.request import Limits, Request
 from nac_gpu.planning.sensitivity import _through
 from nac_gpu.tracing.trace import record
+
+
+def mlp(*widths: int) -> nn.Module:
+    torch.manual_seed(0)
+    pairs = itertools.pairwise(widths)
+    return nn.Sequential(*(layer for a, b in pairs for layer in (nn.Linear(a, b), nn.ReLU())))[:-1]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -67,6 +76,115 @@ def test_numbers_multiples_limits_and_fixed_widths() -> None:
     assert plan.widths["features.3"] == 7
     plan = nac.plan(model, inputs, params=0.9, width=0.5, calibration="none")
     assert all(group.after <= round(group.before / 2) for group in plan.groups)
+
+
+@pytest.mark.parametrize("narrow", [3, 4, 8])
+def test_a_layer_narrower_than_the_multiple_keeps_its_neurons(narrow: int) -> None:
+    model, inputs = mlp(20, narrow, 70, 3), torch.randn(4, 20)
+    plan = nac.plan(model, inputs, params=0.5, multiple_of=8, calibration="none")
+    assert plan.widths["0"] == narrow
+    assert plan.widths["2"] % 8 == 0
+    asked = nac.plan(model, inputs, params=0.5, multiple_of=8, limits={"0": (1, 2)}, calibration="none").widths
+    assert asked["0"] <= 2
+    asked = nac.plan(model, inputs, params=0.5, multiple_of=8, width={"0": 2}, calibration="none").widths
+    assert asked["0"] == 2
+    asked = nac.plan(model, inputs, params=0.5, multiple_of=8, width=0.5, calibration="none").widths
+    assert asked["0"] == round(narrow / 2)
+    assert asked["2"] == 35 or asked["2"] % 8 == 0  # the most that width= allows
+
+
+def test_widths_grow_from_a_limit_to_a_multiple() -> None:
+    for share in (0.3, 0.4, 0.5, 0.6, 0.7):
+        widths = nac.plan(
+            mlp(20, 61, 61, 3),
+            torch.randn(4, 20),
+            params=share,
+            multiple_of=8,
+            limits={"*": (5, 59)},
+            calibration="none",
+        ).widths
+        assert all(width % 8 == 0 or width in (5, 59) for width in widths.values()), widths
+
+
+def test_a_multiple_that_the_budget_does_not_allow_is_halved() -> None:
+    model, inputs = mlp(20, 4, 64, 3), torch.randn(4, 20)
+    plan = nac.plan(model, inputs, params=0.2, multiple_of=8, calibration="none")
+    assert plan.widths == {"0": 4, "2": 4}
+    assert "cannot be met with multiples of 8 neurons: widths are multiples of 4" in str(plan)
+    plan = nac.plan(model, inputs, params=0.1, multiple_of=8, calibration="none")
+    assert plan.after.parameters <= 0.1 * plan.before.parameters
+    assert "widths are multiples of 2" in str(plan)
+    assert "multiples of" not in str(nac.plan(model, inputs, params=0.3, multiple_of=8, calibration="none"))
+    with pytest.raises(ValueError, match=r"smallest possible is 0\.0484: one neuron is left in each group"):
+        nac.plan(model, inputs, params=0.04, multiple_of=8, calibration="none")
+
+
+class Heads(nn.Module):
+    """Four heads, written into the code: channels of the heads are merged in place of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 120) for _ in range(3))
+        self.o = nn.Linear(120, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o((q @ k.transpose(2, 3)).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+
+
+def test_channels_in_place_of_units_are_multiples_too() -> None:
+    plan = nac.plan(Heads(), torch.randn(2, 5, 12), params=0.8, multiple_of=8, calibration="none")
+    assert plan.widths == {"v": 8}
+
+
+NUMBERS = [np.int64, np.int32, np.uint8, torch.tensor, np.array, int]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_of_other_libraries_are_numbers(number: Callable[[int], Any]) -> None:
+    model, inputs = mlp(6, 16, 24, 3), torch.randn(4, 6)
+    plan = nac.plan(model, inputs, width={"0": number(8), "2": np.float32(0.5)}, seed=number(3), calibration="none")
+    assert plan.widths == {"0": 8, "2": 12}
+    assert nac.Plan.from_json(plan.to_json()) == plan
+    asked = {"params": number(250), "multiple_of": number(4), "limits": {"0": (number(4), torch.tensor(0.5))}}
+    plan = nac.plan(model, inputs, **asked, calibration="none")
+    assert plan == nac.plan(model, inputs, params=250, multiple_of=4, limits={"0": (4, 0.5)}, calibration="none")
+    assert nac.Plan.from_json(plan.to_json()) == plan
+    request = Request(**asked, seed=number(1))
+    assert repr(request) == repr(Request(params=250, multiple_of=4, limits={"0": (4, 0.5)}, seed=1))
+    small = nac.compress(model, inputs, width=np.float64(0.5), refine=number(0), seed=number(1), calibration="none")
+    assert small[0].out_features == 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"width": True}, r"width=True, expected a share"),
+        ({"width": "0.5"}, r"width='0.5', expected a share"),
+        ({"width": [8, 8]}, r"width=\(8, 8\), expected a share"),
+        ({"width": {0: 8}}, r"width= names a layer 0, expected its name in the model, such as '0'"),
+        ({"width": {"0": np.True_}}, r"0: width is True"),
+        ({"width": {"0": torch.tensor([8])}}, r"0: width is tensor"),
+        ({"params": np.True_}, r"params=True, expected the share"),
+        ({"params": 0.5, "limits": 4}, r"limits=4, expected a mapping"),
+        ({"params": 0.5, "multiple_of": 2.0}, r"multiple_of=2\.0, expected at least 1"),
+        ({"params": 0.5, "multiple_of": True}, r"multiple_of=True, expected at least 1"),
+        ({"width": 0.5, "seed": 1.5}, r"seed=1\.5, expected an integer"),
+        ({"width": 0.5, "seed": "a"}, r"seed='a', expected an integer"),
+        ({"width": 0.5, "seed": 2**64}, r"seed=18446744073709551616, expected an integer of 64 bits"),
+    ],
+    ids=str,
+)
+def test_what_is_no_number(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nac.plan(mlp(6, 16, 24, 3), torch.randn(4, 6), **asked)
+
+
+def test_names_of_layers_from_a_generator() -> None:
+    plan = nac.plan(mlp(6, 16, 24, 3), torch.randn(4, 6), width=0.5, only=(name for name in ("2",)))
+    assert plan.widths == {"2": 12}
+    with pytest.raises(TypeError, match=r"only=5: expected a sequence of names"):
+        nac.plan(mlp(6, 16, 24, 3), torch.randn(4, 6), width=0.5, only=5)  # type: ignore[arg-type]
 
 
 def test_misuse() -> None:

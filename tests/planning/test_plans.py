@@ -204,7 +204,7 @@ def test_example_inputs_of_zeros_hide_nothing(build: type[nn.Module]) -> None:
 
 def test_the_trial_is_not_vacuous_behind_a_head_of_zeros() -> None:
     """A wrong rule would be caught by the trial alone."""
-    from nac_gpu.network.probes import converted
+    from nac_gpu.network.copying import converted
     from nac_gpu.planning.trial import Trial
     from nac_gpu.tracing.graph import Choice, Group, Member
     from nac_gpu.tracing.trace import record
@@ -339,10 +339,10 @@ def test_a_plan_that_does_not_run_any_more_is_an_error() -> None:
     class Sized(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.last, self.half = nn.Linear(4, 8), nn.Linear(8, 2), 4
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.first(x).view(-1, 2, self.half).flatten(1))
+            return self.last(self.first(x).view(-1, 2, 4).flatten(1))
 
     model, inputs = Sized(), torch.randn(2, 4)
     first = nac.GroupPlan("first", ("first",), 4, 3)

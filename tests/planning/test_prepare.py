@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import nac_gpu as nac
 from nac_gpu.calibration import gathering, inputs
 from nac_gpu.network.state import fingerprint
-from nac_gpu.planning import taking, trial
+from nac_gpu.planning import bench, prepare
 
 pytestmark = pytest.mark.usefixtures("short_dreams")
 
@@ -24,8 +24,8 @@ class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts: dict[str, int] = {}
         for place, name in (
-            (taking, "record"),
-            (trial.Trial, "_compared"),
+            (prepare, "recorded"),
+            (bench.Bench, "attempt"),
             (inputs, "dream"),
             (gathering, "observe"),
         ):
@@ -76,10 +76,10 @@ def test_a_plan_that_was_just_made_is_carried_out_without_finding_out_again(
     plan = nac.plan(model, x, **how)
     small = nac.compress(model, x, plan)
     found = counted.taken()
-    assert found.pop("_compared") >= 1
-    assert found == {"record": 1, "dream": 1, "observe": 1}
+    assert found.pop("attempt") >= 1
+    assert found == {"recorded": 1, "dream": 1, "observe": 1}
     fresh = nac.compress(model, x, nac.Plan.from_json(plan.to_json()))
-    assert counted.taken() == {"record": 1, "_compared": 1, "dream": 1, "observe": 1}
+    assert counted.taken() == {"recorded": 1, "attempt": 1, "dream": 1, "observe": 1}
     assert same(small, fresh)
 
 
@@ -139,7 +139,7 @@ def test_whatever_changed_is_found_out_again(change: Any, again: int, counted: C
     counted.taken()
     x = change(model, x)
     small = nac.compress(model, x, plan, calibration="none")
-    assert counted.taken().get("record", 0) == again
+    assert counted.taken().get("recorded", 0) == again
     assert small.training == model.training
 
 

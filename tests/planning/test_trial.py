@@ -89,3 +89,61 @@ def test_outputs_that_become_nan_are_a_difference() -> None:
     why, _ = tried(TurnsIntoNaN())  # type: ignore[arg-type]
     assert why is not None
     assert "changed the outputs (relative error inf)" in why
+
+
+class Blocks(nn.Module):
+    """Several blocks, some of which depend on their number of channels, or do not run with another."""
+
+    def __init__(self, kinds: str) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.ups = nn.ModuleList(nn.Linear(8, 32) for _ in kinds)
+        self.downs = nn.ModuleList(nn.Linear(32, 8) for _ in kinds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for kind, up, down in zip(self.kinds, self.ups, self.downs, strict=True):
+            hidden = up(x).relu()
+            if kind == "d":
+                hidden = hidden * (hidden.shape[-1] / 32)
+            elif kind == "f":
+                hidden = hidden.view(-1, 4, 8).flatten(1)
+            elif kind == "s":
+                hidden = hidden + torch.ones(32)[0] * torch.zeros(32).sum().expand(32)
+            x = x + down(hidden)
+        return x
+
+
+@pytest.mark.parametrize("kinds", ["....", "..d.", "d.f.", ".fff..dd", "dddddd"])
+def test_each_failing_group_costs_few_passes(kinds: str) -> None:
+    model, inputs = Blocks(kinds), torch.randn(4, 8)
+    groups = record(model, inputs).groups
+    assert len(groups) == len(kinds)
+    trial = Trial(model, inputs)
+    outcome = trial.run([Choice(group, group.size // 2) for group in groups])
+    bad = {f"ups.{number}" for number, kind in enumerate(kinds) if kind != "."}
+    assert {alone.layer for alone in outcome.refused} == bad
+    assert len(outcome.choices) == len(kinds) - len(bad)
+    # Of those that fail, one pass each finds the cause; three are for a stricter dtype, and for looking closer.
+    assert trial.attempts <= 1 + 3 * bool(bad) + 2 * len(bad)
+
+
+def test_a_failure_that_is_seen_late_is_found_too() -> None:
+    class Late(nn.Module):
+        """The number of channels of the first layer is used outside of any layer, at the end."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8 if not n else 16, 16) for n in range(5))
+            self.last = nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            width = None
+            for layer in self.layers:
+                x = layer(x).tanh()
+                width = width or x.shape[-1]
+            return self.last(x) * width
+
+    model, inputs = Late(), torch.randn(4, 8)
+    outcome = Trial(model, inputs).run([Choice(group, 8) for group in record(model, inputs).groups])
+    assert [alone.layer for alone in outcome.refused] == ["layers.0"]
+    assert len(outcome.choices) == 4

@@ -12,6 +12,30 @@ def small() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(16, 2))
 
 
+def broken() -> nn.Module:
+    """A function of a user that fails, with a message of two lines."""
+    raise KeyError("one\ntwo")
+
+
+class Failing(nn.Module):
+    """A network whose code fails when it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * {}["missing"]
+
+
+class Huge(nn.Module):
+    """A network that asks for more memory than any machine has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1 << 50))
+
+
 def number() -> int:
     """Not a network."""
     return 3

@@ -110,7 +110,7 @@ class Involution(nn.Module):
 
 @architecture("temporal_shift", floats(4, 3, 6, 6))
 class TemporalShift(nn.Module):
-    """Pairs of frames: a quarter of the channels comes from the next one, written into a new tensor."""
+    """A film: a quarter of the channels of each frame comes from the next one, written into a new tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,8 +118,7 @@ class TemporalShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).relu()
-        frames = x.unflatten(0, (-1, 2))
-        fold, shifted = frames.shape[2] // 4, torch.zeros_like(frames)
-        shifted[:, :-1, :fold] = frames[:, 1:, :fold]
-        shifted[:, :, fold:] = frames[:, :, fold:]
-        return self.head(self.second(shifted.flatten(0, 1)).mean((2, 3)))
+        fold, shifted = x.shape[1] // 4, torch.zeros_like(x)
+        shifted[:-1, :fold] = x[1:, :fold]
+        shifted[:, fold:] = x[:, fold:]
+        return self.head(self.second(shifted).mean((2, 3)))

@@ -80,7 +80,8 @@ def _program(path: Path) -> nn.Module:
         logging.disable(logging.WARNING)  # torch logs the whole traceback, too
         module = torch.export.load(path).module()
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as an exported program: {first_line(error)}") from error
+        said = first_line(error).partition(". Please")[0]  # its warnings are not shown
+        raise ValueError(f"{path} cannot be read as an exported program: {said}") from error
     finally:
         logging.disable(before)
     for method in ("train", "eval"):  # torch sets them on the instance, to raise an error

@@ -1,6 +1,7 @@
 """Finding models by name: torchvision, timm, transformers, exported programs, and functions."""
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -74,10 +75,15 @@ def find(name: str, pretrained: bool = False) -> Source:
 
 def _program(path: Path) -> nn.Module:
     """The network of an exported program, with `train` and `eval` allowed; they have no effect on it."""
+    before = logging.root.manager.disable
     try:
+        logging.disable(logging.WARNING)  # torch logs the whole traceback, too
         module = torch.export.load(path).module()
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as an exported program: {first_line(error)}") from error
+        said = first_line(error).partition(". Please")[0]  # its warnings are not shown
+        raise ValueError(f"{path} cannot be read as an exported program: {said}") from error
+    finally:
+        logging.disable(before)
     for method in ("train", "eval"):  # torch sets them on the instance, to raise an error
         vars(module).pop(method, None)
     return module

@@ -15,7 +15,7 @@ from nac_gpu.tracing.graph import Choice, Group
 _COUNT = re.compile(r"heads?$|groups$")
 _HEADS = re.compile(r"heads$|n_head$")
 _HIDDEN = re.compile(r"intermediate_size$|ffn_dim$|d_ff$|n_inner$")
-_WIDTH = re.compile(r"dim|size|width|channels|features|hidden|planes|inner|embed|chunk|split")
+_WIDTH = re.compile(r"dim|size|width|channels|features|hidden|planes|inner|embed|chunk|split|pad")
 
 
 def attributes(model: nn.Module, choices: Sequence[Choice]) -> dict[tuple[str, str], object]:
@@ -90,12 +90,16 @@ def guesses(modules: Mapping[str, nn.Module], group: Group) -> Iterator[tuple[tu
             yield counts + wide
         return
     yield ()
-    parents = dict.fromkeys(name.rpartition(".")[0] for name in group.layers)
+    owners = (member.tensor for member in group.members if member.role == "mean")
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in (*group.layers, *owners))
     known = [name for name in parents if name in modules and not type(modules[name]).__module__.startswith("torch.nn")]
     sizes = {group.size} | {member.index.numel() for member in group.members}
     wide = tuple(_matching(modules, known, _WIDTH, lambda value: value in sizes))
     if wide:
         yield wide
+    exact = tuple(_matching(modules, known, _WIDTH, lambda value: value == group.size))
+    if exact and exact != wide:
+        yield exact
 
 
 def _own_count(module: nn.Module) -> tuple[str, ...]:

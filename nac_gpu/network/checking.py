@@ -1,23 +1,20 @@
 """Checks whether the weights of a model can be compressed."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_weights(model: nn.Module) -> None:
     """Check that every parameter is floating and finite; otherwise distances between neurons have no meaning.
 
+    Complex parameters are let through, too: the neurons that they make or read are left alone.
+
     Raises:
-        TypeError: integer or complex parameters, naming the first.
+        TypeError: integer parameters, naming the first.
         ValueError: NaN or infinity, naming the first.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
             raise TypeError(
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}, expected a floating type; "
                 "compress the model before it is quantised, or convert it"

@@ -14,13 +14,17 @@ from nac_gpu.network.state import tensors
 
 
 def in_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors in another dtype, anything else unchanged."""
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    """Floating tensors in another dtype, complex ones in the complex dtype of the same precision, others unchanged."""
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    return value.to(dtype.to_complex() if value.is_complex() else dtype)
 
 
 def converted(model: nn.Module, example_inputs: ExampleInputs, dtype: torch.dtype) -> tuple[nn.Module, ExampleInputs]:
     """A copy of the model, and its inputs, in another floating dtype."""
-    return copy.deepcopy(model).to(dtype), pytree.tree_map(lambda value: in_dtype(value, dtype), example_inputs)
+    return copy.deepcopy(model)._apply(lambda value: in_dtype(value, dtype)), pytree.tree_map(
+        lambda value: in_dtype(value, dtype), example_inputs
+    )
 
 
 #: The largest difference between outputs that rounding explains, relative to the largest output.
@@ -51,7 +55,9 @@ def lively(tensor: Any, generator: torch.Generator) -> Any:
     Zero-initialised heads, layer scales of 1e-6 and all-zero inputs would hide the effect of merging, and the copies
     test would always pass.
     """
-    if not isinstance(tensor, Tensor) or tensor.numel() < 2 or not tensor.is_floating_point():
+    if not isinstance(tensor, Tensor) or tensor.numel() < 2:
+        return tensor
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
     if not _constant(loaded(tensor)):
         return tensor
@@ -60,7 +66,8 @@ def lively(tensor: Any, generator: torch.Generator) -> Any:
 
     def drawn(like: Tensor) -> Tensor:
         own = torch.Generator().manual_seed(seed)
-        return torch.randn(like.shape, generator=own, dtype=torch.float64).to(like) / fan_in**0.5
+        double = torch.complex128 if like.is_complex() else torch.float64
+        return torch.randn(like.shape, generator=own, dtype=double).to(like) / fan_in**0.5
 
     return after(tensor, drawn)
 

@@ -85,7 +85,11 @@ SHARES: dict[str, float] = {
     "bilinear": 0.00,
     "cosine_classifier": 0.83,
     "feature_statistics": 0.00,
-    "per_channel_constants": 0.64,
+    "per_channel_constants": 0.85,
+    "frozen_batch_norm": 0.99,
+    "zero_padded_shortcut": 0.99,
+    "blurred_strides": 0.99,
+    "fourier_operator": 0.54,
     "in_place": 0.00,
     "where_and_gather": 0.85,
 }

@@ -3,7 +3,7 @@
 Sizes are taken from tensors wherever a user would reasonably do so; no network says how it must be compressed.
 """
 
-from common.architectures import attention, images, norms, recurrent, vectors
+from common.architectures import attention, constants, images, norms, recurrent, vectors
 from common.architectures.registry import ARCHITECTURES, Architecture
 
-__all__ = ["ARCHITECTURES", "Architecture", "attention", "images", "norms", "recurrent", "vectors"]
+__all__ = ["ARCHITECTURES", "Architecture", "attention", "constants", "images", "norms", "recurrent", "vectors"]

@@ -4,13 +4,14 @@ Operations that move data are applied to the planes themselves, so all kinds of 
 share one rule. An operation without a rule freezes its inputs: the network stays larger, but is never wrong.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
 
 from nac_gpu.tracing.atoms import Labels
-from nac_gpu.tracing.recorder import Call, Notes, name_of
+from nac_gpu.tracing.recorder import Call, Notes, name_of, unfilled
+from nac_gpu.tracing.rules.buffers import Rule, Way, alone, held, meet, repeated
 from nac_gpu.tracing.rules.elementwise import (
     ALONG_DIM,
     ELEMENTWISE,
@@ -38,12 +39,23 @@ from nac_gpu.tracing.rules.movement import (
 from nac_gpu.tracing.rules.norms import BATCH_NORMS, batch_norm, group_norm, layer_norm
 from nac_gpu.tracing.rules.products import MATRIX_PRODUCTS, convolution, embedding, matrix_product
 
-Rule = Callable[[Notes, Call], list[Labels]]
 IDENTITY = frozenset("alias detach clone contiguous _to_copy lift_fresh lift_fresh_copy dropout alpha_dropout".split())
 #: Return one constant in the shape of the input, so the result has the same value for all channels.
 CONSTANTS = frozenset("zeros_like ones_like full_like".split())
 #: Return one constant in a size that is given as an argument.
 FACTORIES = frozenset("zeros ones full new_zeros new_ones new_full scalar_tensor".split())
+#: Keep the constant that fills channels up the same at all its positions.
+FILLING = frozenset([movement, lookup, join, identity, constant, elementwise, reduction, windows, copy])
+#: What rules do to buffers; all others freeze them.
+WAYS: dict[Rule, Way] = {
+    identity: Way.KEEPS,
+    **dict.fromkeys([movement, lookup], Way.MOVES),
+    **dict.fromkeys([constant, reduction, along_dim], Way.COMBINES),
+    elementwise: Way.MEETS,
+    join: Way.JOINS,
+    **dict.fromkeys([batch_norm, layer_norm, group_norm], Way.SCALES),
+    **dict.fromkeys([convolution, matrix_product], Way.WEIGHS),
+}
 #: Use only the shape or dtype of their inputs.
 VALUE_FREE = frozenset(
     """empty_like rand_like randn_like new_zeros new_ones new_empty new_full new_empty_strided sym_size sym_numel
@@ -58,24 +70,43 @@ def apply(notes: Notes, call: Call) -> list[Labels]:
     for tensor in call.tensors:
         notes.atoms.separations.extend(notes.labels_of(tensor).pending)
     labelled = [tensor for tensor in call.tensors if notes.planes(tensor)]
+    rule, buffers = _rule(call.func), held(notes, call)
     if not labelled or call.name in VALUE_FREE:
-        return call.each(Labels(uniform=_stays_uniform(notes, call)))
-    rule = _rule(call.func)
+        return _unlabelled(notes, call, rule)
     if rule not in (movement, lookup, join, identity, constant):
         notes.count_use(labelled)
     if rule is None:
         notes.freeze(labelled, f"operation {call.name} is not known")
+        notes.freeze_latent(buffers, f"operation {call.name} is not known")
         return call.each(Labels())
     try:
-        return rule(notes, call)
+        found = meet(notes, call, rule, WAYS.get(rule)) if buffers else rule(notes, call)
     except Exception as error:  # a case that the rule does not cover must not stop the compression of the model
         notes.freeze(labelled, f"operation {call.name} was used in a way that is not known ({error})")
+        notes.freeze_latent(buffers, f"operation {call.name} was used in a way that is not known ({error})")
+        return call.each(Labels())
+    if rule not in FILLING:
+        found = [replace(labels, planes=tuple(map(unfilled, labels.planes))) for labels in found]
+    return found
+
+
+def _unlabelled(notes: Notes, call: Call, rule: Rule | None) -> list[Labels]:
+    """An operation that reads no channels, or none of their values."""
+    if call.name in VALUE_FREE or not call.outputs:
+        return call.each(Labels(uniform=_stays_uniform(notes, call, rule)))
+    uniform, buffers = _stays_uniform(notes, call, rule), held(notes, call)
+    try:
+        way = None if rule is None else WAYS.get(rule)
+        found = alone(notes, call, rule, way) if buffers else call.each(Labels())
+        return [replace(labels, uniform=uniform, equal=repeated(notes, call, way)) for labels in found]
+    except Exception as error:  # as in `apply`
+        notes.freeze_latent(buffers, f"operation {call.name} was used in a way that is not known ({error})")
         return call.each(Labels())
 
 
-def _stays_uniform(notes: Notes, call: Call) -> bool:
+def _stays_uniform(notes: Notes, call: Call, rule: Rule | None) -> bool:
     """Whether the result is uniform: all inputs are, and the operation only moves values or acts elementwise."""
-    rule, tensors = _rule(call.func), call.tensors
+    tensors = call.tensors
     keeps = rule in (movement, identity, constant, join, elementwise) and call.name != "constant_pad_nd"
     return keeps and bool(tensors) and all(notes.labels_of(tensor).uniform or not tensor.ndim for tensor in tensors)
 

@@ -79,6 +79,7 @@ MERGING: dict[str, tuple[Between, set[str]]] = {
     "flipped": (lambda s, x: x * each(s.scale.flip(0)), {"scale"}),
     "joined": (lambda s, x: torch.cat([x, s.image.expand(2, -1, -1, -1)])[:2] * 1.5, {"image"}),
     "batch_norm": (lambda s, x: F.batch_norm(x, s.shift, s.scale), {"scale", "shift"}),
+    "batch_norm_of_two": (lambda s, x: F.batch_norm(x, s.shift, s.scale, s.scale, s.shift), {"scale", "shift"}),
     "prelu": (lambda s, x: F.prelu(x, s.scale), {"scale"}),
 }
 
@@ -109,11 +110,12 @@ def test_channels_that_share_a_value_of_a_buffer_merge_in_step() -> None:
         (lambda s, x: x * each(s.scale / s.scale.mean()), "mean is taken over channels"),
         (lambda s, x: x * each(s.scale.roll(1)), "channels are moved by a fixed number of places"),
         (lambda s, x: x * each(s.scale * torch.arange(12.0)), "channels meet values that differ between them"),
+        (lambda s, x: x * (s.scale[:, None, None] * torch.arange(6.0)).cos(), "channels meet values that differ"),
         (lambda s, x: x * each(s.scale) + (s.scale @ s.matrix)[0], "a buffer is read by"),
         (lambda s, x: x * each(s.scale.mul_(1)), "values are written in place"),
         (lambda s, x: x * each(s.shift.copy_(x.mean((0, 2, 3)))), "values are written in place"),
     ],
-    ids=["attribute", "counted", "product", "mean", "roll", "numbered", "read_too", "written", "kept"],
+    ids=["attribute", "counted", "product", "mean", "roll", "numbered", "angles", "read_too", "written", "kept"],
 )
 def test_what_else_is_done_with_a_buffer_keeps_channels_apart(between: Between, reason: str) -> None:
     alone = {found.layer: found for found in record(net(between), INPUTS).left_alone}

@@ -102,10 +102,3 @@ def test_zeros_that_were_changed_keep_channels_apart(changed: Callable[[Tensor],
     assert not any(group.name.startswith("wide") for group in graph.groups)
     reasons = {alone.layer: alone.reason for alone in graph.left_alone}
     assert "wide" in reasons
-
-
-def test_channels_that_are_cropped_are_cut_into_parts() -> None:
-    """As by a slice: those that remain do not merge with those that are gone."""
-    graph = record(widened(lambda s, x, y: F.pad(F.pad(x, (0, 0, 0, 0, -2, -2)), (0, 0, 0, 0, 6, 6))), INPUTS)
-    stem = [group for group in graph.groups if "stem" in group.layers]
-    assert sorted(group.size for group in stem) == [4, 4]

@@ -135,10 +135,7 @@ def _padded(notes: Notes, call: Call) -> list[Labels]:
     planes = []
     for plane in labels.planes:
         own = [n if plane.shape[-1 - i // 2] > 1 else 0 for i, n in enumerate(pads)]
-        padded = torch.nn.functional.pad(plane, own, value=FILLED)
-        if min(own) < 0:
-            notes.separate(padded, [], "channels are cut into parts")
-        planes.append(padded)
+        planes.append(torch.nn.functional.pad(plane, own, value=FILLED))
     return [Labels(tuple(planes), labels.parameter, labels.source)]
 
 

@@ -43,13 +43,13 @@ def leaves(value: object) -> list[Tensor]:
 
 
 def floating_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
-    """All floating tensors that the model returns in eval mode.
+    """All floating and complex tensors that the model returns in eval mode.
 
     Raises:
         ValueError: there is none to compare.
     """
     with evaluating(model):
-        found = [tensor for tensor in leaves(call(model, inputs)) if tensor.is_floating_point()]
+        found = [tensor for tensor in leaves(call(model, inputs)) if tensor.is_floating_point() or tensor.is_complex()]
     if not found:
         raise ValueError(f"{type(model).__name__} returned no floating tensor, expected outputs to compare")
     return found

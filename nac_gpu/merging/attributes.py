@@ -31,7 +31,7 @@ _COUNT = re.compile(r"(?<!dim_)(?<!\bd_)(?<!size_)(?<!per_)heads?$|(?<!key_value
 _HEADS = re.compile(r"heads$|n_head$")
 _HEAD = re.compile(r"(?<!all_)head(?!s)")
 _HIDDEN = re.compile(r"intermediate_size$|ffn_dim$|d_ff$|n_inner$")
-_WIDTH = re.compile(r"dim|size|width|channels|features|hidden|planes|inner|embed|chunk|split")
+_WIDTH = re.compile(r"dim|size|width|channels|features|hidden|planes|inner|embed|chunk|split|pad")
 _MOST = 6  # attributes that are tried one by one
 _LINES = 3  # that name attributes; more are counted
 

@@ -83,9 +83,12 @@ class Merger:
                 done |= self._merge_normalised(producer, producer.norm, home, share)
         for norm in group.norms:
             done |= self._merge_norm(norm, group, home, share)
+        made = {name for producer in group.producers for name in (producer.member.tensor, producer.bias)}
         for member in group.members:
             if member.role == "mean":
                 self._merge_member(member, home, None if member.tensor in done else share)
+                if member.tensor not in done | made:
+                    self._keep_divisors(member, home)
 
     def merge_read(self, group: Group, labels: Tensor) -> None:
         """The second half of `merge`: the consumers."""
@@ -115,6 +118,21 @@ class Merger:
         counts = torch.bincount(home[home >= 0], minlength=group.size)
         whole = torch.bincount(home[alike], minlength=group.size) == counts - 1
         return (home >= 0) & (whole & (counts > 1))[home]
+
+    def _keep_divisors(self, member: Member, home: Tensor) -> None:
+        """Write a tensor's merged values at the positions of dropped neurons, too, and ones at those of removed ones.
+
+        The tensor may divide the channels, which must not become NaN. Consumers read them with weights of zero.
+        """
+        source, target = _spread(member.index, home)
+        removed = member.index[home < 0].flatten()
+
+        def kept(values: Tensor) -> Tensor:
+            read, written = sent(target, values.device), sent(source, values.device)
+            values = values.index_copy(member.dim, written, values.index_select(member.dim, read))
+            return values.index_fill(member.dim, sent(removed, values.device), 1)
+
+        self.state[member.tensor] = after(self.state[member.tensor], kept)
 
     def _merge_member(self, member: Member, home: Tensor, share: Tensor | None) -> None:
         """Write the weighted sum of each cluster (share None: already written) and record the dropped positions."""

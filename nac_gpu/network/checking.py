@@ -87,12 +87,14 @@ def reason_inside(model: nn.Module, layer: str) -> str | None:
 def check_weights(model: nn.Module) -> None:
     """Check that every parameter is floating and finite; otherwise distances between neurons have no meaning.
 
+    Complex parameters are let through, too: the neurons that they make or read are left alone.
+
     Raises:
-        TypeError: integer, complex or sparse parameters, naming the first.
+        TypeError: integer or sparse parameters, naming the first.
         ValueError: NaN or infinity, or parameters without values, naming the first.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
             raise TypeError(
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}, expected a floating type; "
                 "compress the model before it is quantised, or convert it"

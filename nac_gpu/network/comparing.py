@@ -29,12 +29,19 @@ def _has_numbers(leaf: Any) -> bool:
 
 
 def tells(value: Tensor) -> bool:
-    """Whether a tensor has a finite floating value, so that comparing it with another one says something."""
-    return value.is_floating_point() and bool(value.isfinite().any())
+    """Whether a tensor has a finite real or complex value, so that comparing it with another one says something."""
+    return (value.is_floating_point() or value.is_complex()) and bool(value.isfinite().any())
+
+
+def parts(tensor: Tensor) -> Tensor:
+    """The real and imaginary parts of a complex tensor, along a new last dimension; any other tensor as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference over several floating tensors, each relative to its own largest finite value.
+    """The largest difference over several tensors, each relative to its own largest finite value.
+
+    Complex tensors are compared by their real and imaginary parts, and integers are not compared.
 
     The difference is 0 where both have the same infinity or both have NaN, infinite where only one has it, and
     infinite for another number of tensors and for tensors of different shapes.
@@ -43,6 +50,7 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     for a, b in zip(found, expected, strict=False):
         if a.shape != b.shape:
             return math.inf
+        a, b = parts(a), parts(b)
         if not b.numel() or not b.is_floating_point():
             continue
         same = (a == b) | (a.isnan() & b.isnan())
@@ -57,8 +65,8 @@ def change(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor | None
     An output that is constant along the batch is divided by its mean square. The host does not wait for the device.
 
     Args:
-        found: the outputs. Those that are not floating, have another shape than expected, or are expected to be all
-            zero are ignored.
+        found: the outputs. Those that are neither floating nor complex, have another shape than expected, or are
+            expected to be all zero are ignored.
         expected: the original outputs.
 
     Returns:
@@ -69,6 +77,7 @@ def change(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor | None
         return None
     shares, counts = [], []
     for now, then in zip(found, expected, strict=True):
+        now, then = parts(now), parts(then)
         if now.shape == then.shape and now.is_floating_point() and now.numel():
             now, then = floating(now), floating(then)
             whole = (then - then.mean(0)).square().mean()

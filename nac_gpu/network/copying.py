@@ -62,7 +62,8 @@ def copied(model: nn.Module) -> nn.Module:
 
 def converted(model: nn.Module, example_inputs: ExampleInputs, dtype: torch.dtype) -> tuple[nn.Module, ExampleInputs]:
     """A copy of the model, and its inputs, in another floating dtype."""
-    return copied(model).to(dtype), pytree.tree_map(lambda value: in_dtype(value, dtype), example_inputs)
+    own = copied(model)._apply(lambda value: in_dtype(value, dtype))
+    return own, pytree.tree_map(lambda value: in_dtype(value, dtype), example_inputs)
 
 
 def is_narrow(value: object) -> bool:

@@ -40,6 +40,8 @@ def set_sizes(module: nn.Module) -> None:
         weight = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
         if len(weight) != module.embed_dim * (1 if module.in_proj_weight is None else 3):
             shrink(module)
+    elif isinstance(getattr(module, "running_mean", None), Tensor) and hasattr(module, "num_features"):
+        vars(module)["num_features"] = len(module.get_buffer("running_mean"))  # BatchNorm of other libraries, frozen
     elif is_transposed_linear(module):
         weight = module.get_parameter("weight")
         vars(module).update(nx=weight.shape[0], nf=weight.shape[1])

@@ -76,6 +76,10 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def in_dtype(value: Any, dtype: torch.dtype | None) -> Any:
-    """Floating tensors in another dtype; anything else unchanged, and everything if there is none."""
-    floating = dtype is not None and isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if floating else value
+    """Floating tensors in another dtype, complex ones in the complex dtype of the same precision, others unchanged.
+
+    With None for the dtype, everything is unchanged.
+    """
+    if dtype is None or not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    return value.to(dtype.to_complex() if value.is_complex() else dtype)

@@ -106,7 +106,9 @@ class _OneType(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _wanted(self, value: Any) -> Any:
-        return self._dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
+        if not isinstance(value, torch.dtype) or not (value.is_floating_point or value.is_complex):
+            return value
+        return self._dtype.to_complex() if value.is_complex else self._dtype
 
 
 _CASTS = frozenset({Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16})
@@ -134,7 +136,9 @@ def lively(tensor: Any, generator: torch.Generator) -> Any:
     Zero-initialised heads, layer scales of 1e-6 and all-zero inputs would hide the effect of merging, and the copies
     test would always pass.
     """
-    if not isinstance(tensor, Tensor) or tensor.numel() < 2 or not tensor.is_floating_point():
+    if not isinstance(tensor, Tensor) or tensor.numel() < 2:
+        return tensor
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
     if not _constant(loaded(tensor)):
         return tensor
@@ -143,7 +147,8 @@ def lively(tensor: Any, generator: torch.Generator) -> Any:
 
     def drawn(like: Tensor) -> Tensor:
         own = torch.Generator().manual_seed(seed)
-        return torch.randn(like.shape, generator=own, dtype=torch.float64).to(like) / fan_in**0.5
+        double = torch.complex128 if like.is_complex() else torch.float64
+        return torch.randn(like.shape, generator=own, dtype=double).to(like) / fan_in**0.5
 
     return after(tensor, drawn)
 

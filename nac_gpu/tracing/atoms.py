@@ -3,7 +3,8 @@
 An *atom* is one index of one dimension of a parameter or buffer, `(tensor name, dim, index)`, numbered by an int64. For
 example, `("0.weight", 0, 5)` is row 5 of the first layer: its neuron 5. A *slot* is one `(tensor name, dim)`, a
 contiguous range of atoms. A *plane* is an int64 tensor of atoms that broadcasts to the tensor it describes (size 1
-along every dimension where it does not vary); `NONE` marks positions without a label.
+along every dimension where it does not vary); `NONE` marks positions without a label, and `FILLED` those that were
+filled with one constant.
 
 Where the model reshapes channels from C to (h, d), they can be merged along either axis. At the level `CHANNELS`,
 channels merge along d, with the same assignment in all rows h. At the level `UNITS`, whole rows h merge: attention
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 NONE = -1
+FILLED = -2
 MEAN = 1  # role of a slot: merged neurons keep the mean (rows of a producer, per-channel parameters)
 SUM = 2  # role of a slot: merged neurons are summed (columns of a consumer), Eq. (9) of the paper
 CHANNELS = 1
@@ -41,6 +43,9 @@ class Labels:
             used must not prevent merging.
         repeats: of a tensor without planes, planes of numbers: positions with the same numbers hold the same value,
             because it was expanded or repeated (see `nac_gpu.tracing.repeats`); None if only its strides tell.
+        latent: planes of a tensor that was computed from buffers alone. They become labels where the tensor meets
+            channels: a buffer may also be a mask or a table, whose dimensions are not channels.
+        constant: the tensor was computed from parameters and buffers alone.
     """
 
     planes: tuple[Tensor, ...] = ()
@@ -49,6 +54,8 @@ class Labels:
     uniform: bool = False
     pending: tuple["Separation", ...] = ()
     repeats: tuple[Tensor, ...] | None = None
+    latent: tuple[Tensor, ...] = ()
+    constant: bool = False
 
 
 def compact(plane: Tensor) -> Tensor | None:
@@ -117,7 +124,8 @@ def numbers_along(planes: Iterable[Tensor], dims: Sequence[int]) -> Tensor:
 class Slot:
     """One dimension of one parameter or buffer: atoms `first` to `first + size - 1`.
 
-    Slots of units have an empty string as tensor, and `module` names the module that combines the units.
+    Slots of units have an empty string as tensor, and `module` names the module that combines the units. `parameter` is
+    not set for a buffer other than BatchNorm's statistics.
     """
 
     tensor: str
@@ -125,6 +133,7 @@ class Slot:
     first: int
     size: int
     module: str = ""
+    parameter: bool = True
 
 
 @dataclass
@@ -165,11 +174,11 @@ class Atoms:
         """How many atoms there are."""
         return self.slots[-1].first + self.slots[-1].size if self.slots else 0
 
-    def of(self, tensor: str, dim: int, size: int) -> Tensor:
+    def of(self, tensor: str, dim: int, size: int, *, parameter: bool = True) -> Tensor:
         """The atoms of a tensor's dimension, int64 [size]; the slot is created on first use."""
         key = (tensor, dim)
         if key not in self._by_name:
-            self._by_name[key] = self._add(Slot(tensor, dim, self.count, size))
+            self._by_name[key] = self._add(Slot(tensor, dim, self.count, size, parameter=parameter))
         slot = self._by_name[key]
         return torch.arange(slot.first, slot.first + slot.size)
 

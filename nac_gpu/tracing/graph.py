@@ -120,6 +120,8 @@ _REMEDIES = {
     "does not run:": "a size is written into the code: take it from a tensor's shape in forward",
     "not known": "the operation has no rule: write it with elementwise operations, products, views and reductions",
     "changed the outputs": _POSITIONS,
+    "meet values that differ": "constants with one value for each channel merge with them if they are buffers: use "
+    "register_buffer",
     "picked by index": _POSITIONS,
     "moved by a fixed number": _POSITIONS,
     "both makes and reads": "one weight is used in two ways: give each use a parameter of its own",

@@ -88,7 +88,7 @@ def _in_no_production(notes: Notes, channels: _Level, reasons: Sequence[str]) ->
     found: dict[tuple[str, str], int] = {}
     for tensor, own in slots.items():
         every = torch.cat([torch.arange(slot.first, slot.first + slot.size) for slot in own])
-        if not tensor or len(own) < 2 or bool((channels.made | channels.grouped)[every].any()):
+        if not tensor or not own[0].parameter or len(own) < 2 or bool((channels.made | channels.grouped)[every].any()):
             continue
         frozen = [why for why in map(reasons.__getitem__, channels.reasons[every].tolist()) if why not in _FREE]
         if frozen:

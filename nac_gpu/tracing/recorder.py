@@ -5,7 +5,7 @@ notes equations, roles, productions and freezes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from nac_gpu.tracing.atoms import (
     BOTH,
     CHANNELS,
+    FILLED,
     MEAN,
     NONE,
     UNITS,
@@ -150,6 +151,27 @@ class Notes:
         for tensor in tensors:
             self.freeze_planes(self.planes(tensor), reason)
 
+    def awake(self, tensors: Iterable[Tensor], chosen: Callable[[Tensor], bool] | None = None) -> "Notes":
+        """The same notes, in which the latent planes of some tensors are labels of parameters.
+
+        Args:
+            tensors: operands of one operation.
+            chosen: whether a plane becomes a label; by default all do.
+        """
+        found: dict[int, Labels] = {}
+        for tensor in tensors:
+            labels = self.labels_of(tensor)
+            planes = tuple(plane for plane in labels.latent if chosen is None or chosen(plane))
+            if planes:
+                found[id(tensor)] = replace(labels, planes=planes, latent=(), parameter=True)
+        known = self.labels_of
+        return replace(self, labels_of=lambda tensor: found.get(id(tensor)) or known(tensor)) if found else self
+
+    def freeze_latent(self, tensors: Iterable[Tensor], reason: str) -> None:
+        """Freeze what is latent in these tensors; the reason gets the running module's name."""
+        for tensor in tensors:
+            self.freeze_planes(self.labels_of(tensor).latent, reason)
+
     def freeze_planes(self, planes: Iterable[Tensor], reason: str, level: int = BOTH) -> None:
         """Freeze the atoms of these planes; the reason gets the running module's name."""
         for plane in planes:
@@ -256,8 +278,36 @@ class Notes:
         left, right = torch.broadcast_tensors(left, right)
         both = (left >= 0) & (right >= 0)
         self.atoms.unite(left[both], right[both])
-        self.freeze_planes([left[~both], right[~both]], "channels meet values that are not channels")
-        return torch.where(left >= 0, left, right)
+        alone = [left[~both & (right != FILLED)], right[~both & (left != FILLED)]]
+        self.freeze_planes(alone, "channels meet values that are not channels")
+        self._fill_up(left, right == FILLED)
+        self._fill_up(right, left == FILLED)
+        return torch.where(both, left, torch.maximum(left, right))
+
+    def _fill_up(self, plane: Tensor, filled: Tensor) -> None:
+        """Channels meet a constant that fills up fewer channels: they merge among themselves, at each end in step.
+
+        The constant is the same for all of them, so it keeps none of them apart. But the code that adds it puts equal
+        numbers at both ends, or a number at one end, so channels of different places must not merge with each other.
+
+        Args:
+            plane: of the channels.
+            filled: bool, of the same shape: where the constant is.
+        """
+        filled = filled & (plane >= 0)
+        if not bool(filled.any()):
+            return
+        if len(varying(plane)) != 1:
+            self.freeze_planes([plane[filled]], "channels meet values that are not channels")
+            return
+        places = filled.flatten().nonzero().flatten()
+        ends = (places.diff() != 1).nonzero().flatten() + 1
+        parts = [plane.flatten()[part] for part in places.tensor_split(ends)]
+        if len({len(part) for part in parts}) == 1:
+            parts = [torch.stack(parts)]
+            self.atoms.unite(parts[0], parts[0][:1])
+        for part in parts:
+            self.separate(part, [], "channels are filled up with a constant")
 
     def join(self, planes: Iterable[Tensor]) -> list[Tensor]:
         """The planes of an elementwise result, from the planes of all operands aligned to its dimensions."""
@@ -349,6 +399,10 @@ class Notes:
         self.atoms.separations.append(found)
         return differs
 
+    def differs(self, tensor: Tensor, dim: int) -> bool:
+        """Whether the values of a tensor may differ along a dimension: not if one value was expanded or repeated."""
+        return any(dim in varying(plane) for plane in numbered(tensor, self.labels_of(tensor)))
+
     def per_channel(self, atoms: Tensor, channels: Tensor) -> None:
         """Note a parameter with one value (or kernel) per channel, by its and the channels' atoms, int64 [channels]."""
         self.atoms.role(atoms, MEAN)
@@ -369,6 +423,11 @@ def name_of(func: torch._ops.OpOverload) -> str:
     """An operation's name; the in-place form has the same (`relu` for `relu_`)."""
     name = func.overloadpacket.__name__
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def unfilled(plane: Tensor) -> Tensor:
+    """The plane without the marks of positions that were filled with a constant."""
+    return plane.clamp_min(NONE)
 
 
 def aligned(plane: Tensor, ndim: int) -> Tensor:

@@ -50,7 +50,7 @@ class Outline:
             raise ValuesNeededError(str(func)) from error
 
     def _outlined(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], unknown: list[Tensor]) -> Any:
-        if any(not tensor.is_floating_point() for tensor in unknown):
+        if any(not (tensor.is_floating_point() or tensor.is_complex()) for tensor in unknown):
             raise ValuesNeededError("a mask or an index")
         device = (unknown or tensors)[0].device
         if kwargs.get("device") is not None:

@@ -43,19 +43,28 @@ class _Labelled:
         self._known = WeakTensorKeyDictionary()
 
     def of(self, tensor: Tensor) -> Labels:
-        """The labels of a tensor; those of parameters and BatchNorm statistics are created on first use."""
-        if tensor not in self._known and id(tensor) in self._own:
-            planes = []
-            for dim, size in enumerate(tensor.shape):
-                shape = [1] * tensor.ndim
-                shape[dim] = size
-                planes.append(self._atoms.of(self.names[id(tensor)], dim, size).reshape(shape))
-            self._known[tensor] = Labels(tuple(planes), parameter=True)
+        """The labels of a tensor; those of parameters and buffers are created on first use."""
+        if tensor not in self._known and id(tensor) in self.names:
+            self._known[tensor] = self._first(tensor, self.names[id(tensor)])
         return self._known[tensor] if tensor in self._known else Labels()
+
+    def _first(self, tensor: Tensor, name: str) -> Labels:
+        """The labels of a parameter or buffer before anything is written into it."""
+        own = id(tensor) in self._own
+        if not own and not tensor.is_floating_point():
+            return Labels()
+        planes = []
+        for dim, size in enumerate(tensor.shape):
+            shape = [1] * tensor.ndim
+            shape[dim] = size
+            planes.append(self._atoms.of(name, dim, size, parameter=own).reshape(shape))
+            if tensor.is_complex():
+                self._atoms.freeze(planes[-1], f"{name} is complex")
+        return Labels(tuple(planes), parameter=True) if own else Labels(latent=tuple(planes))
 
     def put(self, tensor: Tensor, labels: Labels) -> None:
         """Store the labels of a tensor that an operation returned or wrote into."""
-        told = labels.planes or labels.uniform or labels.pending or labels.repeats is not None
+        told = labels.planes or labels.uniform or labels.pending or labels.latent or labels.repeats is not None
         if told or tensor in self._known:
             self._known[tensor] = labels
 
@@ -207,5 +216,5 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxi
             hook.remove()
     for tensor in found:
         mode.notes.atoms.separations.extend(mode.labelled.of(tensor).pending)
-        for plane in mode.labelled.of(tensor).planes:
+        for plane in (*mode.labelled.of(tensor).planes, *mode.labelled.of(tensor).latent):
             mode.notes.atoms.freeze(plane, "model output")

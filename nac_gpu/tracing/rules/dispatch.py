@@ -5,15 +5,17 @@ share one rule. An operation without a rule freezes its inputs: the network stay
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from nac_gpu.tracing.atoms import Labels, numbered, varying
-from nac_gpu.tracing.recorder import Call, Notes, aligned, name_of
+from nac_gpu.tracing.recorder import Call, Notes, aligned, name_of, unfilled
 from nac_gpu.tracing.repeats import LARGEST, combined, moved, repeats
+from nac_gpu.tracing.rules.buffers import Rule, Way, alone, held, meet
 from nac_gpu.tracing.rules.elementwise import (
     ALONG_DIM,
     ELEMENTWISE,
@@ -43,12 +45,23 @@ from nac_gpu.tracing.rules.writing import copy, note_read, note_written, refresh
 
 #: Operations that repeat values of a tensor, beside those that expand one.
 REPEATING = frozenset("repeat repeat_interleave tile index index_select".split())
-Rule = Callable[[Notes, Call], list[Labels]]
 IDENTITY = frozenset("alias detach clone contiguous _to_copy lift_fresh lift_fresh_copy dropout alpha_dropout".split())
 #: Return one constant in the shape of the input, so the result has the same value for all channels.
 CONSTANTS = frozenset("zeros_like ones_like full_like".split())
 #: Return one constant, or nothing yet, in a size that is given as an argument.
 FACTORIES = frozenset("zeros ones full new_zeros new_ones new_full scalar_tensor empty new_empty empty_like".split())
+#: Keep the constant that fills channels up the same at all its positions.
+FILLING = frozenset([movement, lookup, join, identity, constant, elementwise, reduction, windows, copy])
+#: What rules do to buffers; all others freeze them.
+WAYS: dict[Rule, Way] = {
+    identity: Way.KEEPS,
+    **dict.fromkeys([movement, lookup], Way.MOVES),
+    **dict.fromkeys([constant, reduction, along_dim], Way.COMBINES),
+    elementwise: Way.MEETS,
+    join: Way.JOINS,
+    **dict.fromkeys([batch_norm, layer_norm, group_norm], Way.SCALES),
+    **dict.fromkeys([convolution, matrix_product], Way.WEIGHS),
+}
 #: Use only the shape or dtype of their inputs.
 VALUE_FREE = frozenset(
     """empty_like rand_like randn_like new_zeros new_ones new_empty new_full new_empty_strided sym_size sym_numel
@@ -74,18 +87,36 @@ def apply(notes: Notes, call: Call) -> list[Labels]:
 def _outputs(notes: Notes, call: Call) -> list[Labels]:
     """The labels of the outputs, from those of the inputs."""
     labelled = [tensor for tensor in call.tensors if notes.planes(tensor)]
-    rule = _rule(call.func)
+    rule, buffers = _rule(call.func), held(notes, call)
     if not labelled or call.name in VALUE_FREE:
-        return _without_labels(notes, call, rule)
+        return _unlabelled(notes, call, rule)
     if rule not in (movement, lookup, join, identity, constant, gather):
         notes.count_use(labelled)
     if rule is None:
         notes.freeze(labelled, f"operation {call.name} is not known")
+        notes.freeze_latent(buffers, f"operation {call.name} is not known")
         return call.each(Labels())
     try:
-        return rule(notes, call)
+        found = meet(notes, call, rule, WAYS.get(rule)) if buffers else rule(notes, call)
     except Exception as error:  # a case that the rule does not cover must not stop the compression of the model
         notes.freeze(labelled, f"operation {call.name} was used in a way that is not known ({error})")
+        notes.freeze_latent(buffers, f"operation {call.name} was used in a way that is not known ({error})")
+        return call.each(Labels())
+    if rule not in FILLING:
+        found = [replace(labels, planes=tuple(map(unfilled, labels.planes))) for labels in found]
+    return found
+
+
+def _unlabelled(notes: Notes, call: Call, rule: Rule | None) -> list[Labels]:
+    """An operation that reads no channels, or none of their values."""
+    found, buffers = _without_labels(notes, call, rule), held(notes, call)
+    if call.name in VALUE_FREE or not call.outputs or not buffers:
+        return found
+    try:
+        latent = alone(notes, call, rule, None if rule is None else WAYS.get(rule))
+        return [replace(own, repeats=labels.repeats) for own, labels in zip(latent, found, strict=True)]
+    except Exception as error:  # as in `apply`
+        notes.freeze_latent(buffers, f"operation {call.name} was used in a way that is not known ({error})")
         return call.each(Labels())
 
 

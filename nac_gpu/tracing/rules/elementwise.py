@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from nac_gpu.tracing.atoms import MEAN, Labels, Separation, varying
-from nac_gpu.tracing.recorder import Call, Notes, aligned
+from nac_gpu.tracing.recorder import Call, Notes, aligned, unfilled
 
 #: Elementwise operations that lack the pointwise tag.
 ELEMENTWISE = frozenset("hardswish _prelu_kernel prelu rrelu celu masked_fill threshold".split())
@@ -49,13 +49,17 @@ def elementwise(notes: Notes, call: Call) -> list[Labels]:
     parameters = [tensor for tensor in operands if notes.labels_of(tensor).parameter]
     for plane in (plane for tensor in parameters for plane in own[id(tensor)]):
         notes.atoms.role(plane, MEAN)
-    made = {varying(p) for tensor in operands if not notes.labels_of(tensor).parameter for p in own[id(tensor)]}
-    for plane in list(planes):
+    labels = {id(tensor): notes.labels_of(tensor) for tensor in operands}
+    fixed = {key for key, found in labels.items() if found.parameter or found.constant}
+    made = {varying(plane) for key in own.keys() - fixed for plane in own[key]}
+    kept = []
+    for plane in planes:
         apart = [notes.check_context(tensor, plane) for tensor in operands]
         if any(apart) and varying(plane) not in made and set(varying(plane)) <= {dim for dims in apart for dim in dims}:
-            planes = [other for other in planes if other is not plane]  # labels of parameters only, such as positions
+            continue  # labels of parameters only, such as positions
+        kept.append(unfilled(plane) if any(apart) else plane)
     parameter = all(notes.labels_of(tensor).parameter for tensor in operands)
-    return call.each(Labels(tuple(planes), parameter))
+    return call.each(Labels(tuple(kept), parameter))
 
 
 def reduction(notes: Notes, call: Call) -> list[Labels]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nac_gpu.tracing.atoms import BOTH, CHANNELS, MEAN, NONE, UNITS, Labels, compact, varying
+from nac_gpu.tracing.atoms import BOTH, CHANNELS, FILLED, MEAN, NONE, UNITS, Labels, compact, varying
 from nac_gpu.tracing.recorder import Call, Notes, inner_axis
 
 MOVEMENT = frozenset(
@@ -127,12 +127,12 @@ def _in_order(index: Tensor, size: int) -> bool:
 
 
 def _padded(notes: Notes, call: Call) -> list[Labels]:
-    """Padding with a constant: new positions along channels get no label; other dimensions do not change the plane."""
+    """Padding with a constant: new positions along channels are marked; other dimensions do not change the plane."""
     labels, pads = notes.labels_of(call.args[0]), list(call.args[1])
     planes = []
     for plane in labels.planes:
         own = [n if plane.shape[-1 - i // 2] > 1 else 0 for i, n in enumerate(pads)]
-        planes.append(torch.nn.functional.pad(plane, own, value=NONE))
+        planes.append(torch.nn.functional.pad(plane, own, value=FILLED))
     return [Labels(tuple(planes), labels.parameter, labels.source)]
 
 
@@ -143,8 +143,10 @@ def join(notes: Notes, call: Call) -> list[Labels]:
     dim = (call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)) % ndim
     all_planes = [[p.unsqueeze(dim) if stacked else p for p in notes.planes(tensor)] for tensor in tensors]
     shapes = [(*t.shape[:dim], 1, *t.shape[dim:]) if stacked else tuple(t.shape) for t in tensors]
-    nothing = torch.full((1,) * ndim, NONE)
-    side_by_side = [next((p for p in planes if dim in varying(p)), nothing) for planes in all_planes]
+    nothing = [torch.full((1,) * ndim, FILLED if notes.labels_of(t).uniform else NONE) for t in tensors]
+    side_by_side = [
+        next((p for p in planes if dim in varying(p)), none) for planes, none in zip(all_planes, nothing, strict=True)
+    ]
     joined = compact(torch.cat([p.expand(shape) for p, shape in zip(side_by_side, shapes, strict=True)], dim))
     others = [p for planes in all_planes for p in planes if dim not in varying(p)]
     planes = notes.join([*([joined] if joined is not None else []), *others])

@@ -35,7 +35,7 @@ def batch_norm(notes: Notes, call: Call) -> list[Labels]:
             notes.per_channel(atoms, channels)
     if channels is None:
         return call.each(Labels())
-    if len(tensors) == sum(name is not None for name in names):
+    if len(tensors) == len({name for name in names if name is not None}):
         eps = next(value for value in reversed(call.args) if isinstance(value, float))
         weight, bias, mean, variance = names
         notes.normalisations.append(Normalisation(channels, (weight, bias, mean, variance), eps, labels.source))

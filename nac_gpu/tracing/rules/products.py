@@ -20,6 +20,8 @@ def matrix_product(notes: Notes, call: Call) -> list[Labels]:
     first = MATRIX_PRODUCTS[call.name]
     a, b = call.args[first], call.args[first + 1]
     bias = call.args[0] if first else None
+    notes.freeze_latent((a, b), f"a buffer is read by operation {call.name}")
+    notes = notes if bias is None else notes.awake([bias])
     out = call.outputs[0]
     of_a = [plane.reshape((1,) * (3 - a.ndim) + plane.shape).unsqueeze(3) for plane in notes.planes(a)]
     of_b = [_over_product(plane) for plane in _of_second(notes, call, b)]
@@ -130,9 +132,7 @@ def convolution(notes: Notes, call: Call) -> list[Labels]:
     images, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
     out = call.outputs[0]
-    if not notes.labels_of(weight).parameter:
-        notes.freeze(call.tensors, "a convolution's kernel is not a parameter")
-        return [Labels()]
+    notes = notes if bias is None else notes.awake([bias])
     if bias is not None and not notes.labels_of(bias).parameter:
         notes.freeze(call.tensors, "a convolution's bias is not a parameter")
         return [Labels()]
@@ -140,6 +140,8 @@ def convolution(notes: Notes, call: Call) -> list[Labels]:
         notes.freeze(call.tensors, "labels are spread over other dimensions of a convolution's input")
         return [Labels()]
     channels = notes.along(images, 1)
+    if not notes.labels_of(weight).parameter or (groups > 1 and not notes.differs(weight, 0)):
+        return _filtered(notes, call, channels)
     rows, columns = notes.along(weight, 0), notes.along(weight, 1)
     assert rows is not None, "a parameter's dimensions are labelled"
     assert columns is not None, "a parameter's dimensions are labelled"
@@ -161,6 +163,30 @@ def convolution(notes: Notes, call: Call) -> list[Labels]:
         assert atoms is not None, "a parameter's dimensions are labelled"
         notes.per_channel(atoms, made)
     return [Labels((plane_along(made, 1, out.ndim),), source=source)]
+
+
+def _filtered(notes: Notes, call: Call, channels: Tensor | None) -> list[Labels]:
+    """A depthwise convolution whose kernels are not trained: fixed ones for all channels, or a buffer with its own."""
+    images, weight, bias, out, groups = *call.args[:3], call.outputs[0], call.args[8]
+    depthwise = images.shape[1] == groups and weight.shape[1] == 1
+    latent = [plane.flatten() for plane in notes.labels_of(weight).latent if varying(plane) == (0,)]
+    if channels is None or not depthwise or (not latent and notes.differs(weight, 0)):
+        notes.freeze(call.tensors, "a convolution's kernel is not a parameter")
+        notes.freeze_latent([weight], "a convolution's kernel is not a parameter")
+        return [Labels()]
+    made = channels.repeat_interleave(out.shape[1] // groups)
+    if latent:
+        each = latent[0].reshape(groups, -1)
+        if bool((each == each[:1]).all()):  # the same few kernels for every channel
+            notes.freeze_planes([each[0]], "a convolution's kernel is the same for all channels")
+        else:
+            notes.per_channel(latent[0], made)
+            made = latent[0]
+    if bias is not None:
+        atoms = notes.along(bias, 0)
+        assert atoms is not None, "a parameter's dimensions are labelled"
+        notes.per_channel(atoms, made)
+    return [Labels((plane_along(made, 1, out.ndim),))]
 
 
 def _read(notes: Notes, columns: Tensor, channels: Tensor | None, values: Tensor) -> None:

@@ -5,7 +5,6 @@ too. This test is independent of that trial: it uses other copies, other input v
 `nac_gpu.compress`, and its own search for outputs in nested containers.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from nac_gpu.merging.copies import copy_neurons, random_assignments
 from nac_gpu.network.ambient import undisturbed
 from nac_gpu.network.comparing import relative_error
 from nac_gpu.network.copying import converted, rebuild
+from nac_gpu.network.reaching import tensors_in
 from nac_gpu.network.running import ExampleInputs, call, evaluating
 from nac_gpu.network.state import tensors
 from nac_gpu.planning.prepare import plan_for
@@ -29,19 +29,6 @@ from nac_gpu.tracing.graph import Choice
 VACUOUS = 1e-6  # if the copies change the outputs by less than this, the test is meaningless
 
 
-def leaves(value: object) -> list[Tensor]:
-    """All tensors in nested sequences, mappings and dataclasses, in their order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [leaf for item in value.values() for leaf in leaves(item)]
-    if isinstance(value, list | tuple | set):
-        return [leaf for item in value for leaf in leaves(item)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [leaf for field in dataclasses.fields(value) for leaf in leaves(getattr(value, field.name))]
-    return []
-
-
 def floating_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     """All floating and complex tensors that the model returns in eval mode.
 
@@ -49,7 +36,9 @@ def floating_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
         ValueError: there is none to compare.
     """
     with evaluating(model):
-        found = [tensor for tensor in leaves(call(model, inputs)) if tensor.is_floating_point() or tensor.is_complex()]
+        found = [
+            tensor for tensor in tensors_in(call(model, inputs)) if tensor.is_floating_point() or tensor.is_complex()
+        ]
     if not found:
         raise ValueError(f"{type(model).__name__} returned no floating tensor, expected outputs to compare")
     return found

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from nac_gpu.network.reaching import tensors_in
 from nac_gpu.network.running import ExampleInputs, call
-from nac_gpu.testing import floating_outputs, leaves
+from nac_gpu.testing import floating_outputs
 from nac_gpu.tracing.graph import Group
 
 
@@ -33,7 +34,7 @@ def training_step(model: nn.Module, inputs: ExampleInputs) -> None:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-4)
-    loss = torch.stack([t.square().sum() for t in leaves(call(model, inputs)) if t.requires_grad]).sum()
+    loss = torch.stack([t.square().sum() for t in tensors_in(call(model, inputs)) if t.requires_grad]).sum()
     loss.backward()
     optimizer.step()
     model.eval()

@@ -109,8 +109,7 @@ def merge_experts(
     small = fewer.network(model, tried_on)
     source = () if evidence is None else (f"{'not refined: ' * evidence.float32}{evidence.source}",)
     said = (*wrappers, *changes, *fewer.told(type(model).__name__), *source)
-    before, after = cost(model, example_inputs), cost(small, example_inputs)
-    remember(small, model, _plan(model, said, before, after), seed)
+    remember(small, model, _plan(model, said, cost(model, example_inputs), cost(small, example_inputs)), seed)
     if fewer.changed and evidence is not None and batches:
         learn(small, model, fewer.touched(), batches, refine, synthetic=evidence.synthetic, seed=seed)
     return small

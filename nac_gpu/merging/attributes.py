@@ -29,6 +29,7 @@ from nac_gpu.tracing.graph import Choice, Group
 
 _COUNT = re.compile(r"(?<!dim_)(?<!\bd_)(?<!size_)(?<!per_)heads?$|(?<!key_value_)(?<!kv_)(?<!per_)groups$")
 _HEADS = re.compile(r"heads$|n_head$")
+_OF_UNITS = re.compile(r"heads?$|groups$")
 _HEAD = re.compile(r"(?<!all_)head(?!s)")
 _HIDDEN = re.compile(r"intermediate_size$|ffn_dim$|d_ff$|n_inner$")
 _WIDTH = re.compile(r"dim|size|width|channels|features|hidden|planes|inner|embed|chunk|split|pad")
@@ -84,7 +85,7 @@ def _unnamed(modules: Mapping[str, nn.Module], group: Group, resized: Resized) -
         if name in modules and not is_of_torch(modules[name])
         for path, value in kept_by(modules[name]).items()
         if value in sizes and meaning(path) is None and all(key.isdecimal() for key in path.split(".")[1:])
-        if not (says_otherwise(path) or _COUNT.search(path))
+        if not (says_otherwise(path) or _OF_UNITS.search(path))
         if resized.of(name, path, value) - {value} and len(resized.of(name, path, value)) == 1
     }
 

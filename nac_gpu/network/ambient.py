@@ -15,6 +15,8 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")  # that may have autocas
 _OURS = torch.float32, torch.device("cpu")
 #: The caller's default dtype and device, if they are not ours and set aside.
 _caller: ContextVar[tuple[torch.dtype, torch.device] | None] = ContextVar("caller", default=None)
+#: One entry for each running module of the caller's, of which the first holds the caller's defaults.
+_running: ContextVar[list[contextlib.ExitStack] | None] = ContextVar("running", default=None)
 
 
 @contextlib.contextmanager
@@ -64,7 +66,7 @@ def _defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 def _restored_in_modules(*theirs: Any) -> Iterator[None]:
     """The caller's defaults while a module of this thread runs, from the outermost call on."""
     own = threading.get_ident()
-    running: list[contextlib.ExitStack] = []  # one for each call, of which the first holds the defaults
+    running: list[contextlib.ExitStack] = []
 
     def enter(*_: object) -> None:
         if threading.get_ident() == own:
@@ -79,15 +81,28 @@ def _restored_in_modules(*theirs: Any) -> Iterator[None]:
 
     before = register_module_forward_pre_hook(enter)
     after = register_module_forward_hook(leave, always_call=True)  # also if the module raises
-    token = _caller.set(theirs)
+    tokens = _caller.set(theirs), _running.set(running)
     try:
         yield
     finally:
-        _caller.reset(token)
+        _caller.reset(tokens[0])
+        _running.reset(tokens[1])
         while running:
             running.pop().close()
         before.remove()
         after.remove()
+
+
+@contextlib.contextmanager
+def cut_short() -> Iterator[None]:
+    """For a pass that is stopped by an exception of which PyTorch tells no hook: the caller's defaults end with it."""
+    running = _running.get()
+    depth = 0 if running is None else len(running)
+    try:
+        yield
+    finally:
+        while running is not None and len(running) > depth:
+            running.pop().close()
 
 
 def drawn(batches: Iterable[Any]) -> Iterator[Any]:

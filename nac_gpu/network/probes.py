@@ -19,6 +19,9 @@ from nac_gpu.network.state import tensors
 #: The largest difference between outputs that rounding explains, relative to the largest output.
 SAME = {torch.float32: 1e-5, torch.float64: 1e-8}
 _WIDEST = 1e-4  # what float32 may make of it where an operation has no float64
+_SPREAD = (
+    0.1  # of parameters around a constant: little, because models take some of them as exponents, such as durations
+)
 _HALVES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -124,17 +127,22 @@ def probed(
     generator = torch.Generator().manual_seed(seed)
     parameters = {name for name, _ in model.named_parameters()}
     state = {
-        name: lively(in_dtype(value, dtype), generator) if name in parameters else in_dtype(value, dtype)
+        name: lively(in_dtype(value, dtype), generator, _SPREAD) if name in parameters else in_dtype(value, dtype)
         for name, value in tensors(model).items()
     }
     return state, pytree.tree_map(lambda value: lively(in_dtype(value, dtype), generator), example_inputs)
 
 
-def lively(tensor: Any, generator: torch.Generator) -> Any:
+def lively(tensor: Any, generator: torch.Generator, spread: float | None = None) -> Any:
     """The tensor; random numbers of the same shape if all its values are equal.
 
     Zero-initialised heads, layer scales of 1e-6 and all-zero inputs would hide the effect of merging, and the copies
     test would always pass.
+
+    Args:
+        tensor: anything that is no floating or complex tensor stays as it is.
+        generator: of the seed of the random numbers.
+        spread: how far from the constant the numbers are; by default they are around zero, whatever it was.
     """
     if not isinstance(tensor, Tensor) or tensor.numel() < 2:
         return tensor
@@ -148,7 +156,8 @@ def lively(tensor: Any, generator: torch.Generator) -> Any:
     def drawn(like: Tensor) -> Tensor:
         own = torch.Generator().manual_seed(seed)
         double = torch.complex128 if like.is_complex() else torch.float64
-        return torch.randn(like.shape, generator=own, dtype=double).to(like) / fan_in**0.5
+        noise = torch.randn(like.shape, generator=own, dtype=double).to(like) / fan_in**0.5
+        return noise if spread is None else like + spread * noise
 
     return after(tensor, drawn)
 

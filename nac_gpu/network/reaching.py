@@ -63,8 +63,9 @@ def _parts(value: object) -> Iterator[object]:
     elif isinstance(value, list | tuple | Set | deque | ValuesView | Iterator):
         yield from islice(value, _MOST)
     known = hasattr(value, "__dict__")
-    if known:
-        yield from vars(value).values()
+    if known:  # some mappings hold their values as attributes, too
+        held = {id(item) for item in value.values()} if isinstance(value, Mapping) else set()
+        yield from (item for item in vars(value).values() if id(item) not in held)
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:

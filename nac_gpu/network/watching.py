@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nac_gpu.network.ambient import cut_short
 from nac_gpu.network.running import ExampleInputs, call
 
 
@@ -39,7 +40,8 @@ def look(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int], take:
 
     hooks = [watch(name) for name in calls]
     try:
-        call(model, batch)
+        with cut_short():
+            call(model, batch)
     except _EnoughError:
         pass
     finally:

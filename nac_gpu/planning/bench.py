@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nac_gpu.merging.attributes import attributes, set_configs
 from nac_gpu.merging.centroids import Deviation, homes_of, merged
 from nac_gpu.merging.copies import copy_neurons, random_assignments
+from nac_gpu.network.ambient import cut_short
 from nac_gpu.network.comparing import outputs, relative_error, tells
 from nac_gpu.network.copying import Attributes, rebuild
 from nac_gpu.network.costs import Cost, flop_counter
@@ -61,7 +62,7 @@ class Failure:
         return len(then.done) > len(self.done) or (len(then.done) == len(self.done) and then.place != self.place)
 
 
-class _DivergedError(Exception):
+class _DivergedError(BaseException):  # which the model's code does not catch
     """A layer of the smaller network gives something else than in the network of copies; says by how much."""
 
 
@@ -134,7 +135,7 @@ class Bench:
             if self._layers is None:
                 found = self._answers(small, counter)
             else:
-                with _Watch(small, compare, running):
+                with cut_short(), _Watch(small, compare, running):
                     found = self._answers(small, counter)
         except _DivergedError as error:
             where = running[-1] or "the model itself"
@@ -233,6 +234,8 @@ class _Watch:
 
     def __enter__(self) -> None:
         for name, module in self._network.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             self._hooks.append(module.register_forward_pre_hook(self._enter(name)))
             leaf = not any(True for _ in module.children())
             self._hooks.append(module.register_forward_hook(self._leave(name, leaf)))

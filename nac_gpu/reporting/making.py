@@ -70,8 +70,7 @@ def report(
     """
     device = _checked(model, small, timed)
     network, small_network = plain(model), plain(small)
-    origin = origin_of(small_network)
-    request = Request(calibration=calibration, seed=0 if origin is None else origin.seed)
+    request = Request(calibration=calibration, seed=getattr(origin_of(small_network), "seed", 0))
     prepared = matched(model, small_network, example_inputs, plan, request)
     chosen = _chosen(prepared, layer)
     evidence = prepared.known(request)

@@ -23,10 +23,11 @@ from nac_gpu.network.costs import flop_counter
 from nac_gpu.network.reaching import tensors_in
 from nac_gpu.network.running import ExampleInputs, call, describe, evaluating, in_small_operations
 from nac_gpu.tracing.atoms import Atoms, Labels
+from nac_gpu.tracing.calls import Call
 from nac_gpu.tracing.cells import CELLS
 from nac_gpu.tracing.graph import Graph, LeftAlone
 from nac_gpu.tracing.grouping import find_groups
-from nac_gpu.tracing.recorder import Call, Notes
+from nac_gpu.tracing.recorder import Notes
 from nac_gpu.tracing.rules.dispatch import apply
 from nac_gpu.tracing.shapes_only import Outline
 

@@ -113,17 +113,19 @@ def test_no_mode_changes_a_result(build: Callable[[], tuple[nn.Module, Tensor]],
         assert torch.equal(before, after)  # type: ignore[arg-type]
 
 
+NOTED: set[tuple[torch.dtype, str]] = set()
+
+
 class Noting(nn.Module):
     """A module that notes the caller's defaults wherever it runs, and may fail."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
-        self.noted: set[tuple[torch.dtype, str]] = set()
         self.fails = False
 
     def forward(self, x: Tensor) -> Tensor:
-        self.noted.add((torch.get_default_dtype(), torch.get_default_device().type))
+        NOTED.add((torch.get_default_dtype(), torch.get_default_device().type))
         if self.fails:
             raise RuntimeError("it fails")
         return self.last(self.first(x))
@@ -140,10 +142,11 @@ class Loader:
 
 def test_modules_and_loaders_run_under_the_callers_defaults() -> None:
     model = Noting().eval()
+    NOTED.clear()
     before = modes()
     with default(torch.float64, "meta"):
         nac.compress(model, torch.ones(4, 6, dtype=torch.float32, device="cpu"), width=0.5, calibration=Loader())
-        assert model.noted == {(torch.float64, "meta")}
+        assert NOTED == {(torch.float64, "meta")}
         model.fails, inside = True, modes()
         with pytest.raises(RuntimeError, match="it fails"):
             nac.plan(model, torch.ones(4, 6, dtype=torch.float32, device="cpu"), width=0.5)

@@ -14,7 +14,8 @@ import nac_gpu as nac
 from common.architectures import ARCHITECTURES
 from common.checks import training_step
 from nac_gpu.network.comparing import relative_error
-from nac_gpu.testing import floating_outputs, leaves, randomise
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.testing import floating_outputs, randomise
 
 pytestmark = pytest.mark.usefixtures("short_dreams")
 
@@ -115,7 +116,9 @@ def test_the_result_can_do_what_modules_can(name: str) -> None:
     exported = torch.export.export(small, *_arguments(inputs))
     arguments, named = _arguments(inputs)
     with torch.no_grad():
-        found = [t for t in leaves(exported.module(check_guards=False)(*arguments, **named)) if t.is_floating_point()]
+        found = [
+            t for t in tensors_in(exported.module(check_guards=False)(*arguments, **named)) if t.is_floating_point()
+        ]
     assert relative_error(found, expected) < 1e-5
     training_step(copied, inputs)
 

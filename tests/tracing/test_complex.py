@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import nac_gpu as nac
 from nac_gpu.network.comparing import change, relative_error
-from nac_gpu.network.probes import converted, lively
+from nac_gpu.network.copying import converted
+from nac_gpu.network.probes import lively
 from nac_gpu.testing import check_copies, merge_copies
 
 

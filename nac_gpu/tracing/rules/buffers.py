@@ -12,7 +12,8 @@ from enum import Enum, auto
 from torch import Tensor
 
 from nac_gpu.tracing.atoms import Labels, varying
-from nac_gpu.tracing.recorder import Call, Notes, aligned
+from nac_gpu.tracing.calls import Call
+from nac_gpu.tracing.recorder import Notes, aligned
 
 Rule = Callable[[Notes, Call], list[Labels]]
 

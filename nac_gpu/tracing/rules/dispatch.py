@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nac_gpu.tracing.atoms import Labels, numbered, varying
-from nac_gpu.tracing.recorder import Call, Notes, aligned, name_of, unfilled
+from nac_gpu.tracing.calls import Call, name_of
+from nac_gpu.tracing.recorder import Notes, aligned, unfilled
 from nac_gpu.tracing.repeats import LARGEST, combined, moved, repeats
 from nac_gpu.tracing.rules.buffers import Rule, Way, alone, held, meet
 from nac_gpu.tracing.rules.elementwise import (

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from nac_gpu.tracing.atoms import MEAN, Labels, Separation, varying
-from nac_gpu.tracing.recorder import Call, Notes, aligned, unfilled
+from nac_gpu.tracing.calls import Call
+from nac_gpu.tracing.recorder import Notes, aligned, unfilled
 
 #: Elementwise operations that lack the pointwise tag.
 ELEMENTWISE = frozenset("hardswish _prelu_kernel prelu rrelu celu masked_fill threshold".split())

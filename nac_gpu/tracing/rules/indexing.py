@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from nac_gpu.tracing.atoms import MEAN, Labels, varying
-from nac_gpu.tracing.recorder import Call, Notes, aligned
+from nac_gpu.tracing.calls import Call
+from nac_gpu.tracing.recorder import Notes, aligned
 
 #: Write rows into a tensor, or add them, at indices along one dimension: one index for each row, or for each value.
 SCATTERED_ROWS = frozenset("index_add index_copy index_reduce index_fill".split())

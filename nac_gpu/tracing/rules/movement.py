@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nac_gpu.tracing.atoms import BOTH, CHANNELS, FILLED, MEAN, NONE, UNITS, Labels, compact, varying
-from nac_gpu.tracing.recorder import Call, Notes, inner_axis
+from nac_gpu.tracing.calls import Call
+from nac_gpu.tracing.recorder import Notes, inner_axis
 
 MOVEMENT = frozenset(
     """view _unsafe_view reshape _reshape_alias permute transpose t squeeze unsqueeze expand slice select narrow split

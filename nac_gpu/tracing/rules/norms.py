@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from nac_gpu.tracing.atoms import CHANNELS, MEAN, UNITS, Labels, varying
-from nac_gpu.tracing.recorder import Call, Normalisation, Notes, aligned
+from nac_gpu.tracing.calls import Call
+from nac_gpu.tracing.recorder import Normalisation, Notes, aligned
 
 BATCH_NORMS = frozenset(
     """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm

@@ -1,7 +1,8 @@
 """Rules for operations that turn channels into pixels and pixels into channels."""
 
 from nac_gpu.tracing.atoms import CHANNELS, NONE, Labels, plane_along
-from nac_gpu.tracing.recorder import Call, Notes
+from nac_gpu.tracing.calls import Call
+from nac_gpu.tracing.recorder import Notes
 
 
 def pixel_shuffle(notes: Notes, call: Call) -> list[Labels]:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from nac_gpu.tracing.atoms import BOTH, CHANNELS, MEAN, SUM, UNITS, Labels, plane_along, varying
-from nac_gpu.tracing.recorder import Call, Notes, aligned
+from nac_gpu.tracing.calls import Call
+from nac_gpu.tracing.recorder import Notes, aligned
 
 #: Matrix products, with the position of the first factor among their arguments.
 MATRIX_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1, "matmul": 0, "_grouped_mm": 0}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nac_gpu.tracing.atoms import MEAN, NONE, Labels, compact, numbered, numbers_along, plane_along, varying
-from nac_gpu.tracing.recorder import Call, Notes, aligned
+from nac_gpu.tracing.calls import Call
+from nac_gpu.tracing.recorder import Notes, aligned
 from nac_gpu.tracing.repeats import combined, repeats
 
 _IN_PLACE = "values are written in place"

@@ -256,8 +256,9 @@ def _named(modules: Mapping[str, nn.Module], group: Group) -> Iterator[Following
     sizes = sizes_in(modules, group)
     for name in around(_layers(group), modules):
         for path, value in kept_by(modules[name]).items():
-            of_one_head = group.units and _HEAD.search(path)
-            if value in sizes and meaning(path) is not None and not of_one_head:
+            # a number of heads is in `_counts`, and is easily the value of something else, too
+            other = group.units and (value == group.size or _HEAD.search(path))
+            if value in sizes and meaning(path) is not None and not other:
                 yield Following(name, path)
 
 

@@ -37,7 +37,7 @@ def rebuild(
             that the user's code stores, also inside of containers (see `nac_gpu.network.kept_numbers`).
         clone: clone all tensors of `state`, because others use them, too.
     """
-    memo: dict[int, Tensor] = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
+    memo: dict[int, Tensor] = {}
     changed: set[int] = set()
     for name, old in [*model.named_parameters(), *model.named_buffers()]:
         new = state[name].detach()
@@ -45,7 +45,10 @@ def rebuild(
             changed.add(id(old))
         new = new.clone() if clone or _same_memory(new, old) else new
         memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-    small = copy.deepcopy(model, memo)
+    try:
+        small = copy.deepcopy(model, dict(memo))
+    except RuntimeError:  # PyTorch refuses to copy tensors with a graph, such as a penalty of the last training step
+        small = copy.deepcopy(model, memo | {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
     for old_module, module in zip(model.modules(), small.modules(), strict=True):
         own = [*old_module.parameters(recurse=False), *old_module.buffers(recurse=False)]
         if any(id(tensor) in changed for tensor in own):
@@ -88,10 +91,7 @@ def ordinary_model(model: nn.Module) -> nn.Module:
 
 
 def _computed(model: nn.Module) -> list[Tensor]:
-    """Tensors among a model's attributes that have a graph, such as a penalty of the last training step.
-
-    PyTorch refuses to copy them.
-    """
+    """Tensors among a model's attributes that have a graph."""
     found = (leaf for module in model.modules() for leaf in leaves_in(vars(module), use_up=False))
     return [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 

@@ -5,7 +5,6 @@ its own output, and a batch of one hides which dimension is the batch. So where 
 and the model also runs with size 2, a second pass is recorded.
 """
 
-import contextlib
 from dataclasses import replace
 
 import torch
@@ -23,7 +22,7 @@ from nac_gpu.network.running import ExampleInputs, describe
 from nac_gpu.network.unwrapping import computed, unwrapped
 from nac_gpu.planning.subject import Network, Subject
 from nac_gpu.tracing.graph import Graph, Group, LeftAlone
-from nac_gpu.tracing.trace import record
+from nac_gpu.tracing.trace import record, runs
 
 
 def take(model: nn.Module, example_inputs: ExampleInputs, ranks: Ranks = ALONE) -> Network:
@@ -77,12 +76,17 @@ def _enlarged(model: nn.Module, inputs: ExampleInputs, graph: Graph) -> tuple[Ex
         The larger inputs, the record of a pass with them, and a line for the printed plan; None if there are none.
     """
     sizes = [leaf.shape for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    larger, found = inputs, graph
+    larger = inputs
     for dim in range(max(map(len, sizes), default=0)):
         if any(len(shape) > dim and shape[dim] == 1 for shape in sizes):
             wider = pytree.tree_map_only(Tensor, lambda leaf, dim=dim: _doubled(leaf, dim), larger)
-            with contextlib.suppress(RuntimeError):  # such as images with two channels in place of one
-                found, larger = record(model, wider), wider
+            larger = wider if runs(model, wider) else larger  # not with images of two channels in place of one
+    if larger is inputs:
+        return None
+    try:
+        found = record(model, larger, values=graph.values)
+    except RuntimeError:  # it depends on values which of them fit
+        return None
     if _same(found.groups, graph.groups):
         return None
     line = f"tried with larger inputs, too, because a size of 1 can hide something: {describe(larger)}"

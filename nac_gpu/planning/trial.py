@@ -146,6 +146,7 @@ class _Search:
         self._stricter = probes(model, inputs, seed)
         self._probe = next(self._stricter)
         self._read: frozenset[tuple[str, str]] | None = None
+        self._hopeless: set[str] = set()  # kinds of groups that no guess of attributes mended
         self.attempts = 0
 
     def run(self, choices: Sequence[Choice]) -> tuple[list[Choice], Failed, Measured | None]:
@@ -236,11 +237,13 @@ class _Search:
             then = self._attempt(rest) if rest else None
             if then is not None and not found.moved(then):
                 continue
-            for number, other in enumerate(self._ways(suspect)):
+            kind = _kind(self._modules, suspect)
+            for number, other in enumerate(self._ways(suspect) if kind not in self._hopeless else ()):
                 mended = [other if choice is suspect else choice for choice in active]
                 after = self._attempt(mended)
                 if found.moved(after):
                     return self._alike(mended, suspect, number, after)
+            self._hopeless.add(kind)
             failed.append((suspect, found.reason))
             return rest, then
         return self._halved(active, failed), None

@@ -146,6 +146,7 @@ class Graph:
         operations: floating point operations by the name of the parameter that they multiply with.
         norms: by the name of a weight, the BatchNorm directly after it, if nothing else reads the weight's output.
         written: names of the parameters that the pass writes to.
+        values: the pass had to compute all values, not only shapes.
     """
 
     groups: tuple[Group, ...]
@@ -155,3 +156,4 @@ class Graph:
     operations: Mapping[str, int] = field(default_factory=dict)
     norms: Mapping[str, Norm] = field(default_factory=dict)
     written: tuple[str, ...] = ()
+    values: bool = False

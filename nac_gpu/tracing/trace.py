@@ -31,6 +31,8 @@ from nac_gpu.tracing.recorder import Notes
 from nac_gpu.tracing.rules.dispatch import apply
 from nac_gpu.tracing.shapes_only import Outline
 
+_NOTHING = Labels()
+
 
 class _Labelled:
     """The labels of all tensors of a pass that still exist."""
@@ -42,12 +44,23 @@ class _Labelled:
         self._own |= {id(tensor) for name, tensor in model.named_buffers() if name.endswith(statistics)}
         self._atoms = atoms
         self._known = WeakTensorKeyDictionary()
+        # What the rule of the current operation has asked for. It asks often, and the dictionary above is slow.
+        self._asked: dict[int, tuple[Tensor, Labels]] = {}
+
+    def forget_asked(self) -> None:
+        """Begin with another operation."""
+        self._asked.clear()
 
     def of(self, tensor: Tensor) -> Labels:
         """The labels of a tensor; those of parameters and buffers are created on first use."""
-        if tensor not in self._known and id(tensor) in self.names:
-            self._known[tensor] = self._first(tensor, self.names[id(tensor)])
-        return self._known[tensor] if tensor in self._known else Labels()
+        asked = self._asked.get(id(tensor))
+        if asked is not None:
+            return asked[1]
+        found = self._known.get(tensor)
+        if found is None and id(tensor) in self.names:
+            found = self._known[tensor] = self._first(tensor, self.names[id(tensor)])
+        self._asked[id(tensor)] = tensor, found or _NOTHING  # with the tensor, so that its id is not used again
+        return found or _NOTHING
 
     def _first(self, tensor: Tensor, name: str) -> Labels:
         """The labels of a parameter or buffer before anything is written into it."""
@@ -68,6 +81,7 @@ class _Labelled:
         told = labels.planes or labels.uniform or labels.pending or labels.latent or labels.repeats is not None
         if told or tensor in self._known:
             self._known[tensor] = labels
+            self._asked.pop(id(tensor), None)
 
 
 class _Record(TorchDispatchMode):
@@ -79,6 +93,7 @@ class _Record(TorchDispatchMode):
         self.flops = 0
         self.operations: dict[str, int] = {}  # FLOPs by the name of the parameter that they multiply with
         self.modules: list[str] = [type(model).__name__]  # running modules, the innermost last
+        self.values = False  # whether all values are computed
         self.written: dict[str, None] = {}  # names of parameters that the pass writes to, in order
         self._storages = {_storage(tensor): name for name, tensor in model.named_parameters() if tensor.numel()}
         self._sizes = {name: len(tensor) for name, tensor in model.named_parameters() if tensor.ndim > 1}
@@ -111,6 +126,7 @@ class _Record(TorchDispatchMode):
             for tensor, found in zip(outputs, labels, strict=True):
                 self.labelled.put(tensor, found)
             self._count(func, args, kwargs, out)
+            self.labelled.forget_asked()
         return out
 
     def _note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -143,7 +159,29 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
-def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
+class _Shapes(TorchDispatchMode):
+    """Runs operations for their shapes only."""
+
+    def __init__(self, outline: Outline) -> None:
+        super().__init__()
+        self._outline = outline
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._outline(func, args, kwargs or {})
+
+
+def runs(model: nn.Module, example_inputs: ExampleInputs) -> bool:
+    """Whether a model runs on inputs of these shapes, or may do so, because that depends on values."""
+    run, outline = copied(model), Outline()
+    try:
+        with evaluating(run), in_small_operations(run), _Shapes(outline):
+            call(run, example_inputs)
+    except Exception:  # the user's code may raise anything
+        return outline.failed
+    return True
+
+
+def record(model: nn.Module, example_inputs: ExampleInputs, *, values: bool = False) -> Graph:
     """Run the model on example inputs and find its groups.
 
     If some weights are not read, a second pass also runs layers that only run in training (see `evaluating`).
@@ -151,39 +189,49 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     Args:
         model: not changed, and not run: each pass runs on a copy.
         example_inputs: as for a call: a tensor, a sequence of arguments, or a mapping of keyword arguments.
+        values: compute all values, because shapes are known not to be enough.
 
     Raises:
         RuntimeError: the forward pass failed; names the module, and has the original error as its cause.
     """
-    seen = _pass(model, example_inputs, auxiliary=False)
+    seen = _pass(model, example_inputs, auxiliary=False, values=values)
     auxiliary, flops, operations = False, seen.flops, seen.operations
     if seen.unread():
         with contextlib.suppress(RuntimeError):  # in training the model may need more arguments, such as targets
-            again = _pass(model, example_inputs, auxiliary=True)
+            again = _pass(model, example_inputs, auxiliary=True, values=seen.values)
             auxiliary = set(again.unread()) < set(seen.unread())
             seen = again if auxiliary else seen
     unread = [LeftAlone(name.removesuffix(".weight"), size, NOT_RUN) for name, size in seen.unread().items()]
     graph = find_groups(seen.notes)
     alone = (*graph.left_alone, *unread)
     return replace(
-        graph, left_alone=alone, auxiliary=auxiliary, flops=flops, operations=operations, written=tuple(seen.written)
+        graph,
+        left_alone=alone,
+        auxiliary=auxiliary,
+        flops=flops,
+        operations=operations,
+        written=tuple(seen.written),
+        values=seen.values,
     )
 
 
 NOT_RUN = "it does not run on these example inputs"
 
 
-def _pass(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool) -> _Record:
-    """One recorded pass: with shapes only if possible, otherwise with all values."""
+def _pass(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool, values: bool) -> _Record:
+    """One recorded pass: with shapes only if possible, otherwise (or with `values`) with all values."""
     outline = Outline()
-    with contextlib.suppress(Exception):  # a real error occurs again in the pass with values, and is reported there
-        run = copied(model)
-        seen = _Record(run, outline)
-        _run(run, example_inputs, seen, auxiliary=auxiliary)
-        if not outline.failed:
-            return seen
+    # A real error occurs again in the pass with values, and is reported there.
+    with contextlib.suppress(Exception):
+        if not values:
+            run = copied(model)
+            seen = _Record(run, outline)
+            _run(run, example_inputs, seen, auxiliary=auxiliary)
+            if not outline.failed:
+                return seen
     run = copied(model)
     seen = _Record(run, lambda func, args, kwargs: func(*args, **kwargs))
+    seen.values = True
     try:
         _run(run, example_inputs, seen, auxiliary=auxiliary)
     except Exception as error:

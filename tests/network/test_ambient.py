@@ -113,7 +113,7 @@ def test_no_mode_changes_a_result(build: Callable[[], tuple[nn.Module, Tensor]],
         assert torch.equal(before, after)  # type: ignore[arg-type]
 
 
-NOTED: set[tuple[torch.dtype, str]] = set()
+noted: set[tuple[torch.dtype, str]] = set()
 
 
 class Noting(nn.Module):
@@ -125,7 +125,7 @@ class Noting(nn.Module):
         self.fails = False
 
     def forward(self, x: Tensor) -> Tensor:
-        NOTED.add((torch.get_default_dtype(), torch.get_default_device().type))
+        noted.add((torch.get_default_dtype(), torch.get_default_device().type))
         if self.fails:
             raise RuntimeError("it fails")
         return self.last(self.first(x))
@@ -142,11 +142,11 @@ class Loader:
 
 def test_modules_and_loaders_run_under_the_callers_defaults() -> None:
     model = Noting().eval()
-    NOTED.clear()
+    noted.clear()
     before = modes()
     with default(torch.float64, "meta"):
         nac.compress(model, torch.ones(4, 6, dtype=torch.float32, device="cpu"), width=0.5, calibration=Loader())
-        assert NOTED == {(torch.float64, "meta")}
+        assert noted == {(torch.float64, "meta")}
         model.fails, inside = True, modes()
         with pytest.raises(RuntimeError, match="it fails"):
             nac.plan(model, torch.ones(4, 6, dtype=torch.float32, device="cpu"), width=0.5)

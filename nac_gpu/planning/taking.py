@@ -76,11 +76,14 @@ def _enlarged(model: nn.Module, inputs: ExampleInputs, graph: Graph) -> tuple[Ex
         The larger inputs, the record of a pass with them, and a line for the printed plan; None if there are none.
     """
     sizes = [leaf.shape for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    dims = [
+        dim for dim in range(max(map(len, sizes), default=0)) if any(shape[dim : dim + 1] == (1,) for shape in sizes)
+    ]
     larger = inputs
-    for dim in range(max(map(len, sizes), default=0)):
-        if any(len(shape) > dim and shape[dim] == 1 for shape in sizes):
-            wider = pytree.tree_map_only(Tensor, lambda leaf, dim=dim: _doubled(leaf, dim), larger)
-            larger = wider if runs(model, wider) else larger  # not with images of two channels in place of one
+    for dim in dims:
+        wider = pytree.tree_map_only(Tensor, lambda leaf, dim=dim: _doubled(leaf, dim), larger)
+        if len(dims) == 1 or runs(model, wider):  # not with images of two channels in place of one
+            larger = wider
     if larger is inputs:
         return None
     try:

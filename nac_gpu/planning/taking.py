@@ -76,9 +76,7 @@ def _enlarged(model: nn.Module, inputs: ExampleInputs, graph: Graph) -> tuple[Ex
         The larger inputs, the record of a pass with them, and a line for the printed plan; None if there are none.
     """
     sizes = [leaf.shape for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    dims = [
-        dim for dim in range(max(map(len, sizes), default=0)) if any(shape[dim : dim + 1] == (1,) for shape in sizes)
-    ]
+    dims = sorted({dim for shape in sizes for dim, size in enumerate(shape) if size == 1})
     larger = inputs
     for dim in dims:
         wider = pytree.tree_map_only(Tensor, lambda leaf, dim=dim: _doubled(leaf, dim), larger)

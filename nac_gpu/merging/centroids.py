@@ -76,7 +76,13 @@ class Merger:
             masses: weights of the neurons in their cluster's centroid, [n], positive; by default all are equal.
         """
         home, share = _homes(labels.cpu(), masses)
-        share = torch.where(self._copies(group, home), (home == torch.arange(group.size)).double(), share)
+        copies, stays = self._copies(group, home), home == torch.arange(group.size)
+        if bool((copies | stays).all()):  # the first of each cluster is its centroid
+            for member in group.members:
+                if member.role == "mean":
+                    self._drop(member, home)
+            return
+        share = torch.where(copies, stays.double(), share)
         done: set[str] = set()
         for producer in group.producers:
             if producer.norm is not None:
@@ -95,7 +101,9 @@ class Merger:
         home, _ = _homes(labels.cpu())
         for member in group.members:
             if member.role == "sum":
-                self._merge_member(member, home, torch.ones(group.size, dtype=torch.float64))
+                tensor, (source, target) = self.state[member.tensor], _spread(member.index, home)
+                self.state[member.tensor] = _combine(tensor, member.dim, source, target)
+                self._drop(member, home)
 
     def _copies(self, group: Group, home: Tensor) -> Tensor:
         """Which neurons are in a cluster of neurons that are equal in every bit: bool [n].
@@ -142,6 +150,12 @@ class Merger:
             factor = torch.ones(tensor.shape[member.dim], dtype=torch.float64)
             factor[member.index.flatten()] = share.repeat_interleave(member.index.shape[1])
             self.state[member.tensor] = _combine(tensor, member.dim, source, target, factor)
+        self._drop(member, home)
+
+    def _drop(self, member: Member, home: Tensor) -> None:
+        """Record the positions of merged neurons, and write zeros at those of removed ones."""
+        tensor = self.state[member.tensor]
+        _, target = _spread(member.index, home)
         if bool((home < 0).any()):
             removed = member.index[home < 0].flatten()
             self.state[member.tensor] = after(
@@ -348,15 +362,17 @@ def _spread(index: Tensor, home: Tensor) -> tuple[Tensor, Tensor]:
     return index[kept].flatten(), index[home[kept]].flatten()
 
 
-def _combine(tensor: Tensor, dim: int, source: Tensor, target: Tensor, factor: Tensor) -> Tensor:
-    """Along one dimension, write the factor-weighted sum of each cluster's members at the cluster's position."""
+def _combine(tensor: Tensor, dim: int, source: Tensor, target: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Along one dimension, write the (factor-weighted) sum of each cluster's members at the cluster's position."""
 
     def combined(tensor: Tensor) -> Tensor:
         read, written = sent(source, tensor.device), sent(target, tensor.device)
         work = tensor.to(working_dtype(tensor))
-        shape = [1] * tensor.ndim
-        shape[dim] = len(read)
-        parts = work.index_select(dim, read) * sent(factor, work.device).to(work.dtype)[read].reshape(shape)
+        parts = work.index_select(dim, read)
+        if factor is not None:
+            shape = [1] * tensor.ndim
+            shape[dim] = len(read)
+            parts = parts * sent(factor, work.device).to(work.dtype)[read].reshape(shape)
         merged = add_rows(work.clone().index_fill_(dim, read, 0), dim, written, parts)
         return merged.to(tensor.dtype)
 

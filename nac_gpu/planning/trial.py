@@ -243,9 +243,15 @@ class _Search:
                 after = self._attempt(mended)
                 if found.moved(after):
                     return self._alike(mended, suspect, number, after)
-            self._hopeless.add(kind)
             failed.append((suspect, found.reason))
-            return rest, then
+            if kind not in self._hopeless or not suspect.group.units:
+                self._hopeless.add(kind)
+                return rest, then
+            # Two groups of units of one kind failed whatever the attributes: so will the others.
+            alike = [bool(c.group.units) and _kind(self._modules, c) == kind for c in rest]
+            failed += [(choice, found.reason) for choice, same in zip(rest, alike, strict=True) if same]
+            rest = [choice for choice, same in zip(rest, alike, strict=True) if not same]
+            return rest, None if any(alike) else then
         return self._halved(active, failed), None
 
     def _alike(

@@ -107,8 +107,6 @@ class Blocks(nn.Module):
                 hidden = hidden * (hidden.shape[-1] / 32)
             elif kind == "f":
                 hidden = hidden.view(-1, 4, 8).flatten(1)
-            elif kind == "s":
-                hidden = hidden + torch.ones(32)[0] * torch.zeros(32).sum().expand(32)
             x = x + down(hidden)
         return x
 

@@ -152,6 +152,7 @@ class _Search:
     def run(self, choices: Sequence[Choice]) -> tuple[list[Choice], Failed, Measured | None]:
         """The choices that pass together, those that fail and why, and the network of those that pass."""
         active, failed = list(choices), []
+        self._hopeless.clear()
         self._bench = self._benched(choices)
         found: Measured | Failure | None = None
         while active:

@@ -30,6 +30,7 @@ from nac_gpu.tracing.grouping import find_groups
 from nac_gpu.tracing.recorder import Notes
 from nac_gpu.tracing.rules.dispatch import apply
 from nac_gpu.tracing.shapes_only import Outline
+from nac_gpu.tracing.steps import FewSteps
 
 _NOTHING = Labels()
 
@@ -257,9 +258,11 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, mode: _Record, *, auxi
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
         counter = flop_counter()
-        with evaluating(model, auxiliary=auxiliary), in_small_operations(model), counter, mode:
+        total, labelled = counter.get_total_flops, mode.labelled
+        few = FewSteps(labelled.of, labelled.put, values=mode.values, total=total, operations=mode.operations)
+        with evaluating(model, auxiliary=auxiliary), in_small_operations(model), counter, mode, few:
             found = list(tensors_in(call(model, example_inputs)))  # in the mode: an iterator may compute its items
-        mode.flops = counter.get_total_flops()
+        mode.flops = total() + few.flops
     finally:
         for hook in hooks:
             hook.remove()

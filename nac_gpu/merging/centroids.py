@@ -365,15 +365,20 @@ def _spread(index: Tensor, home: Tensor) -> tuple[Tensor, Tensor]:
 def _combine(tensor: Tensor, dim: int, source: Tensor, target: Tensor, factor: Tensor | None = None) -> Tensor:
     """Along one dimension, write the (factor-weighted) sum of each cluster's members at the cluster's position."""
 
+    moves = source != target
+
     def combined(tensor: Tensor) -> Tensor:
-        read, written = sent(source, tensor.device), sent(target, tensor.device)
+        read, written = sent(source[moves], tensor.device), sent(target[moves], tensor.device)
         work = tensor.to(working_dtype(tensor))
-        parts = work.index_select(dim, read)
-        if factor is not None:
+        if factor is None:
+            work = work.clone() if work is tensor else work
+        else:
             shape = [1] * tensor.ndim
-            shape[dim] = len(read)
-            parts = parts * sent(factor, work.device).to(work.dtype)[read].reshape(shape)
-        merged = add_rows(work.clone().index_fill_(dim, read, 0), dim, written, parts)
-        return merged.to(tensor.dtype)
+            shape[dim] = -1
+            own = sent(source, work.device)
+            factors = work.new_ones(work.shape[dim]).index_copy_(0, own, sent(factor, work.device).to(work.dtype)[own])
+            work = work * factors.reshape(shape)
+        add_rows(work, dim, written, work.index_select(dim, read))
+        return work.index_fill_(dim, read, 0).to(tensor.dtype)
 
     return after(tensor, combined)

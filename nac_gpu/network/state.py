@@ -87,7 +87,7 @@ def _checksum(tensor: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int64, device=flat.device)
     words = flat.view(torch.uint8) if flat.numel() * flat.element_size() % 4 else flat.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
+    odd = torch.arange(1, 2 * min(len(words), _CHUNK), 2, device=words.device)  # odd factors lose no bit modulo 2^64
     for number, part in enumerate(words.split(_CHUNK)):
-        odd = torch.arange(1, 2 * len(part), 2, device=part.device)  # odd factors lose no bit modulo 2^64
-        total += (part.long() * odd).sum() * (2 * number + 1)
+        total += (part * odd[: len(part)]).sum() * (2 * number + 1)
     return total

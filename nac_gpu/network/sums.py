@@ -15,7 +15,11 @@ def add_rows(total: Tensor, dim: int, index: Tensor, parts: Tensor) -> Tensor:
     Returns:
         `total`.
     """
-    return _in_order(total, dim, index, parts) if total.is_cuda else total.index_add_(dim, index, parts)
+    if total.is_cuda:
+        return _in_order(total, dim, index, parts)
+    single = tuple(d for d in range(total.ndim) if total.shape[d] == 1 and d != dim)  # slow on the CPU
+    total.squeeze(single).index_add_(dim - sum(d < dim for d in single), index, parts.squeeze(single))
+    return total
 
 
 def _in_order(total: Tensor, dim: int, index: Tensor, parts: Tensor) -> Tensor:

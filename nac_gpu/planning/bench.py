@@ -48,7 +48,7 @@ class Failure:
     Attributes:
         reason: shown to the user.
         raised: it did not run; otherwise its outputs differ.
-        place: name of the layer where it was first seen, empty for the model itself; None if that is not known.
+        place: name of the layer where it was first seen, empty for the model itself; None if only the outputs tell.
         done: names of the layers that had run until then and agreed, in order.
     """
 
@@ -123,8 +123,7 @@ class Bench:
         kept = _kept(self._copies, choices, labels)
 
         def compare(name: str, found: list[Tensor]) -> None:
-            assert self._layers is not None, "only then layers are watched"
-            if len(done) < len(self._layers):
+            if self._layers is not None and len(done) < len(self._layers):
                 known, expected = self._layers[len(done)]
                 # neither counting FLOPs nor changing dtypes
                 with _disable_current_modes(), torch._C.DisableTorchFunction():
@@ -138,19 +137,14 @@ class Bench:
         try:
             state = self._merged(choices)
             small = self._smaller(state, choices)
-            if self._layers is None:
+            with cut_short(), _Watch(small, compare, running):
                 found = self._answers(small, counter)
-            else:
-                with cut_short(), _Watch(small, compare, running):
-                    found = self._answers(small, counter)
         except _DivergedError as error:
             where = running[-1] or "the model itself"
             return Failure(f"{_CHANGED} (relative error {error} in {where})", False, running[-1], tuple(done))
         except Exception as error:  # the user's code may raise anything at a width that it does not expect
-            place = running[-1] if running else "" if self.watching else None
-            return Failure(
-                f"the smaller network does not run: {type(error).__name__}: {error}", True, place, tuple(done)
-            )
+            reason = f"the smaller network does not run: {type(error).__name__}: {error}"
+            return Failure(reason, True, running[-1] if running else "", tuple(done))
         error = relative_error(found, self._expected)
         if not error <= self._probe.tolerance:
             return Failure(f"{_CHANGED} (relative error {error:.1e})", False, None, tuple(done))

@@ -155,6 +155,7 @@ class _Search:
         self._hopeless.clear()
         self._bench = self._benched(choices)
         found: Measured | Failure | None = None
+        guessed = False
         while active:
             if found is None:
                 found = self._attempt(active)
@@ -162,13 +163,14 @@ class _Search:
                 return active, failed, found
             if not found.raised and self._next_probe():
                 self._bench, found = self._benched(choices), None
-            elif not self._bench.watching:
+            elif found.place is None and not self._bench.watching:  # the outputs differ: the layers tell where
                 self._bench.watch()
-                found = self._attempt(active)
-                others = self._second(active) if isinstance(found, Failure) else active
-                if others != active:  # several groups may need the same attribute
-                    then = self._attempt(others)
-                    active, found = (others, then) if isinstance(then, Measured) else (active, found)
+                found = None
+            elif not guessed:
+                guessed = True
+                others = self._second(active)
+                then = self._attempt(others) if others != active else found  # several groups may need one attribute
+                active, found = (others, then) if isinstance(then, Measured) else (active, found)
             else:
                 active, found = self._without_cause(active, found, failed)
         return [], failed, None

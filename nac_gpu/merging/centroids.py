@@ -364,7 +364,6 @@ def _spread(index: Tensor, home: Tensor) -> tuple[Tensor, Tensor]:
 
 def _combine(tensor: Tensor, dim: int, source: Tensor, target: Tensor, factor: Tensor | None = None) -> Tensor:
     """Along one dimension, write the (factor-weighted) sum of each cluster's members at the cluster's position."""
-
     moves = source != target
 
     def combined(tensor: Tensor) -> Tensor:

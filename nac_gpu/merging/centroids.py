@@ -169,7 +169,7 @@ class Merger:
     def finish(self) -> dict[str, Tensor]:
         """All parameters and buffers, merged and at their new sizes."""
         state = dict(self.state)
-        for (name, dim), dropped in self._dropped.items():
+        for (name, dim), dropped in sorted(self._dropped.items(), key=lambda item: item[0][1]):  # whole rows first
             state[name] = selected(state[name], dim, ~dropped)
         return state
 

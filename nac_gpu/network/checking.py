@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
@@ -85,7 +85,9 @@ def reason_inside(model: nn.Module, layer: str) -> str | None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Check that every parameter is floating and finite; otherwise distances between neurons have no meaning.
+    """Check that every parameter is floating and finite, and so are the statistics of normalisations.
+
+    Otherwise distances between neurons have no meaning, or a merged neuron would not be finite.
 
     Complex parameters are let through, too: the neurons that they make or read are left alone.
 
@@ -107,11 +109,18 @@ def check_weights(model: nn.Module) -> None:
                 f"{name} is on the meta device and has no values, expected trained weights; load them, or use "
                 "nac_gpu.open_model if they do not fit into memory"
             )
-        # The sum takes one pass and is not finite if any value is not. But a sum of finite values may overflow, so a
-        # sum that is not finite is followed by an exact check.
-        if not bool(torch.isfinite(parameter.sum())) and not bool(torch.isfinite(parameter).all()):
-            bad = int((~torch.isfinite(parameter)).sum())
-            raise ValueError(
-                f"{name} has {bad} values that are NaN or infinite, expected finite weights; "
-                "the training that made them has diverged, take an earlier checkpoint"
-            )
+        _check_finite(name, parameter, "weights")
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")) and buffer.layout == torch.strided and not buffer.is_meta:
+            _check_finite(name, buffer, "statistics")
+
+
+def _check_finite(name: str, tensor: Tensor, what: str) -> None:
+    # The sum takes one pass and is not finite if any value is not. But a sum of finite values may overflow, so a sum
+    # that is not finite is followed by an exact check.
+    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{name} has {bad} values that are NaN or infinite, expected finite {what}; "
+            "the training that made them has diverged, take an earlier checkpoint"
+        )

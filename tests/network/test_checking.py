@@ -116,3 +116,12 @@ def test_scripted_parts_are_named_and_the_others_compressed() -> None:
 @pytest.mark.parametrize("make", [torch.fx.symbolic_trace, lambda m: torch.export.export(m, (INPUTS,)).module()])
 def test_graph_modules_are_compressed(make: Any) -> None:
     assert nac.plan(make(perceptron()), INPUTS, width=0.5).widths == {"0": 8, "2": 6}
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_statistics_that_are_not_finite_are_named(name: str, value: float) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    getattr(model[1], name)[2] = value
+    with pytest.raises(ValueError, match=rf"1\.{name} has 1 values .*, expected finite statistics"):
+        nac.plan(model, torch.randn(1, 3, 8, 8), width=0.5)

@@ -22,7 +22,7 @@ from nac_gpu.distributed.consistency import check_arguments, without_values
 from nac_gpu.distributed.ranks import ALONE, Ranks, joined
 from nac_gpu.distributed.replicas import same_result
 from nac_gpu.files.origin import remember
-from nac_gpu.merging.attributes import attributes, set_configs
+from nac_gpu.merging.attributes import attributes
 from nac_gpu.merging.centroids import Deviation, Merger
 from nac_gpu.merging.compensation import Compensator
 from nac_gpu.merging.refinement import PASSES, learn
@@ -272,7 +272,6 @@ def made(prepared: Prepared, evidence: Evidence | None, settings: MergeSettings)
         dtypes = {name: tensor.dtype for name, tensor in tensors(model).items()}
         state = {name: tensor.to(dtypes[name]) for name, tensor in tensors(small).items()}
         small = _rebuilt(model, state, prepared)
-    set_configs(small, prepared.choices)
     lines += [not_refined] if not_refined else []
     plan = replace(prepared.plan, changes=(*prepared.plan.changes, *lines))
     remember(small, model, plan, settings.seed)

@@ -52,8 +52,8 @@ class Following(NamedTuple):
 
 
 def attributes(model: nn.Module, choices: Sequence[Choice]) -> dict[tuple[str, str], object]:
-    """The new values of the attributes that depend on the groups, by (module, path)."""
-    return _decided(model, choices)[0]
+    """The new values of what depends on the groups, by (module, path): attributes, and entries of configurations."""
+    return _in_configurations(dict(model.named_modules()), choices) | _decided(model, choices)[0]
 
 
 def stale(model: nn.Module, choices: Sequence[Choice]) -> list[str]:
@@ -133,42 +133,42 @@ def _scaled(path: str, value: int, claims: Sequence[Choice], resized: Resized) -
     return scaled.pop() if len(scaled) == 1 else None
 
 
-def set_configs(model: nn.Module, choices: Sequence[Choice]) -> None:
-    """Update the configurations of a compressed Hugging Face model to the new widths, in place.
+def _in_configurations(modules: Mapping[str, nn.Module], choices: Sequence[Choice]) -> dict[tuple[str, str], object]:
+    """New values in the configurations of a Hugging Face model, by (a module that has it, path).
 
     A configuration holds one width for all layers, so it is changed only if all groups of that width got the same new
     width.
-
-    Args:
-        model: compressed; it does not share its configurations with the original.
-        choices: the merged groups and their widths.
     """
-    modules = dict(model.named_modules())
-    found: dict[int, tuple[object, list[tuple[Group, int]]]] = {}
-    for group, width in ((choice.group, choice.width) for choice in choices):
-        for length in range(len(group.layers[0].split(".")), -1, -1):
-            holder = modules.get(".".join(group.layers[0].split(".")[:length]))
-            config = getattr(holder, "config", None)
+    found: dict[int, tuple[str, list[Choice]]] = {}
+    for choice in choices:
+        layer = choice.group.layers[0].split(".")
+        for length in range(len(layer), -1, -1):
+            name = ".".join(layer[:length])
+            config = getattr(modules.get(name), "config", None)
             if hasattr(config, "to_dict"):
-                found.setdefault(id(config), (config, []))[1].append((group, width))
+                found.setdefault(id(config), (name, []))[1].append(choice)
                 break
-    for config, members in found.values():
-        for name, value in list(vars(config).items()):
+    values: dict[tuple[str, str], object] = {}
+    for module, own in found.values():
+        config = modules[module].config
+        for name, value in vars(config).items():
             heads = _HEADS.search(name) is not None
             if not isinstance(value, int) or not (heads or _HIDDEN.search(name)):
                 continue
             changes = {
-                (group.size, width)
-                for group, width in members
-                if bool(group.units) == heads and (value % group.size == 0 if heads else value == group.size)
+                (choice.group.size, choice.width)
+                for choice in own
+                if bool(choice.group.units) == heads
+                and (value % choice.group.size == 0 if heads else value == choice.group.size)
             }
             if len(changes) != 1:
                 continue
             before, after = changes.pop()
             hidden = getattr(config, "hidden_size", None)
             if heads and "key_value" not in name and hidden and getattr(config, "head_dim", None) is None:
-                vars(config)["head_dim"] = hidden // value  # no longer hidden_size / heads, which is the default
-            setattr(config, name, value * after // before)
+                values.setdefault((module, "config.head_dim"), hidden // value)  # the default is hidden_size / heads
+            values[module, f"config.{name}"] = value * after // before
+    return values
 
 
 def guesses(

@@ -47,7 +47,11 @@ def number_at(module: nn.Module, path: str) -> int | None:
 
 
 def set_number(module: nn.Module, path: str, value: object) -> None:
-    """Set what is at a path. Containers on the way are replaced by copies, because other modules may share them."""
+    """Set what is at a path.
+
+    Containers on the way are replaced by copies, because other modules may share them; configurations of Hugging Face
+    are shared on purpose, and changed in place.
+    """
     name, _, rest = path.partition(".")
     old = vars(module).get(name)
     setattr(module, name, _with(old, rest.split("."), value) if rest else _alike(old, value))
@@ -95,7 +99,10 @@ def _entry(value: Any, key: str) -> tuple[Any, Any] | None:
 
 
 def _with(holder: Any, keys: list[str], value: object) -> Any:
-    """A copy of a container in which another value is at the end of a path."""
+    """A copy of a container in which another value is at the end of a path; or the same configuration, changed."""
+    if hasattr(holder, "to_dict") and not keys[1:]:
+        setattr(holder, keys[0], value)
+        return holder
     found = _entry(holder, keys[0])
     assert found is not None, "the path leads to a number"
     key, old = found

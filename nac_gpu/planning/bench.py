@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nac_gpu.merging.attributes import attributes, set_configs
+from nac_gpu.merging.attributes import attributes
 from nac_gpu.merging.centroids import Deviation, homes_of, merged
 from nac_gpu.merging.copies import copy_neurons, random_assignments
 from nac_gpu.network.ambient import cut_short
@@ -186,9 +186,7 @@ class Bench:
         return frozenset(found)
 
     def _smaller(self, state: Mapping[str, Tensor], choices: Sequence[Choice]) -> nn.Module:
-        small = self._network(state, attributes(self._probe.model, choices))
-        set_configs(small, choices)
-        return small
+        return self._network(state, attributes(self._probe.model, choices))
 
     def _network(self, state: Mapping[str, Tensor], values: Attributes | None = None) -> nn.Module:
         return rebuild(self._probe.model, state, values, clone=True)

@@ -1,6 +1,7 @@
 """What modules and configurations say about their sizes after a compression."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,13 @@ from torch.nn import functional as F
 import nac_gpu as nac
 from common.architectures import ARCHITECTURES
 from common.checks import training_step
+from nac_gpu.distributed.ranks import ALONE
 from nac_gpu.network.comparing import relative_error
 from nac_gpu.network.reaching import tensors_in
+from nac_gpu.planning.latency import Stopwatch
+from nac_gpu.planning.prepare import plan_for
+from nac_gpu.planning.request import Request
+from nac_gpu.planning.taking import take
 from nac_gpu.testing import floating_outputs, randomise
 
 pytestmark = pytest.mark.usefixtures("short_dreams")
@@ -91,6 +97,36 @@ def test_a_configuration_says_what_all_layers_have_in_common() -> None:
         "layers": 2,
     }
     assert vars(whole.config)["num_attention_heads"] == 4  # type: ignore[arg-type]
+
+
+class ByConfiguration(nn.Module):
+    """A block whose code asks the configuration for the number of heads."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, self.norm = config, nn.LayerNorm(config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (b, t, _), heads = x.shape, self.config.num_attention_heads
+        q, k, v = self.qkv(self.norm(x)).view(b, t, 3, heads, 3).permute(2, 0, 3, 1, 4)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_network_that_asks_its_configuration_runs_in_all_steps() -> None:
+    torch.manual_seed(0)
+    config = Config(hidden_size=12, num_attention_heads=4)
+    whole = nn.Sequential(nn.Linear(5, 12), ByConfiguration(config), nn.Linear(12, 3)).eval()
+    assert nac.testing.check_copies(whole, INPUTS).error < 1e-8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as one that says that a step was left out
+        small = nac.compress(whole, INPUTS, flops=0.8, calibration=[INPUTS] * 4, refine=3)
+    assert small[1].config.num_attention_heads < 4  # type: ignore[index, union-attr]
+    assert small(INPUTS).shape == (2, 6, 3)
+    assert config.num_attention_heads == 4
+    choices = plan_for(take(whole, INPUTS), Request(width=0.5)).choices
+    assert Stopwatch(whole, INPUTS, ALONE).measure(choices)[0] > 0
 
 
 ROUND = [

@@ -134,6 +134,7 @@ def check_copies(
     Raises:
         AssertionError: the outputs changed by more than `tolerance`, or making the copies hardly changed them, so that
             nothing was tested (`randomise` helps if weights are zero).
+        RuntimeError: the model does not run in float64.
         ValueError: as `nac_gpu.plan`.
 
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -174,7 +175,13 @@ def merge_copies(model: nn.Module, inputs: ExampleInputs, choices: Sequence[Choi
     merger = Merger(copies)
     for choice, own in zip(choices, labels, strict=True):
         merger.merge(choice.group, own)
-    before = floating_outputs(double, inputs)
+    try:
+        before = floating_outputs(double, inputs)
+    except Exception as error:  # the user's code may raise anything
+        raise RuntimeError(
+            f"the model does not run in float64, in which copies are compared: {type(error).__name__}: {error}; choose "
+            'another implementation of this operation, such as "eager" in transformers'
+        ) from error
     expected = floating_outputs(rebuild(double, copies), inputs)
     found = floating_outputs(rebuild(double, merger.finish(), attributes(double, choices)), inputs)
     return Copies(relative_error(found, expected), relative_error(before, expected))

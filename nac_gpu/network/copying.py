@@ -6,6 +6,7 @@ read.
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from nac_gpu.network.kept_numbers import set_number
 from nac_gpu.network.layer_sizes import set_sizes
 from nac_gpu.network.precision import in_dtype
 from nac_gpu.network.reaching import leaves_in
+from nac_gpu.network.rebinding import rebind
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.network.state import tensors
 
@@ -45,10 +47,13 @@ def rebuild(
             changed.add(id(old))
         new = new.clone() if clone or _same_memory(new, old) else new
         memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    copies: dict[int, Any] = dict(memo)
     try:
-        small = copy.deepcopy(model, dict(memo))
+        small = copy.deepcopy(model, copies)
     except RuntimeError:  # PyTorch refuses to copy tensors with a graph, such as a penalty of the last training step
-        small = copy.deepcopy(model, memo | {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
+        copies = memo | {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
+        small = copy.deepcopy(model, copies)
+    rebind(copies, small)
     for old_module, module in zip(model.modules(), small.modules(), strict=True):
         own = [*old_module.parameters(recurse=False), *old_module.buffers(recurse=False)]
         if any(id(tensor) in changed for tensor in own):

@@ -22,6 +22,7 @@ from nac_gpu.network.copying import copied
 from nac_gpu.network.costs import flop_counter
 from nac_gpu.network.reaching import tensors_in
 from nac_gpu.network.running import ExampleInputs, call, describe, evaluating, in_small_operations
+from nac_gpu.network.state import tensors
 from nac_gpu.tracing.atoms import Atoms, Labels
 from nac_gpu.tracing.calls import Call
 from nac_gpu.tracing.cells import CELLS
@@ -88,9 +89,10 @@ class _Labelled:
 class _Record(TorchDispatchMode):
     """Propagates labels from the inputs of every operation of the pass to its outputs."""
 
-    def __init__(self, model: nn.Module, run: Callable[[Any, Any, Any], Any]) -> None:
+    def __init__(self, model: nn.Module, run: Callable[[Any, Any, Any], Any], original: nn.Module) -> None:
         super().__init__()
         self._run = run  # runs an operation, with or without values
+        self._foreign = {_storage(tensor): name for name, tensor in tensors(original).items() if tensor.numel()}
         self.flops = 0
         self.operations: dict[str, int] = {}  # FLOPs by the name of the parameter that they multiply with
         self.modules: list[str] = [type(model).__name__]  # running modules, the innermost last
@@ -118,10 +120,10 @@ class _Record(TorchDispatchMode):
         if func in CELLS:
             with self:
                 return CELLS[func](*args, **kwargs)
+        if func._schema.is_mutable:
+            self._note_writes(func, args, kwargs)
         out = self._run(func, args, kwargs)
         with _disable_current_modes():
-            if func._schema.is_mutable:
-                self._note_writes(func, args, kwargs)
             outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
             labels = apply(self.notes, Call(func, args, kwargs, outputs))
             for tensor, found in zip(outputs, labels, strict=True):
@@ -131,14 +133,24 @@ class _Record(TorchDispatchMode):
         return out
 
     def _note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Note the parameters that an operation writes to, perhaps through a view or through `data`."""
+        """Note the parameters that an operation is about to write to, perhaps through a view or through `data`.
+
+        Raises:
+            OriginalWrittenError: it would write to the user's model.
+        """
         for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = args[place] if place < len(args) else kwargs.get(argument.name)
                 for tensor in pytree.tree_leaves(given):
-                    name = self._storages.get(_storage(tensor)) if isinstance(tensor, Tensor) else None
-                    if name is not None:
-                        self.written[name] = None
+                    storage = _storage(tensor) if isinstance(tensor, Tensor) else None
+                    if storage in self._storages:
+                        self.written[self._storages[storage]] = None
+                    elif storage in self._foreign:
+                        raise OriginalWrittenError(
+                            f"{self.modules[-1]} would write to {self._foreign[storage]} of the model itself, not of "
+                            "the copy that runs: it finds the model through an object that copy.deepcopy leaves as it "
+                            "is; expected a model that uses its own modules and tensors: make the object copy them"
+                        )
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Add the FLOPs of an operation to the parameter that it multiplies with, if any."""
@@ -153,6 +165,10 @@ class _Record(TorchDispatchMode):
             name = self.notes.atoms.slot_at(int(labels.planes[0].max())).tensor
             self.operations[name] = self.operations.get(name, 0) + counted(*args, **kwargs, out_val=out)
             return
+
+
+class OriginalWrittenError(RuntimeError):
+    """The code of a copied model would write to the user's model."""
 
 
 def _storage(tensor: Tensor) -> int:
@@ -226,15 +242,17 @@ def _pass(model: nn.Module, example_inputs: ExampleInputs, *, auxiliary: bool, v
     with contextlib.suppress(Exception):
         if not values:
             run = copied(model)
-            seen = _Record(run, outline)
+            seen = _Record(run, outline, model)
             _run(run, example_inputs, seen, auxiliary=auxiliary)
             if not outline.failed:
                 return seen
     run = copied(model)
-    seen = _Record(run, lambda func, args, kwargs: func(*args, **kwargs))
+    seen = _Record(run, lambda func, args, kwargs: func(*args, **kwargs), model)
     seen.values = True
     try:
         _run(run, example_inputs, seen, auxiliary=auxiliary)
+    except OriginalWrittenError:
+        raise
     except Exception as error:
         raise RuntimeError(
             f"the example inputs do not fit the forward pass: {seen.modules[-1]} raised {type(error).__name__}: "

@@ -1,8 +1,8 @@
 """What can be reached from a value: the tensors of outputs, of inputs, and of attributes."""
 
+import contextlib
 import gc
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Set, ValuesView
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from types import FunctionType, MethodType, ModuleType
@@ -58,24 +58,20 @@ def _parts(value: object) -> Iterator[object]:
         return
     if isinstance(value, partial):
         yield from (value.func, value.args, value.keywords)
-    elif isinstance(value, Mapping):
-        yield from value.values()
-    elif isinstance(value, list | tuple | Set | deque | ValuesView | Iterator):
-        yield from islice(value, _MOST)
-    known = hasattr(value, "__dict__")
-    if known:  # some mappings hold their values as attributes, too
-        held = {id(item) for item in value.values()} if isinstance(value, Mapping) else set()
-        yield from (item for item in vars(value).values() if id(item) not in held)
-    for kind in type(value).__mro__:
-        slots = vars(kind).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            known = True
-            yield getattr(value, name, None)
-    if isinstance(value, Mapping | list | tuple | Set | deque | ValuesView | Iterator):
-        return
+    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for own in slots for name in ((own,) if isinstance(own, str) else own)]
+    held: set[int] = set()
     if isinstance(value, Iterable):
-        yield from islice(value, _MOST)
-    elif not known:
+        # If attributes are known, what an object shows beside them may be computed, or fail.
+        known = (hasattr(value, "__dict__") or bool(names)) and not isinstance(value, Iterator)
+        with contextlib.suppress(Exception) if known else contextlib.nullcontext():
+            for item in islice(value.values() if isinstance(value, Mapping) else value, _MOST):
+                held.add(id(item))
+                yield item
+    # Some mappings hold their values as attributes, too.
+    yield from (item for item in getattr(value, "__dict__", {}).values() if id(item) not in held)
+    yield from (getattr(value, name, None) for name in names)
+    if not isinstance(value, Iterable) and not hasattr(value, "__dict__") and not names:
         yield from gc.get_referents(value)
 
 

@@ -1,6 +1,7 @@
 """Everything that can be reached from what forward returns is output: it keeps its channels, and is compared."""
 
 import collections
+import collections.abc
 import functools
 import types
 from collections.abc import Callable, Iterator
@@ -53,6 +54,32 @@ class Lazy:
         return (make() for make in self.makers)
 
 
+class Cache:
+    """As a cache of Hugging Face: its items are made of attributes that not all of its layers have."""
+
+    def __init__(self, *states: Tensor) -> None:
+        self.layers = [types.SimpleNamespace(state=state) for state in states]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (layer.keys for layer in self.layers)
+
+
+class Broken(collections.abc.Mapping[str, Tensor]):
+    """A mapping with keys that lead nowhere."""
+
+    def __init__(self, *parts: Tensor) -> None:
+        self.parts = parts
+
+    def __getitem__(self, key: str) -> Tensor:
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter("ab")
+
+    def __len__(self) -> int:
+        return 2
+
+
 class Extended(dict[str, Any]):
     """A mapping with a tensor beside its items."""
 
@@ -78,6 +105,8 @@ CONTAINERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "namedtuple": Pair,
     "namespace": lambda a, b: types.SimpleNamespace(a=a, inner=types.SimpleNamespace(b=b)),
     "own": Own,
+    "cache": Cache,
+    "broken": Broken,
     "lazy": lambda a, b: Lazy(lambda: a, lambda: b),
     "partial": lambda a, b: functools.partial(torch.add, a, other=b),
     "closure": lambda a, b: lambda: a.sum() + b.sum(),

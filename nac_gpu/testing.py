@@ -18,6 +18,7 @@ from nac_gpu.merging.copies import copy_neurons, random_assignments
 from nac_gpu.network.ambient import undisturbed
 from nac_gpu.network.comparing import relative_error
 from nac_gpu.network.copying import converted, rebuild
+from nac_gpu.network.probes import in_one_type
 from nac_gpu.network.reaching import tensors_in
 from nac_gpu.network.running import ExampleInputs, call, evaluating
 from nac_gpu.network.state import tensors
@@ -175,13 +176,14 @@ def merge_copies(model: nn.Module, inputs: ExampleInputs, choices: Sequence[Choi
     merger = Merger(copies)
     for choice, own in zip(choices, labels, strict=True):
         merger.merge(choice.group, own)
-    try:
-        before = floating_outputs(double, inputs)
-    except Exception as error:  # the user's code may raise anything
-        raise RuntimeError(
-            f"the model does not run in float64, in which copies are compared: {type(error).__name__}: {error}; choose "
-            'another implementation of this operation, such as "eager" in transformers'
-        ) from error
-    expected = floating_outputs(rebuild(double, copies), inputs)
-    found = floating_outputs(rebuild(double, merger.finish(), attributes(double, choices)), inputs)
+    with in_one_type(torch.float64):
+        try:
+            before = floating_outputs(double, inputs)
+        except Exception as error:  # the user's code may raise anything
+            raise RuntimeError(
+                f"the model does not run in float64, in which copies are compared: {type(error).__name__}: {error}; "
+                'choose another implementation of this operation, such as "eager" in transformers'
+            ) from error
+        expected = floating_outputs(rebuild(double, copies), inputs)
+        found = floating_outputs(rebuild(double, merger.finish(), attributes(double, choices)), inputs)
     return Copies(relative_error(found, expected), relative_error(before, expected))

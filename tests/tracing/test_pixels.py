@@ -104,3 +104,47 @@ def test_padding_along_pixels_keeps_channels(kind: Any, mode: str) -> None:
 @pytest.mark.parametrize("pad", [nn.CircularPad2d(1), nn.ConstantPad2d(1, 2.0), nn.ZeroPad2d((1, 0, 2, 1))])
 def test_layers_that_pad(pad: nn.Module) -> None:
     assert widths(nn.Sequential(nn.Conv2d(3, 8, 1), pad, nn.Conv2d(8, 5, 3)), image(1, 3, 4, 4)) == {"0": 4}
+
+
+BLUR = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]).view(1, 1, 3, 3) / 16
+
+
+def blurred(x: Tensor) -> Tensor:
+    """Each channel is an image of its own in the batch, as in kornia and StyleGAN."""
+    return F.conv2d(x.reshape(-1, 1, *x.shape[2:]), BLUR.to(x), padding=1).view(x.shape)
+
+
+def upsampled(x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    x = F.pad(x.reshape(-1, h, 1, w, 1, 1), [0, 0, 0, 1, 0, 0, 0, 1]).reshape(-1, 1, 2 * h, 2 * w)
+    return F.conv2d(x, BLUR.to(x).flip(2, 3), padding=1).reshape(b, c, 2 * h, 2 * w)
+
+
+def edges(x: Tensor) -> Tensor:
+    """Two fixed kernels: what they give for a channel stays beside each other."""
+    kernels = torch.stack([BLUR[0], BLUR[0].mT - 0.2]).to(x)
+    both = F.conv2d(x.flatten(0, 1)[:, None], kernels, padding=1)
+    return both.square().sum(1).sqrt().view(x.shape)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        *(blurred, upsampled, edges),
+        lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * 0.5, s=x.shape[-2:]),
+        lambda x: torch.fft.fft2(x).abs(),
+        lambda x: torch.fft.ifft(torch.fft.fft(x).conj()).real,
+        lambda x: torch.view_as_complex(torch.view_as_real(torch.fft.fft2(x)) * 2).imag,
+        lambda x: x.tril() - x.triu(1),
+        lambda x: x.rot90(1, (2, 3)),
+        lambda x: x * x.diagonal(dim1=2, dim2=3).unsqueeze(-1),
+    ],
+    ids=["blur", "up", "edges", "filter", "power", "conj", "complex", "triangles", "turned", "diagonal"],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_operations_on_the_pixels_of_each_channel(between: Callable[[Tensor], Tensor], batch: int) -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        return model.read(between(model.make(x)))
+
+    model = Functional(forward, make=nn.Conv2d(3, 8, 3, padding=1), read=nn.Conv2d(8, 5, 1)).eval()
+    assert widths(model, image(batch, 3, 6, 6)) == {"make": 4}

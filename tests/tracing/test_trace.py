@@ -121,7 +121,9 @@ def test_one_of_every_few_channels_is_picked_in_step_with_the_others() -> None:
         (lambda x: torch.cat([x[:, ::3], x[:, :5]], 1), "channels are moved by a fixed number of places in Net"),
         (lambda x: x[:, [3, 1, 0, 2, 4, 5, 6, 7]], "channels are picked by index in Net"),
         (lambda x: x[:, :1] + x[:, 1:].sum(1, keepdim=True) + x, "sum is taken over channels in Net"),
-        (lambda x: torch.fft.fft2(x).real, "operation _fft_"),
+        (lambda x: torch.cdist(x, x)[..., :6] + x, "operation _cdist_forward is not known"),
+        (lambda x: torch.fft.fft(x, dim=1).abs(), "fft_r2c is taken over channels in Net"),
+        (lambda x: x.movedim(1, 3).tril().movedim(3, 1), "tril is taken over channels in Net"),
         (lambda x: torch.zeros(1, 16, 6, 6)[:, :8].copy_(x), "values are written in place"),
         (lambda x: torch.zeros(1, 16, 6, 6)[:, :8].add_(x), "values are written in place"),
         (lambda x: F.conv2d(x, torch.rand(8, 1, 1, 1), groups=8), "a convolution's kernel is not a parameter"),
@@ -136,7 +138,7 @@ def test_one_of_every_few_channels_is_picked_in_step_with_the_others() -> None:
     ],
     ids=[
         *("softmax", "cumsum", "mean", "constant", "matrix", "layernorm", "groupnorm", "regroup", "roll", "stride"),
-        *("pick", "first", "unknown", "copy"),
+        *("pick", "first", "unknown", "fourier", "triangle", "copy"),
         *("add_to_view", "kernel", "made_kernel", "attention", "join", "computed_norm", "pooled"),
     ],
 )

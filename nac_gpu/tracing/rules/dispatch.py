@@ -19,10 +19,12 @@ from nac_gpu.tracing.repeats import LARGEST, combined, moved, repeats
 from nac_gpu.tracing.rules.buffers import Rule, Way, alone, held, meet
 from nac_gpu.tracing.rules.elementwise import (
     ALONG_DIM,
+    ALONG_DIMS,
     ELEMENTWISE,
     REDUCTIONS,
     WINDOWS,
     along_dim,
+    along_dims,
     elementwise,
     fill,
     glu,
@@ -38,7 +40,18 @@ from nac_gpu.tracing.rules.indexing import (
     scattered,
     segments,
 )
-from nac_gpu.tracing.rules.movement import MOVEMENT, RESHAPES, constant, identity, join, lookup, movement, on_cpu
+from nac_gpu.tracing.rules.movement import (
+    MOVEMENT,
+    RESHAPES,
+    complex_view,
+    constant,
+    identity,
+    join,
+    lookup,
+    movement,
+    on_cpu,
+    real_view,
+)
 from nac_gpu.tracing.rules.norms import BATCH_NORMS, batch_norm, group_norm, layer_norm
 from nac_gpu.tracing.rules.pixels import channel_shuffle, col2im, im2col, pixel_shuffle, unpool
 from nac_gpu.tracing.rules.products import MATRIX_PRODUCTS, convolution, embedding, matrix_product
@@ -46,7 +59,10 @@ from nac_gpu.tracing.rules.writing import copy, note_read, note_written, refresh
 
 #: Operations that repeat values of a tensor, beside those that expand one.
 REPEATING = frozenset("repeat repeat_interleave tile index index_select".split())
-IDENTITY = frozenset("alias detach clone contiguous _to_copy lift_fresh lift_fresh_copy dropout alpha_dropout".split())
+IDENTITY = frozenset(
+    """alias detach clone contiguous _to_copy lift_fresh lift_fresh_copy dropout alpha_dropout _conj resolve_conj
+    _neg_view resolve_neg""".split()
+)
 #: Return one constant in the shape of the input, so the result has the same value for all channels.
 CONSTANTS = frozenset("zeros_like ones_like full_like".split())
 #: Return one constant, or nothing yet, in a size that is given as an argument.
@@ -204,6 +220,8 @@ def _rule(func: torch._ops.OpOverload) -> Rule | None:
         "index_put": index_put,
         "_pack_padded_sequence": packed,
         "segment_reduce": segments,
+        "view_as_real": real_view,
+        "view_as_complex": complex_view,
     }
     if name in by_name:
         return by_name[name]
@@ -215,6 +233,7 @@ def _rule(func: torch._ops.OpOverload) -> Rule | None:
         (BATCH_NORMS, batch_norm),
         (REDUCTIONS, reduction),
         (ALONG_DIM, along_dim),
+        (ALONG_DIMS, along_dims),
         (SCATTERED_ROWS | SCATTERED_VALUES, scattered),
         (ELEMENTWISE, elementwise),
     ]

@@ -17,6 +17,8 @@ ALONG_DIM = frozenset(
     """_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod sort topk cummax cummin
     logcumsumexp""".split()
 )
+#: Combine values along several dimensions, or keep only some of them: Fourier transforms, triangles of matrices.
+ALONG_DIMS = frozenset("_fft_r2c _fft_c2r _fft_c2c tril triu".split())
 WINDOWS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample", "grid_sampler")
 
 
@@ -86,6 +88,14 @@ def along_dim(notes: Notes, call: Call) -> list[Labels]:
     left = notes.mix(planes, {dim}, f"{call.name.strip('_')} is taken over channels")
     same = all(output.shape == tensor.shape for output in call.outputs)  # the largest k have positions of their own
     return call.each(Labels(planes if same else tuple(left)))
+
+
+def along_dims(notes: Notes, call: Call) -> list[Labels]:
+    """Operations on all values along some dimensions at once, which leave channels along the others where they are."""
+    tensor = call.args[0]
+    dims = {dim % tensor.ndim for dim in call.given.get("dim", (-2, -1))}
+    reason = f"{call.name.strip('_')} is taken over channels"
+    return call.each(Labels(tuple(notes.mix(notes.planes(tensor), dims, reason))))
 
 
 def windows(notes: Notes, call: Call) -> list[Labels]:

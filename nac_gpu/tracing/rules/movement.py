@@ -15,7 +15,7 @@ MOVEMENT = frozenset(
     """view _unsafe_view reshape _reshape_alias permute transpose t squeeze unsqueeze expand slice select narrow split
     split_with_sizes chunk unbind flip roll repeat repeat_interleave index index_select constant_pad_nd unfold
     movedim swapaxes tile unsafe_split unsafe_chunk pixel_unshuffle reflection_pad1d reflection_pad2d reflection_pad3d
-    replication_pad1d replication_pad2d replication_pad3d""".split()
+    replication_pad1d replication_pad2d replication_pad3d rot90 diagonal""".split()
 )
 #: Operations that can be applied to a compact plane, without expanding it to the tensor's shape first.
 PERMUTATION = frozenset("permute transpose t unsqueeze movedim swapaxes".split())
@@ -66,6 +66,21 @@ def movement(notes: Notes, call: Call) -> list[Labels]:
             notes.freeze_planes(planes, "several dimensions of channels are flattened into one")
             planes.clear()
     return [Labels(tuple(planes), labels.parameter, labels.source) for planes in per_output]
+
+
+def real_view(notes: Notes, call: Call) -> list[Labels]:
+    """Complex numbers as pairs of real ones, in a dimension of their own."""
+    return [Labels(tuple(plane.unsqueeze(-1) for plane in notes.planes(call.args[0])))]
+
+
+def complex_view(notes: Notes, call: Call) -> list[Labels]:
+    """Pairs of real numbers as complex ones."""
+    pairs = call.args[0]
+    if notes.labels_of(pairs).parameter:
+        notes.freeze([pairs], "a parameter is read as complex numbers")
+        return [Labels()]
+    left = notes.mix(notes.planes(pairs), {pairs.ndim - 1}, "channels are parts of complex numbers")
+    return [Labels(tuple(plane.squeeze(-1) for plane in left))]
 
 
 def on_cpu(arguments: Any) -> Any:

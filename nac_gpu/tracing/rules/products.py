@@ -137,12 +137,13 @@ def convolution(notes: Notes, call: Call) -> list[Labels]:
     if bias is not None and not notes.labels_of(bias).parameter:
         notes.freeze(call.tensors, "a convolution's bias is not a parameter")
         return [Labels()]
-    if any(varying(plane) and 1 not in varying(plane) for plane in notes.planes(images)):
+    batch = tuple(plane for plane in notes.planes(images) if varying(plane) == (0,))  # channels as images of their own
+    if any(varying(plane) and 1 not in varying(plane) for plane in notes.planes(images) if varying(plane) != (0,)):
         notes.freeze(call.tensors, "labels are spread over other dimensions of a convolution's input")
         return [Labels()]
     channels = notes.along(images, 1)
     if not notes.labels_of(weight).parameter or (groups > 1 and not notes.differs(weight, 0)):
-        return _filtered(notes, call, channels)
+        return _filtered(notes, call, channels, batch)
     rows, columns = notes.along(weight, 0), notes.along(weight, 1)
     assert rows is not None, "a parameter's dimensions are labelled"
     assert columns is not None, "a parameter's dimensions are labelled"
@@ -163,18 +164,23 @@ def convolution(notes: Notes, call: Call) -> list[Labels]:
         atoms = notes.along(bias, 0)
         assert atoms is not None, "a parameter's dimensions are labelled"
         notes.per_channel(atoms, made)
-    return [Labels((plane_along(made, 1, out.ndim),), source=source)]
+    return [Labels((*batch, plane_along(made, 1, out.ndim)), source=source)]
 
 
-def _filtered(notes: Notes, call: Call, channels: Tensor | None) -> list[Labels]:
-    """A depthwise convolution whose kernels are not trained: fixed ones for all channels, or a buffer with its own."""
+def _filtered(notes: Notes, call: Call, channels: Tensor | None, batch: tuple[Tensor, ...]) -> list[Labels]:
+    """A convolution whose kernels are not trained: depthwise, fixed ones for all channels or a buffer with its own.
+
+    Channels may also be images of their own in the batch, for which any kernel is fixed.
+    """
     images, weight, bias, out, groups = *call.args[:3], call.outputs[0], call.args[8]
     depthwise = images.shape[1] == groups and weight.shape[1] == 1
     latent = [plane.flatten() for plane in notes.labels_of(weight).latent if varying(plane) == (0,)]
     if channels is None or not depthwise or (not latent and notes.differs(weight, 0)):
-        notes.freeze(call.tensors, "a convolution's kernel is not a parameter")
+        fixed = channels is None and batch and not notes.planes(weight)
+        if not fixed:
+            notes.freeze(call.tensors, "a convolution's kernel is not a parameter")
         notes.freeze_latent([weight], "a convolution's kernel is not a parameter")
-        return [Labels()]
+        return [Labels(batch if fixed else ())]
     made = channels.repeat_interleave(out.shape[1] // groups)
     if latent:
         each = latent[0].reshape(groups, -1)
@@ -187,7 +193,7 @@ def _filtered(notes: Notes, call: Call, channels: Tensor | None) -> list[Labels]
         atoms = notes.along(bias, 0)
         assert atoms is not None, "a parameter's dimensions are labelled"
         notes.per_channel(atoms, made)
-    return [Labels((plane_along(made, 1, out.ndim),))]
+    return [Labels((*batch, plane_along(made, 1, out.ndim)))]
 
 
 def _read(notes: Notes, columns: Tensor, channels: Tensor | None, values: Tensor) -> None:

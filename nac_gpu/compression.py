@@ -28,7 +28,7 @@ from nac_gpu.merging.compensation import Compensator
 from nac_gpu.merging.refinement import PASSES, learn
 from nac_gpu.network.ambient import undisturbed
 from nac_gpu.network.copying import in_float32, rebuild
-from nac_gpu.network.running import ExampleInputs
+from nac_gpu.network.running import ExampleInputs, set_mode_again
 from nac_gpu.network.state import tensors
 from nac_gpu.planning.plans import Plan
 from nac_gpu.planning.prepare import Prepared, forget, keep, plan_for, replay
@@ -274,6 +274,7 @@ def made(prepared: Prepared, evidence: Evidence | None, settings: MergeSettings)
         small = _rebuilt(model, state, prepared)
     lines += [not_refined] if not_refined else []
     plan = replace(prepared.plan, changes=(*prepared.plan.changes, *lines))
+    set_mode_again(small)
     remember(small, model, plan, settings.seed)
     return small
 

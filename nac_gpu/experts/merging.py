@@ -38,7 +38,7 @@ from nac_gpu.network.costs import Cost
 from nac_gpu.network.counting import cost
 from nac_gpu.network.precision import working_dtype
 from nac_gpu.network.probes import lively
-from nac_gpu.network.running import ExampleInputs
+from nac_gpu.network.running import ExampleInputs, set_mode_again
 from nac_gpu.network.state import is_open, tensors
 from nac_gpu.network.sums import add_rows
 from nac_gpu.network.unwrapping import computed, unwrapped
@@ -351,6 +351,7 @@ class _Fewer:
         """The model with merged experts, scaled to be as close as possible on these inputs."""
         small = _nearest(model, tensors(model), self.changed, attributes(model, self.entries), inputs)
         set_configs(small, model, self.entries)
+        set_mode_again(small)
         return small
 
     def told(self, model: str) -> list[str]:

@@ -28,7 +28,7 @@ from nac_gpu.network.gradients import GradientsKept
 from nac_gpu.network.moving import sent
 from nac_gpu.network.precision import multiplies_bfloat16
 from nac_gpu.network.reaching import tensors_in
-from nac_gpu.network.running import ExampleInputs, arguments, call, evaluating, in_small_operations
+from nac_gpu.network.running import ExampleInputs, arguments, call, evaluating, in_small_operations, set_mode_again
 
 BATCH = 64  # inputs
 PASSES = 80  # over the inputs
@@ -202,6 +202,7 @@ class _Learning:
         with torch.no_grad():
             expected = list(tensors_in(call(self._model, batch)))
         typed = {name: value.to(self._types[name]) for name, value in self._weights.items()}
+        set_mode_again(self._small)  # nothing cached of the weights of another step
         with self._kept:
             found = list(tensors_in(functional_call(self._small, typed, *arguments(batch))))
         return change(found, expected)

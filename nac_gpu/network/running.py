@@ -78,6 +78,15 @@ def modes_kept(model: nn.Module | None) -> Iterator[None]:
             module.training = mode
 
 
+def set_mode_again(module: nn.Module) -> None:
+    """Set each module's mode to what it is, because models drop then what they cached of their weights (LeViT, say)."""
+    if len({part.training for part in module.modules()}) == 1:
+        module.train(module.training)
+        return
+    for part in module.children():
+        set_mode_again(part)
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module, *, auxiliary: bool = False, fused: bool = False) -> Iterator[None]:
     """Eval mode without gradients; the mode of every module and the random state are always restored.

@@ -168,3 +168,55 @@ class Normalised(nn.Module):
 
 def test_a_pass_that_fails_in_training_mode_refuses_nothing() -> None:
     assert nac.plan(Normalised(), X[:1], width=0.5).widths == {"first": 8}
+
+
+class RemembersBias(nn.Module):
+    """Attention whose bias is looked up once in eval mode, as LeViT's; setting the mode forgets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.table = nn.Parameter(torch.randn(4, 9))
+        self.num_heads = 4
+        self.known: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> "RemembersBias":
+        super().train(mode)
+        self.known = {}
+        return self
+
+    def bias(self, steps: int) -> Tensor:
+        place = (torch.arange(steps)[:, None] - torch.arange(steps)).abs()
+        if self.training:
+            return self.table[:, place]
+        if "cpu" not in self.known:
+            self.known["cpu"] = self.table[:, place]
+        return self.known["cpu"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT / 2 + self.bias(t)).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(b, t, -1))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("calibration", ["none", "random"])
+def test_what_a_model_remembers_of_its_weights_is_not_handed_on(calibration: str) -> None:
+    x = torch.randn(2, 9, 6)
+    model = nn.Sequential(nn.Linear(6, 16), RemembersBias(), nn.Linear(16, 3)).eval()
+    model(x)
+    assert model[1].known
+    batches: Any = "none" if calibration == "none" else [torch.randn(8, 9, 6)]
+    small = nac.compress(model, x, width={"1.qkv": 2}, calibration=batches, refine=3)
+    assert small[1].num_heads == 2  # type: ignore[index, union-attr]
+    found = small(x)
+    assert torch.equal(found, small.eval()(x))
+    assert model[1].known
+
+
+def test_modes_of_parts_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 3)).train()
+    model[1].eval()
+    small = nac.compress(model, X, width=0.5, calibration="none")
+    assert [part.training for part in small.modules()] == [part.training for part in model.modules()]

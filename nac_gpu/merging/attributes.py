@@ -8,6 +8,7 @@ each guess is tested by running the smaller network (see `nac_gpu.planning.trial
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -72,6 +73,14 @@ def stale(model: nn.Module, choices: Sequence[Choice]) -> list[str]:
         line = f"{own} ({number_at(modules[module], path)}) may be the number of {group.name}'s {what} and was left"
         lines.setdefault((type(modules[module]), re.sub(r"\.\d+", "", path)), []).append(line)
     said = [alike[0] + (f", like {len(alike) - 1} more of them" if alike[1:] else "") for alike in lines.values()]
+    for choice in choices:
+        if not choice.group.configured:
+            usual = replace(choice, group=replace(choice.group, configured=True))
+            for module, path in _in_configurations(modules, [usual]):
+                if number_at(modules[module], path) is None:  # it would only be added
+                    continue
+                line = f"{module}.{path} ".strip(".") + "was left: the code computes something else from it, too"
+                said += [line] if line not in said else []
     more = len(said) - _LINES
     return said[:_LINES] + ([f"and {more} more such attributes were left"] if more > 0 else [])
 
@@ -137,7 +146,7 @@ def _in_configurations(modules: Mapping[str, nn.Module], choices: Sequence[Choic
     """New values in the configurations of a Hugging Face model, by (a module that has it, path).
 
     A configuration holds one width for all layers, so it is changed only if all groups of that width got the same new
-    width.
+    width, and may be configured.
     """
     found: dict[int, tuple[str, list[Choice]]] = {}
     for choice in choices:
@@ -156,7 +165,7 @@ def _in_configurations(modules: Mapping[str, nn.Module], choices: Sequence[Choic
             if not isinstance(value, int) or not (heads or _HIDDEN.search(name)):
                 continue
             changes = {
-                (choice.group.size, choice.width)
+                (choice.group.size, choice.width if choice.group.configured else choice.group.size)
                 for choice in own
                 if bool(choice.group.units) == heads
                 and (value % choice.group.size == 0 if heads else value == choice.group.size)
@@ -164,11 +173,20 @@ def _in_configurations(modules: Mapping[str, nn.Module], choices: Sequence[Choic
             if len(changes) != 1:
                 continue
             before, after = changes.pop()
+            if before == after:
+                continue
             hidden = getattr(config, "hidden_size", None)
             if heads and "key_value" not in name and hidden and getattr(config, "head_dim", None) is None:
                 values.setdefault((module, "config.head_dim"), hidden // value)  # the default is hidden_size / heads
             values[module, f"config.{name}"] = value * after // before
     return values
+
+
+def not_configured(modules: Mapping[str, nn.Module], choice: Choice) -> Choice | None:
+    """The choice, whose size is not to be written to a configuration; None if it would not be anyway."""
+    if not choice.group.configured or not _in_configurations(modules, [choice]):
+        return None
+    return replace(choice, group=replace(choice.group, configured=False))
 
 
 def guesses(

@@ -61,7 +61,12 @@ class Failure:
         """Whether another attempt got further than this one."""
         if isinstance(then, Measured):
             return True
-        return len(then.done) > len(self.done) or (len(then.done) == len(self.done) and then.place != self.place)
+        if len(then.done) != len(self.done):
+            return len(then.done) > len(self.done)
+        if then.place is None or self.place is None:
+            return then.place is None and self.place is not None
+        # With as many layers done, a module's own code has got less far than a module inside of it.
+        return then.place != self.place and not _inside(self.place, then.place)
 
 
 class _DivergedError(BaseException):  # which the model's code does not catch
@@ -220,7 +225,7 @@ def suspects(choices: Sequence[Choice], failure: Failure) -> list[Choice]:
             module = _module(member.tensor)
             if module == failure.place:
                 best = min(best, (0 if member.role == "sum" else 1, 0))
-            elif failure.place is not None and module.startswith(f"{failure.place}." if failure.place else ""):
+            elif failure.place is not None and _inside(module, failure.place):
                 best = min(best, (2, ago.get(module, len(ago))))
             else:
                 best = min(best, (3, ago.get(module, len(ago))))
@@ -302,6 +307,10 @@ def _layer_error(found: Sequence[Tensor], expected: Sequence[Tensor], kept: Tens
         if math.isfinite(error):
             return error
     return relative_error(found, wanted) if any(tells(value) for value in wanted) else None
+
+
+def _inside(module: str, other: str) -> bool:
+    return other == "" or module.startswith(f"{other}.")
 
 
 def _module(tensor: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from nac_gpu.merging.attributes import Following, guesses, stale
+from nac_gpu.merging.attributes import Following, guesses, not_configured, stale
 from nac_gpu.merging.centroids import Deviation
 from nac_gpu.network.probes import probes
 from nac_gpu.network.running import ExampleInputs
@@ -147,12 +147,14 @@ class _Search:
         self._probe = next(self._stricter)
         self._read: frozenset[tuple[str, str]] | None = None
         self._hopeless: set[str] = set()  # kinds of groups that no guess of attributes mended
+        self._were: set[tuple[Any, ...]] = set()  # what failed, so that no search goes round in circles
         self.attempts = 0
 
     def run(self, choices: Sequence[Choice]) -> tuple[list[Choice], Failed, Measured | None]:
         """The choices that pass together, those that fail and why, and the network of those that pass."""
         active, failed = list(choices), []
         self._hopeless.clear()
+        self._were.clear()
         self._bench = self._benched(choices)
         found: Measured | Failure | None = None
         guessed = False
@@ -172,6 +174,7 @@ class _Search:
                 then = self._attempt(others) if others != active else found  # several groups may need one attribute
                 active, found = (others, then) if isinstance(then, Measured) else (active, found)
             else:
+                self._were.add(_key(active))
                 active, found = self._without_cause(active, found, failed)
         return [], failed, None
 
@@ -191,10 +194,13 @@ class _Search:
         return choices, measured, [f"the smaller network does not run in training mode: {why}"]
 
     def _ways(self, choice: Choice) -> Iterator[Choice]:
-        """The choice with the attributes of every guess but its own."""
+        """The choice with the attributes of every guess but its own; then with configurations as they are."""
         for found in guesses(self._modules, choice.group, self._reads):
             if found != choice.group.attributes:
                 yield _with(choice, found)
+        other = not_configured(self._modules, choice)
+        if other is not None:
+            yield other
 
     def _second(self, choices: Sequence[Choice]) -> list[Choice]:
         """The choices, each with the attributes of its next guess if there is one."""
@@ -243,6 +249,8 @@ class _Search:
             kind = _kind(self._modules, suspect)
             for number, other in enumerate(self._ways(suspect) if kind not in self._hopeless else ()):
                 mended = [other if choice is suspect else choice for choice in active]
+                if _key(mended) in self._were:
+                    continue
                 after = self._attempt(mended)
                 if found.moved(after):
                     return self._alike(mended, suspect, number, after)
@@ -268,7 +276,7 @@ class _Search:
         for choice in active:
             others = self._ways(choice) if _kind(self._modules, choice) == kind else iter(())
             same.append(next(islice(others, number, None), choice))
-        then = self._attempt(same)
+        then = self._attempt(same) if _key(same) not in self._were else after
         return (same, then) if after.moved(then) else (active, after)
 
     def _halved(self, active: list[Choice], failed: Failed) -> list[Choice]:
@@ -303,6 +311,11 @@ def _guessed(modules: Mapping[str, nn.Module], choice: Choice) -> Choice:
 
 def _with(choice: Choice, attributes: tuple[Following, ...]) -> Choice:
     return replace(choice, group=replace(choice.group, attributes=attributes))
+
+
+def _key(choices: Sequence[Choice]) -> tuple[Any, ...]:
+    """The same for choices of the same groups with the same attributes."""
+    return tuple((c.group.name, c.group.attributes, c.group.configured) for c in choices)
 
 
 def _kind(modules: Mapping[str, nn.Module], choice: Choice) -> str:

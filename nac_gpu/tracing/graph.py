@@ -69,6 +69,8 @@ class Group:
             neurons are single channels.
         attributes: of integers that shrink with the group (numbers of heads, sizes stored by code): module, path of the
             attribute, and whether it surely is the group's (see `nac_gpu.merging.attributes.Following`).
+        configured: whether its size may be written to a configuration of Hugging Face, from which code may compute
+            something else, too.
         otherwise: groups of channels to compress instead if these units cannot be merged.
     """
 
@@ -79,6 +81,7 @@ class Group:
     norms: tuple[Norm, ...]
     units: tuple[str, ...] = ()
     attributes: tuple[tuple[str, str, bool], ...] = ()
+    configured: bool = True
     otherwise: tuple["Group", ...] = field(default=(), compare=False)
 
     @property

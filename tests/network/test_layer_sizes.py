@@ -114,6 +114,31 @@ class ByConfiguration(nn.Module):
         return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class ScaledByConfiguration(ByConfiguration):
+    """A block that knows its number of heads, and takes the size of a head from the configuration."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.num_heads = config.num_attention_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.config.hidden_size / self.config.num_attention_heads
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return x + self.out(((q @ k.mT / size).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_configuration_from_which_more_is_computed_is_left() -> None:
+    torch.manual_seed(0)
+    config = Config(hidden_size=12, num_attention_heads=4)
+    whole = nn.Sequential(nn.Linear(5, 12), ScaledByConfiguration(config), nn.Linear(12, 3)).eval()
+    plan = nac.plan(whole, INPUTS, width=0.5)
+    assert [(group.name, group.before, group.after) for group in plan.groups] == [("1.qkv", 4, 2)]
+    assert "1.config.num_attention_heads was left: the code computes something else from it, too" in plan.changes
+    small = nac.compress(whole, INPUTS, plan, calibration="none")
+    assert (small[1].num_heads, small[1].config.num_attention_heads) == (2, 4)  # type: ignore[index, union-attr]
+    assert nac.testing.check_copies(whole, INPUTS).error < 1e-8
+
+
 def test_a_network_that_asks_its_configuration_runs_in_all_steps() -> None:
     torch.manual_seed(0)
     config = Config(hidden_size=12, num_attention_heads=4)

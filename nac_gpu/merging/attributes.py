@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -175,11 +175,19 @@ def _in_configurations(modules: Mapping[str, nn.Module], choices: Sequence[Choic
             before, after = changes.pop()
             if before == after:
                 continue
-            hidden = getattr(config, "hidden_size", None)
-            if heads and "key_value" not in name and hidden and getattr(config, "head_dim", None) is None:
-                values.setdefault((module, "config.head_dim"), hidden // value)  # the default is hidden_size / heads
+            if heads and "key_value" not in name and (size := _size_of_head(config, value)):
+                values.setdefault((module, "config.head_dim"), size)  # no longer hidden_size / heads, the default
             values[module, f"config.{name}"] = value * after // before
     return values
+
+
+def _size_of_head(config: Any, heads: int) -> int | None:
+    """The size of an attention head where a configuration gives it only by dividing; None if it gives it."""
+    try:
+        given, hidden = getattr(config, "head_dim", None), getattr(config, "hidden_size", None)
+        return None if given is not None or not hidden else hidden // heads
+    except Exception:  # each layer has its own, say
+        return None
 
 
 def not_configured(modules: Mapping[str, nn.Module], choice: Choice) -> Choice | None:

@@ -184,7 +184,8 @@ class Notes:
         """Note that an operation combines values along these dimensions, as softmax or a mean does.
 
         Channels that vary along these dimensions are separated. If their plane also varies along other dimensions, the
-        rows along those are units, which can still be merged as a whole.
+        rows along those are units, which can still be merged as a whole. If channels merge along one of the others, in
+        the same way at all positions of these dimensions, they still do.
 
         Args:
             planes: of one tensor.
@@ -195,7 +196,8 @@ class Notes:
             shaped: units belong to the module that gave their channels more dimensions, not to the running one.
 
         Returns:
-            The planes that remain when these dimensions are reduced: those that do not vary along them, and units.
+            The planes that remain when these dimensions are reduced: those that do not vary along them, units, and
+            channels that merge along another dimension.
         """
         mixed, left = set(dims), []
         for plane in planes:
@@ -203,10 +205,12 @@ class Notes:
             if not own:
                 left.append(plane)
                 continue
+            along = len(own) < len(varying(plane)) and level == BOTH and inner_axis(plane) not in own
+            apart = UNITS if along else level
             if pending is None:
-                self.separate(plane, own, reason, level)
+                self.separate(plane, own, reason, apart)
             else:
-                pending.append(self.atoms.separation(plane, own, f"{reason} in {self.module()}", level))
+                pending.append(self.atoms.separation(plane, own, f"{reason} in {self.module()}", apart))
             if len(own) == len(varying(plane)):
                 continue
             largest = plane.amax(own, keepdim=True)  # some of its positions may have no label
@@ -215,7 +219,9 @@ class Notes:
             units = self.atoms.units(len(known), self.shapers.get(slot, module) if shaped else module)[row]
             units = units.masked_fill(largest < 0, NONE)
             self.atoms.unite(plane, units, UNITS)
-            left.append(units)
+            if along:
+                self.atoms.unite(plane, largest, CHANNELS)
+            left.append(largest if along else units)
         return left
 
     def meet(self, left: Tensor, right: Tensor) -> Tensor:

@@ -198,7 +198,10 @@ def not_configured(modules: Mapping[str, nn.Module], choice: Choice) -> Choice |
 
 
 def guesses(
-    modules: Mapping[str, nn.Module], group: Group, read: Callable[[], Set[tuple[str, str]]] | None = None
+    modules: Mapping[str, nn.Module],
+    group: Group,
+    read: Callable[[], Set[tuple[str, str]]] | None = None,
+    place: str | None = None,
 ) -> Iterator[tuple[Following, ...]]:
     """Candidate sets of attributes that have to follow a group's size; likeliest first.
 
@@ -211,6 +214,7 @@ def guesses(
         group: the group.
         read: called only if the first guess fails; returns the (module, attribute) that the network reads as it runs
             (see `nac_gpu.network.kept_numbers.reads_of`). Without it, any attribute may be read.
+        place: a module in which the first guess fails; it may hold none of the group's layers. None if none is known.
     """
     fixed, counts = _counts(modules, group)
     named = [*counts, *_named(modules, group)]
@@ -227,6 +231,8 @@ def guesses(
     few = range(min(len(scaled), _MOST))
     sets = [mixed, scaled, wide, [item for item in scaled if item in counts], []]
     sets += [mixed[:one] + mixed[one + 1 :] for one in few] + [[scaled[one]] for one in few]
+    if place is not None:
+        sets.insert(2, list(dict.fromkeys([*mixed, *filter(may_matter, _where_it_fails(modules, group, place))])))
     unread = [item for item in named if not may_matter(item)]
     done = {frozenset([*fixed, *named])}
     for chosen in sets:
@@ -286,6 +292,16 @@ def _named(modules: Mapping[str, nn.Module], group: Group) -> Iterator[Following
             other = group.units and (value == group.size or _HEAD.search(path))
             if value in sizes and meaning(path) is not None and not other:
                 yield Following(name, path)
+
+
+def _where_it_fails(modules: Mapping[str, nn.Module], group: Group, place: str) -> Iterator[Following]:
+    """Numbers of the size of a group of channels in modules of the class of one that fails."""
+    kind = type(modules.get(place))
+    alike = [name for name, module in modules.items() if type(module) is kind and not is_of_torch(module)]
+    for name in alike if not group.units else ():
+        for path, value in kept_by(modules[name], options=True).items():
+            if value == group.size:
+                yield Following(name, path, True)
 
 
 def _of_any_name(modules: Mapping[str, nn.Module], group: Group) -> Iterator[Following]:

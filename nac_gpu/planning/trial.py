@@ -170,7 +170,7 @@ class _Search:
                 found = None
             elif not guessed:
                 guessed = True
-                others = self._second(active)
+                others = self._second(active, found.place)
                 then = self._attempt(others) if others != active else found  # several groups may need one attribute
                 active, found = (others, then) if isinstance(then, Measured) else (active, found)
             else:
@@ -193,18 +193,23 @@ class _Search:
             return others, found, []
         return choices, measured, [f"the smaller network does not run in training mode: {why}"]
 
-    def _ways(self, choice: Choice) -> Iterator[Choice]:
-        """The choice with the attributes of every guess but its own; then with configurations as they are."""
-        for found in guesses(self._modules, choice.group, self._reads):
+    def _ways(self, choice: Choice, place: str | None = None) -> Iterator[Choice]:
+        """The choice with the attributes of every guess but its own; then with configurations as they are.
+
+        Args:
+            choice: the choice.
+            place: the module that fails with it.
+        """
+        for found in guesses(self._modules, choice.group, self._reads, place):
             if found != choice.group.attributes:
                 yield _with(choice, found)
         other = not_configured(self._modules, choice)
         if other is not None:
             yield other
 
-    def _second(self, choices: Sequence[Choice]) -> list[Choice]:
-        """The choices, each with the attributes of its next guess if there is one."""
-        return [next(self._ways(choice), choice) for choice in choices]
+    def _second(self, choices: Sequence[Choice], place: str | None = None) -> list[Choice]:
+        """The choices, each with the attributes of its next guess if there is one; `place` as for `_ways`."""
+        return [next(self._ways(choice, place), choice) for choice in choices]
 
     def _reads(self) -> frozenset[tuple[str, str]]:
         if self._read is None:
@@ -247,13 +252,13 @@ class _Search:
             if then is not None and not found.moved(then):
                 continue
             kind = _kind(self._modules, suspect)
-            for number, other in enumerate(self._ways(suspect) if kind not in self._hopeless else ()):
+            for number, other in enumerate(self._ways(suspect, found.place) if kind not in self._hopeless else ()):
                 mended = [other if choice is suspect else choice for choice in active]
                 if _key(mended) in self._were:
                     continue
                 after = self._attempt(mended)
                 if found.moved(after):
-                    return self._alike(mended, suspect, number, after)
+                    return self._alike(mended, suspect, number, after, found.place)
             failed.append((suspect, found.reason))
             if kind not in self._hopeless or not suspect.group.units:
                 self._hopeless.add(kind)
@@ -266,7 +271,7 @@ class _Search:
         return self._halved(active, failed), None
 
     def _alike(
-        self, active: list[Choice], suspect: Choice, number: int, after: Measured | Failure
+        self, active: list[Choice], suspect: Choice, number: int, after: Measured | Failure, place: str | None
     ) -> tuple[list[Choice], Measured | Failure]:
         """Try what mended one group for all groups in modules of the same classes."""
         if isinstance(after, Measured):
@@ -274,7 +279,7 @@ class _Search:
         kind = _kind(self._modules, suspect)
         same = []
         for choice in active:
-            others = self._ways(choice) if _kind(self._modules, choice) == kind else iter(())
+            others = self._ways(choice, place) if _kind(self._modules, choice) == kind else iter(())
             same.append(next(islice(others, number, None), choice))
         then = self._attempt(same) if _key(same) not in self._were else after
         return (same, then) if after.moved(then) else (active, after)

@@ -163,3 +163,26 @@ def test_the_trial_merges_by_the_rule_that_will_merge(monkeypatch: pytest.Monkey
     monkeypatch.setattr(bench, "merged", seen)
     nac.compress(Blocks("..").eval(), torch.randn(4, 8), width=0.5, rule=rule, calibration="none")
     assert set(rules) == {"centroid" if rule == "centroid" else "restored"}
+
+
+class Partial(nn.Module):
+    """A layer for some of the channels; no tensor of it belongs to the others, whose number it keeps (FasterNet)."""
+
+    def __init__(self, part: int, rest: int) -> None:
+        super().__init__()
+        self.part, self.untouched = part, rest
+        self.layer = nn.Linear(part, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        part, rest = x.split([self.part, self.untouched], -1)
+        return torch.cat([self.layer(part), rest], -1)
+
+
+def test_a_module_that_fails_may_keep_a_size_of_layers_elsewhere() -> None:
+    model = nn.Sequential(
+        nn.Linear(8, 40), nn.Sequential(Partial(10, 30), nn.Tanh(), Partial(10, 30)), nn.Linear(40, 3)
+    )
+    small = nac.compress(model.eval(), torch.randn(4, 8), width=0.5, calibration="none")
+    assert small[0].out_features == 20  # type: ignore[union-attr]
+    assert [(part.part, part.untouched) for part in small.modules() if isinstance(part, Partial)] == [(5, 15)] * 2
+    nac.testing.check_copies(model, torch.randn(4, 8))

@@ -18,7 +18,8 @@ from nac_gpu.network.state import tensors
 
 #: The largest difference between outputs that rounding explains, relative to the largest output.
 SAME = {torch.float32: 1e-5, torch.float64: 1e-8}
-_DOUBT = 1e-6  # differences in float32 from which on float64 tells whether they are rounding; it seldom makes more
+#: Differences in float32 from which on float64 tells whether they are rounding, which seldom makes more.
+_DOUBT = 16 * torch.finfo(torch.float32).eps
 _WIDEST = 1e-4  # what float32 may make of it where an operation has no float64
 _SPREAD = (
     0.1  # of parameters around a constant: little, because models take some of them as exponents, such as durations

@@ -61,6 +61,12 @@ def test_a_difference_is_told_in_float64() -> None:
     assert types[-1] == torch.float64
 
 
+def test_a_small_difference_is_told_from_rounding() -> None:
+    why, types = tried(Amplifies(1.0, flaw=1.5e-7))  # 5e-6 of the outputs, which float32 could make in a deep network
+    assert why is not None
+    assert types[-1] == torch.float64
+
+
 def test_without_float64_rounding_is_allowed_for() -> None:
     why, types = tried(Amplifies(600.0, in_double=False))
     assert why is None

@@ -6,6 +6,7 @@ labels = nac_gpu.ward_linkage(points).cut(10)
 
 from nac_gpu import moved, testing
 from nac_gpu.calibration.batches import Calibration
+from nac_gpu.calibration.text import text_batches
 from nac_gpu.clustering import methods
 from nac_gpu.clustering.dendrogram import Dendrogram
 from nac_gpu.clustering.estimator import WardClustering
@@ -59,6 +60,7 @@ __all__ = [
     "report",
     "save",
     "testing",
+    "text_batches",
     "ward_linkage",
 ]
 

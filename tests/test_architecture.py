@@ -17,7 +17,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"calibration": "kernels clustering network distributed tracing"},
     {"merging": "clustering network distributed tracing calibration"},
     {"planning": "network distributed tracing calibration merging"},
-    {"files": "network planning.plans"},
+    {"files": "network tracing merging planning.plans planning.alike"},
     {
         "compression": "clustering network distributed tracing calibration merging planning files",
         "experts": "clustering network tracing calibration merging planning files",

@@ -30,6 +30,8 @@ TESTS = {
     "nac COMMAND --help": "test_cli.py::test_the_installed_command_explains_itself_and_its_exit_codes",
     "nac compress --finetune FOLDER": "test_cli.py::test_an_interrupted_training_goes_on",
     "pre-commit install": "test_docs.py::test_pre_commit_runs_what_make_lint_runs",
+    "nac compress FOLDER --calibration text.txt --output NEW_FOLDER": "test_texts.py::"
+    "test_the_folder_of_a_language_model_is_complete",
     "nac compress --open": "test_cli.py::test_weights_that_stay_in_their_files",
     "nac compress --experts 0.5": "test_cli.py::test_fewer_experts_and_fewer_neurons",
     "torchrun --nproc-per-node 8": "test_experiments.py::test_two_processes_measure_what_one_does",

@@ -1,9 +1,12 @@
 """Second moments of samples, accumulated batch by batch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 RIDGE_NEURONS = 1e-2  # ridge penalty, relative to the mean square of the merged activations
+FOLDS = 4  # parts of the inputs; what is fitted to some is judged on another
 
 
 def damped(gram: Tensor, share: float) -> Tensor:
@@ -28,30 +31,52 @@ def ridge(inputs: Tensor, targets: Tensor, share: float) -> Tensor:
     return torch.cholesky_solve(targets, torch.linalg.cholesky(damped(inputs, share)))
 
 
+def folds_of(number: int, batches: int, rows: int) -> list[tuple[int, slice]]:
+    """Which samples of a batch are in which fold: pairs of a fold and a slice of the rows.
+
+    With several batches each is in one fold. With fewer than there are folds, a batch is divided into consecutive
+    parts: samples of the same input are mostly in one.
+
+    Args:
+        number: of the batch.
+        batches: how many there are.
+        rows: samples of the batch, those of an input next to each other.
+    """
+    if batches >= FOLDS:
+        return [(number % FOLDS, slice(0, rows))]
+    ends = [round(rows * part / FOLDS) for part in range(FOLDS + 1)]
+    return [(fold, slice(ends[fold], ends[fold + 1])) for fold in range(FOLDS) if ends[fold] < ends[fold + 1]]
+
+
 class Moments:
     """Means and covariance of samples `a` and `b`, accumulated in float64 around the mean of the first batch.
 
     Each batch is summed up by itself and then added in order. So the result has the same bits whichever rank computed
     a batch.
+
+    Attributes:
+        count: of the samples; the sum of their weights, where they have any.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = 0.0
         self._product: Tensor | float = 0.0
         self._sums: list[Tensor] = []
         self._centres: list[Tensor] = []
 
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """Add samples: [samples, p] and [samples, q]."""
+    def add(self, a: Tensor, b: Tensor, weights: Tensor | None = None) -> None:
+        """Add samples: [samples, p] and [samples, q], which may have weights, [samples]."""
         if not len(a):
             return
         if not self._centres:
             self._centres = [a.mean(0), b.mean(0)]
             self._sums = [torch.zeros_like(centre, dtype=torch.float64) for centre in self._centres]
         a, b = a - self._centres[0], b - self._centres[1]
-        self.count += len(a)
-        self._product = self._product + (a.T @ b).double()
-        self._sums = [total + part.sum(0, dtype=torch.float64) for total, part in zip(self._sums, (a, b), strict=True)]
+        weighted, other = (a, b) if weights is None else (a * weights[:, None], b * weights[:, None])
+        self.count += len(a) if weights is None else float(weights.sum(dtype=torch.float64))
+        self._product = self._product + (weighted.T @ b).double()
+        parts = (weighted, other)
+        self._sums = [total + part.sum(0, dtype=torch.float64) for total, part in zip(self._sums, parts, strict=True)]
 
     def take(self, other: "Moments") -> None:
         """Add the sums of another one, whose memory is reused: do not use it afterwards."""
@@ -68,6 +93,21 @@ class Moments:
             for total, part, shift in zip(self._sums, other._sums, (a, b), strict=True)
         ]
         self.count += other.count
+
+    def copy(self) -> "Moments":
+        """Sums of their own, to which others may be added."""
+        made = Moments()
+        vars(made).update(vars(self))
+        made._product = self._product.clone() if isinstance(self._product, Tensor) else self._product
+        return made
+
+    @staticmethod
+    def total(parts: Sequence["Moments"]) -> "Moments":
+        """The moments of the samples of all parts, which stay as they are."""
+        made = Moments()
+        for part in parts:
+            made.take(part.copy())
+        return made
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:

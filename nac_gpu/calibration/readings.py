@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from nac_gpu.network.moving import sent
@@ -63,3 +64,12 @@ def samples(module: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
 def outgoing(weight: Tensor, member: Member) -> Tensor:
     """The columns of a weight that read each neuron: [n, m, ...]."""
     return weight.movedim(member.dim, 0)[sent(member.index, weight.device)]
+
+
+def row_weights(rows: Tensor) -> Tensor:
+    """Weights of samples, [rows], at most 1: those of a huge norm count as one of four times the mean norm's square.
+
+    Some tokens have a norm a thousand times that of others. A normalisation follows, so that they matter no more.
+    """
+    norms = rows.float().norm(dim=1)
+    return (4 * norms.mean().square() / norms.square().clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1)

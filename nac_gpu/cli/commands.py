@@ -11,9 +11,12 @@ from torch import nn
 
 import nac_gpu as nac
 from nac_gpu.cli.inputs import Images, example_inputs, read_tensors
-from nac_gpu.cli.options import Compressed, Training, Widths, calibrated
+from nac_gpu.cli.models import first_line
+from nac_gpu.cli.options import Calibrated, Compressed, Training, Widths, note
 from nac_gpu.cli.outputs import check_model_output, check_output, size_of, write_array
+from nac_gpu.cli.texts import copy_tokenizer
 from nac_gpu.files.atomic import write_text
+from nac_gpu.files.folders import check_folder
 from nac_gpu.files.origin import origin_of
 from nac_gpu.merging.refinement import PASSES
 from nac_gpu.network.moving import to_device
@@ -32,10 +35,10 @@ class PlanCommand(Widths):
         self.wanted()
         source = self.source()
         model, inputs = self.original(source)
-        plan = self.planned(model, inputs, calibrated(self, self.calibration, self.images, source, inputs))
+        plan = self.planned(model, inputs, self.calibrated(source, inputs))
         if self.output is not None:
             write_text(plan.to_json() + "\n", self.output)
-        print(plan.to_json() if self.json else plan)
+        print(plan.to_json() if self.json else self.shown(plan))
 
 
 @dataclass(kw_only=True)
@@ -46,7 +49,7 @@ class Compress(Training, Widths):
     """
 
     output: Path
-    """A file, .safetensors, for nac_gpu.load; or a folder, for models of transformers."""
+    """A file, .safetensors, for nac_gpu.load; or a folder, for models of transformers, with their tokenizer."""
     plan: Path | None = None
     """A plan that `nac plan --output` wrote, in place of --params, --flops, --latency and --width."""
     method: Literal["ward", "kmeans", "random", "l1"] = "ward"
@@ -73,13 +76,18 @@ class Compress(Training, Widths):
         images = None
         if self.finetune is not None:
             images = Images(self.finetune, inputs, self.scale(source), self.batch_size, training=True)
-        calibration = calibrated(self, self.calibration, self.images, source, inputs)
+        calibration = self.calibrated(source, inputs)
         small, plan = self.smaller(model, inputs, calibration, given)
         epochs: list[nac.Epoch] = []
         checkpoint = self.output.with_name(f"{self.output.name}.checkpoint")
         if images is not None:
             epochs = self.tune(small, model, images, checkpoint, self.seed)
         nac.save(small, self.output)
+        if self.output.is_dir() and Path(self.model).is_dir():
+            try:
+                copy_tokenizer(Path(self.model), self.output)
+            except Exception as error:  # packages may be missing; the model is saved all the same
+                note(f"the tokenizer of {self.model} was not copied: {first_line(error)}")
         checkpoint.unlink(missing_ok=True)
         found = {"output": str(self.output), "bytes": size_of(self.output), "plan": asdict(plan)}
         if self.json:
@@ -98,12 +106,14 @@ class Compress(Training, Widths):
             origin = origin_of(model)
             assert origin is not None, "it was just made"
             if not self.json:
-                print(origin.plan)
+                print(self.shown(origin.plan))
             if plan is None and not self.says_widths():
                 return model, origin.plan
         plan = plan or self.planned(model, inputs, calibration)
         if not self.json:
-            print(plan)
+            print(self.shown(plan))
+        if self.output.suffix != ".safetensors":
+            check_folder(model, plan, self.output.name)
         small = nac.compress(
             model,
             inputs,
@@ -226,7 +236,7 @@ class Linkage:
 
 
 @dataclass(kw_only=True)
-class ReportCommand(Compressed):
+class ReportCommand(Compressed, Calibrated):
     """Report on a compression: sizes, times, accuracy, widths; as a page (.html), text (.txt) or JSON."""
 
     output: Path
@@ -235,10 +245,6 @@ class ReportCommand(Compressed):
     """A folder of images, <class>/<image>, for measuring the accuracy."""
     layer: str | None = None
     """Draw the dendrogram of this layer. Default: the first that was compressed."""
-    calibration: str = "dream"
-    """As for the compression: a folder of images, a file of tensors, "dream" or "none"."""
-    images: int = 512
-    """Number of images drawn from the calibration folder."""
     batch_sizes: tuple[int, ...] = (1, 64)
     """Batch sizes to time."""
     seconds: float = 10.0
@@ -256,7 +262,7 @@ class ReportCommand(Compressed):
             model,
             self.small(source),
             inputs,
-            calibration=calibrated(self, self.calibration, self.images, source, inputs),
+            calibration=self.calibrated(source, inputs),
             data=data,
             layer=self.layer,
             timed=dict.fromkeys(self.batch_sizes, self.seconds / len(self.batch_sizes)),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nac_gpu.cli.texts import Reader, reader_of
 from nac_gpu.network.running import ExampleInputs
 
 #: Mean and standard deviation of each channel, for pixels in [0, 1].
@@ -28,6 +29,7 @@ class Source:
         scale: normalisation of its images.
         trained: `build` returns trained weights.
         untrained: builds the architecture without trained weights; None if that is not possible.
+        reader: opens its tokenizer; None if it is no folder of transformers.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Source:
     scale: Scale | None = None
     trained: bool = False
     untrained: Callable[[], nn.Module] | None = None
+    reader: Callable[[], Reader] | None = None
 
 
 def find(name: str, pretrained: bool = False) -> Source:
@@ -161,7 +164,10 @@ def _transformers(name: str, path: Path) -> Source:
     def untrained() -> nn.Module:
         return cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
 
-    return Source(name, build if weights else untrained, inputs, None, weights, untrained)
+    def reader() -> Reader:
+        return reader_of(path, cls, config)
+
+    return Source(name, build if weights else untrained, inputs, None, weights, untrained, reader)
 
 
 def _factory(name: str, module: str, function: str) -> Callable[[], nn.Module]:

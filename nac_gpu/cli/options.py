@@ -13,6 +13,7 @@ from torch import nn
 import nac_gpu as nac
 from nac_gpu.cli.inputs import Images, calibration_images, example_inputs, image_of
 from nac_gpu.cli.models import Scale, Source, find, load_weights
+from nac_gpu.cli.texts import calibration_text, is_text
 from nac_gpu.network.moving import to_device
 
 
@@ -86,7 +87,31 @@ class Model:
 
 
 @dataclass(kw_only=True)
-class Widths(Model):
+class Calibrated(Model):
+    """The inputs that neurons are compared on."""
+
+    calibration: str = "dream"
+    """Inputs for comparing neurons: a folder of images (<class>/<image>), a text file (for folders of transformers with
+    a tokenizer), a file of tensors, "dream" for synthetic inputs, or "none" to use only the weights."""
+    images: int = 512
+    """Number of images drawn from the calibration folder."""
+    tokens: int = 65536
+    """Number of tokens used of the calibration text, from all parts of it."""
+    length: int = 512
+    """Tokens of a row of calibration text, at most what the model reads at once."""
+
+    def calibrated(self, source: Source, inputs: nac.ExampleInputs) -> nac.Calibration:
+        """The calibration inputs that --calibration describes."""
+        if self.calibration == "dream" or self.calibration == "none":
+            return self.calibration
+        path = Path(self.calibration)
+        if is_text(path):
+            return calibration_text(path, source.reader, inputs, tokens=self.tokens, length=self.length, seed=self.seed)
+        return calibration_images(path, inputs, self.scale(source), self.images, self.seed)
+
+
+@dataclass(kw_only=True)
+class Widths(Calibrated):
     """The new size of the model."""
 
     open: bool = False
@@ -107,11 +132,8 @@ class Widths(Model):
     """Compress only these layers, modules or patterns."""
     skip: tuple[str, ...] = ()
     """Do not compress these layers, modules or patterns."""
-    calibration: str = "dream"
-    """Inputs for comparing neurons: a folder of images (<class>/<image>), a file of tensors, "dream" for synthetic
-    inputs, or "none" to use only the weights."""
-    images: int = 512
-    """Number of images drawn from the calibration folder."""
+    verbose: bool = False
+    """Print a line for every layer, also where many differ only in the numbers of their blocks."""
 
     def original(self, source: Source) -> tuple[nn.Module, nac.ExampleInputs]:
         """The model in eval mode, with weights in their files if --open is given, and its inputs, on the device."""
@@ -143,6 +165,10 @@ class Widths(Model):
     def says_widths(self) -> bool:
         """Whether widths or a budget are given."""
         return any(value is not None for value in (self.params, self.flops, self.latency)) or bool(self.width)
+
+    def shown(self, plan: nac.Plan) -> str:
+        """The plan as it is printed."""
+        return plan.detailed() if self.verbose else str(plan)
 
     def planned(self, model: nn.Module, inputs: nac.ExampleInputs, calibration: nac.Calibration) -> nac.Plan:
         """The plan."""
@@ -217,12 +243,3 @@ class Compressed(Model):
         if self.file.is_dir():
             return find(str(self.file)).build().to(self.device).eval()
         return nac.load(self.file, source.build, device=self.device)
-
-
-def calibrated(
-    options: Model, calibration: str, images: int, source: Source, inputs: nac.ExampleInputs
-) -> nac.Calibration:
-    """The calibration inputs that --calibration describes."""
-    if calibration == "dream" or calibration == "none":
-        return calibration
-    return calibration_images(Path(calibration), inputs, options.scale(source), images, options.seed)

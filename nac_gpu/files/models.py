@@ -5,7 +5,6 @@ contains the original's shapes and the plan, so that the code that builds the or
 too. A hash detects any changed bit.
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.files.atomic import atomically, atomically_folder
+from nac_gpu.files.folders import check_saved, not_a_folder
 from nac_gpu.files.opening import built, built_without_parameters
 from nac_gpu.files.origin import Origin, origin_of, restore, shorten
 from nac_gpu.files.shards import file_entries, relabel, write
@@ -61,9 +61,9 @@ def save(model: nn.Module, path: str | Path) -> None:
     if path.suffix == ".safetensors":
         _save_file(model, origin, path)
     elif hasattr(model, "save_pretrained"):
-        _save_folder(model, path)
+        _save_folder(model, origin, path)
     else:
-        raise ValueError(f"{path} does not end in .safetensors, and {type(model).__name__} has no save_pretrained")
+        raise not_a_folder(model, str(path))
 
 
 def load(path: str | Path, factory: Callable[[], nn.Module], *, device: torch.device | str | None = None) -> nn.Module:
@@ -198,34 +198,19 @@ def _write(partial: Path, values: Mapping[str, Tensor], header: Mapping[str, str
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def _save_folder(model: nn.Module, path: Path) -> None:
+def _save_folder(model: Any, origin: Origin, path: Path) -> None:
     """Save with the model's own `save_pretrained`, if its configuration builds a network of these shapes."""
-    config: Any = model.config
-    with torch.device("meta"):
-        built = type(model)(copy.deepcopy(config))
-    expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
-    wrong = [
-        f"{name} {tuple(tensor.shape)} where the configuration gives {expected.get(name)}"
-        for name, tensor in model.state_dict().items()
-        if tuple(tensor.shape) != expected.get(name)
-    ]
-    if wrong:
-        raise ValueError(
-            f"the configuration of {type(model).__name__} has one width for all layers and cannot express "
-            f"{len(wrong)} tensors, such as {wrong[0]}; give all layers of a kind the same width, or save to a file "
-            f"such as {path.name}.safetensors, which nac_gpu.load opens"
-        )
+    check_saved(model, origin.plan, origin.shapes, path.name)
     with atomically_folder(path) as partial:
         if is_open(model):
-            for settings in (config, getattr(model, "generation_config", None)):
+            for settings in (model.config, getattr(model, "generation_config", None)):
                 if settings is not None:
                     settings.save_pretrained(partial)
             own = tensors(model)
             values = {name: own[name] for name in _names(model)}
             _write(partial / "model.safetensors", values, {"format": "pt"}, path)
             return
-        save_pretrained: Any = model.save_pretrained
-        save_pretrained(partial)
+        model.save_pretrained(partial)
 
 
 def _names(model: nn.Module) -> list[str]:

@@ -54,6 +54,12 @@ class Merger:
         self._deviation = deviation
         self._dropped: dict[tuple[str, int], Tensor] = {}
 
+    def copy(self) -> "Merger":
+        """Another one with the same groups merged; what is merged by one is not by the other."""
+        made = Merger(self.state, self._deviation)
+        made._dropped = {key: dropped.clone() for key, dropped in self._dropped.items()}
+        return made
+
     def merge(self, group: Group, labels: Tensor) -> None:
         """Merge the neurons of one group.
 

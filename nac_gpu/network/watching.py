@@ -1,6 +1,8 @@
 """Observes the inputs of layers during a forward pass."""
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +12,50 @@ from nac_gpu.network.ambient import cut_short
 from nac_gpu.network.running import ExampleInputs, call
 
 
-class _EnoughError(BaseException):
+class EnoughError(BaseException):
     """All requested calls were observed, so the rest of the pass is skipped; the model's code must not catch it."""
+
+
+@dataclass
+class Watched:
+    """How many of the requested calls are still missing."""
+
+    missing: int
+
+
+@contextlib.contextmanager
+def watching(
+    modules: Mapping[str, nn.Module], calls: Mapping[str, int], take: Callable[[str, Tensor], None]
+) -> Iterator[Watched]:
+    """Pass the inputs of layers to a function, until all requested calls were seen; what runs in here is then ended.
+
+    Args:
+        modules: of the network, by name.
+        calls: how many times each layer is called, by its name.
+        take: see `look`.
+    """
+    watched = Watched(sum(calls.values()))
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            # what a model computes in inference mode could not be added up outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                take(name, inputs[0] if inputs else next(iter(keywords.values())))
+            watched.missing -= 1
+            if not watched.missing:
+                raise EnoughError
+
+        return modules[name].register_forward_pre_hook(hook, with_kwargs=True)
+
+    hooks = [watch(name) for name in calls]
+    try:
+        with cut_short():
+            yield watched
+    except EnoughError:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def look(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int], take: Callable[[str, Tensor], None]) -> None:
@@ -23,30 +67,8 @@ def look(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int], take:
         calls: how many times each layer is called, by its name.
         take: is called with a layer's name and its input, which it must copy to keep: later operations may change it.
     """
-    modules = dict(model.named_modules())
-    missing = sum(calls.values())
-
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            nonlocal missing
-            # what a model computes in inference mode could not be added up outside of it
-            with torch.inference_mode(False), torch.no_grad():
-                take(name, inputs[0] if inputs else next(iter(keywords.values())))
-            missing -= 1
-            if not missing:
-                raise _EnoughError
-
-        return modules[name].register_forward_pre_hook(hook, with_kwargs=True)
-
-    hooks = [watch(name) for name in calls]
-    try:
-        with cut_short():
-            call(model, batch)
-    except _EnoughError:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watching(dict(model.named_modules()), calls, take):
+        call(model, batch)
 
 
 def captured(model: nn.Module, batch: ExampleInputs, calls: Mapping[str, int]) -> dict[str, list[Tensor]]:

@@ -1,10 +1,13 @@
 """The plan of a compression: the width of every group, and what is left alone and why."""
 
 import json
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nac_gpu.network.costs import Cost
+from nac_gpu.planning.alike import by_kind, counted, numbered, spread, unnumbered
 from nac_gpu.tracing.graph import LeftAlone
 
 
@@ -37,7 +40,7 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a compression will do; `print(plan)` shows it as a table.
+    """What a compression will do; `print(plan)` shows it as a table, `print(plan.detailed())` with every single group.
 
     Attributes:
         groups: every group that can be compressed, in the order of the forward pass.
@@ -101,18 +104,39 @@ class Plan:
             raise ValueError(f"not the JSON of a plan, expected what Plan.to_json() wrote: {error}") from error
 
     def __str__(self) -> str:
-        """A table of the groups, what is left alone, and the cost before and after."""
-        name = max([len("group"), *(len(group.name) for group in self.groups)])
-        count = max(len(f"{group.parameters_before:,}") for group in self.groups) if self.groups else 0
-        count = max(count, len("parameters"))
-        title = f"{'group':{name}}  {'neurons':>7}  {'kept':>6}  {'parameters':>{count}}  {'after':>{count}}  layers"
-        lines = [title] if self.groups else []
-        for group in self.groups:
-            layers = ("heads or groups of " if group.units else "") + ", ".join(group.layers)
-            cells = f"{group.parameters_before:{count},}  {group.parameters_after:{count},}"
-            lines.append(f"{group.name:{name}}  {group.before:7,}  {group.after:6,}  {cells}  {layers}")
+        """A table of the groups, what is left alone, and the cost before and after.
+
+        Groups of the same kind are one line, with the sums of their parameters, if there are more than four whose names
+        differ only in the numbers of their blocks; so are layers left alone for the same reason.
+        """
+        return self._text(
+            by_kind(self.groups, lambda group: _kind(group.name, *group.layers, group.before, group.units)),
+            by_kind(self.left_alone, _kind_of(self.left_alone)),
+        )
+
+    def detailed(self) -> str:
+        """The same with one line for each group and for each layer that is left alone.
+
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> plan = nac_gpu.plan(model, torch.zeros(1, 8), width=0.25)
+        >>> plan.detailed() == str(plan)  # it has few layers
+        True
+        """
+        return self._text([[group] for group in self.groups], [[alone] for alone in self.left_alone])
+
+    def _text(self, groups: Sequence[Sequence[GroupPlan]], alone: Sequence[Sequence[LeftAlone]]) -> str:
+        """The plan with these groups and layers left alone together in one line."""
+        rows = [_row(alike) for alike in groups]
+        titles = ("group", "neurons", "kept", "parameters", "after", "layers")
+        name, neurons, kept, count, after, _ = (max(map(len, column)) for column in zip(titles, *rows, strict=True))
+        kept, count = max(kept, 6), max(count, after)
+        lines = [
+            f"{row[0]:{name}}  {row[1]:>{neurons}}  {row[2]:>{kept}}  {row[3]:>{count}}  {row[4]:>{count}}  {row[5]}"
+            for row in (titles, *rows)
+        ]
+        lines = lines if rows else []
         lines += self.changes
-        lines += [f"left alone: {alone.layer} ({alone.size:,}): {alone.reason}" for alone in self.left_alone]
+        lines += [f"left alone: {_alone(alike)}" for alike in alone]
         remedies = dict.fromkeys(alone.remedy for alone in self.left_alone if alone.remedy)
         lines += [f"to compress more: {remedy}" for remedy in remedies]
         for title, old, new in (
@@ -121,3 +145,47 @@ class Plan:
         ):
             lines.append(f"{title}: {old:,} -> {new:,} ({100 * new / max(old, 1):.1f} %)")
         return "\n".join(lines)
+
+
+def _kind(name: str, *said: object) -> tuple[object, ...]:
+    """What layers have in common whose names, and what is said of them, differ only in the numbers of their blocks."""
+    return (unnumbered(name, name), *(unnumbered(part, name) if isinstance(part, str) else part for part in said))
+
+
+def _kind_of(left_alone: Sequence[LeftAlone]) -> Callable[[LeftAlone], tuple[object, ...]]:
+    """What layers that are left alone have in common: the same reason, which may name the block of each of them."""
+    same = Counter((*_kind(alone.layer, alone.size), alone.reason) for alone in left_alone)
+
+    def kind(alone: LeftAlone) -> tuple[object, ...]:
+        literal = (*_kind(alone.layer, alone.size), alone.reason)
+        return literal if same[literal] > 1 else _kind(alone.layer, alone.size, alone.reason)
+
+    return kind
+
+
+def _row(groups: Sequence[GroupPlan]) -> tuple[str, ...]:
+    """The cells of groups of a kind in the table."""
+    first, names = groups[0], [group.name for group in groups]
+
+    def numbers(text: str) -> str:
+        return text if len(groups) == 1 else numbered(unnumbered(text, first.name), names)
+
+    layers = ", ".join(numbers(layer) for layer in first.layers)
+    return (
+        numbers(first.name) + counted(names),
+        f"{first.before:,}",
+        spread([group.after for group in groups]),
+        f"{sum(group.parameters_before for group in groups):,}",
+        f"{sum(group.parameters_after for group in groups):,}",
+        ("heads or groups of " if first.units else "") + layers,
+    )
+
+
+def _alone(layers: Sequence[LeftAlone]) -> str:
+    """Layers of a kind that are left alone, and why."""
+    first, names = layers[0], [alone.layer for alone in layers]
+    if len(layers) == 1:
+        return f"{first.layer} ({first.size:,}): {first.reason}"
+    name, reason = (numbered(unnumbered(text, first.layer), names) for text in (first.layer, first.reason))
+    reason = first.reason if first.reason == layers[1].reason else reason
+    return f"{name}{counted(names)} ({first.size:,}): {reason}"

@@ -78,7 +78,7 @@ def _measured(
 ) -> dict[str, dict[float, float]] | None:
     """By group, changes of the outputs by the error of the group; None if the outputs cannot be compared."""
     model, batches = in_float32(model) if evidence.float32 else model, _some(evidence.batches)
-    compensator = Compensator(model, graph, batches, evidence.activities, repeated=True)
+    compensator = Compensator(model, graph, batches, evidence.activities)
     run = copied(model)
 
     def answers(_: Ranks) -> list[list[Tensor]]:

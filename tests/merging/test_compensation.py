@@ -13,7 +13,8 @@ from nac_gpu.calibration.batches import as_batches
 from nac_gpu.calibration.gathering import gather
 from nac_gpu.calibration.moments import Moments
 from nac_gpu.calibration.readings import readings
-from nac_gpu.merging.compensation import Compensator, _convolved
+from nac_gpu.merging.compensation import Compensator
+from nac_gpu.merging.consumers import _convolved
 from nac_gpu.merging.copies import copy_neurons, random_labels
 from nac_gpu.network.comparing import outputs, relative_error
 from nac_gpu.network.copying import rebuild
@@ -55,7 +56,7 @@ def test_what_is_kept_between_repeated_merges_changes_nothing(name: str) -> None
     graph = record(model, inputs)
     batches = [batch.float() for batch in lively_batches(inputs, 2, 8)]
     activities = gather(model, inputs, graph.groups, batches).activities
-    together = Compensator(model, graph, batches, activities, repeated=True)
+    together = Compensator(model, graph, batches, activities)
     for group in graph.groups[:4]:
         for kept in {max(1, group.size // part) for part in (2, 3, 4)}:
             labels = torch.arange(group.size) % kept

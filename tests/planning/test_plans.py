@@ -79,6 +79,72 @@ def test_it_prints_as_a_table_with_what_is_left_alone() -> None:
     assert "parameters: 151,920 -> 54,785 (36.1 %)" in text
 
 
+class Deep(nn.Module):
+    """Blocks of two layers each, with a stream that is normalised."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        parts = [nn.ModuleDict({"up": nn.Linear(8, 24), "down": nn.Linear(24, 8)}) for _ in range(blocks)]
+        self.blocks = nn.ModuleList(parts)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block["down"](block["up"](self.norm(x)).relu())
+        return x
+
+
+def test_blocks_of_the_same_kind_are_one_line() -> None:
+    inputs = torch.zeros(2, 8)
+    few = nac.plan(Deep(4), inputs, width=0.5)
+    assert str(few) == few.detailed()
+    plan = nac.plan(Deep(12), inputs, width={"blocks.[0-24-9].up": 12, "blocks.1?.up": 9})
+    text, detailed = str(plan).splitlines(), plan.detailed().splitlines()
+    assert text[0].split() == detailed[0].split() == "group neurons kept parameters after layers".split()
+    size = 12 * (24 * 8 + 24 + 24 * 8)
+    after = sum(group.parameters_after for group in plan.groups)
+    assert text[1].split("  ")[-1] == "blocks.{0..11}.up"
+    assert text[1].startswith(f"blocks.{{0..11}}.up       24  9 to 24 (mean 12)       {size:,}  ")
+    assert f"  {after:,}  " in text[1]
+    assert "left alone: blocks.{0..11}.down (8): " in text[2]
+    assert (len(text), len(detailed)) == (5, 27)
+    assert text[-2:] == detailed[-2:]
+    assert detailed[4].split() == ["blocks.3.up", "24", "24", "408", "408", "blocks.3.up"]
+    assert nac.Plan.from_json(plan.to_json()).detailed() == plan.detailed()
+
+
+def made(groups: list[nac.GroupPlan], alone: list[nac.LeftAlone]) -> list[str]:
+    cost = nac.Cost(100, 100)
+    return str(nac.Plan(tuple(groups), tuple(alone), cost, cost)).splitlines()
+
+
+def test_what_is_of_a_kind() -> None:
+    """The same name but for the numbers of blocks, the same size and the same layers; and the same reason."""
+    numbers = [0, 1, 2, 4, 5, 9]
+    alike = [nac.GroupPlan(f"h.{n}.up", (f"h.{n}.up", f"h.{n}.gate"), 8, 4, n > 0) for n in numbers]
+    wide = [nac.GroupPlan(f"h.{n}.up", (f"h.{n}.up",), 16, 4) for n in (3, 6)]
+    last = [nac.GroupPlan(f"features.{n}", (f"features.{n}",), 8, 4) for n in range(6)]
+    experts = [nac.GroupPlan(f"h.{n}.experts.{m}.up", (), 8, 4) for n in range(2) for m in range(4 - n)]
+    lines = [line.split("  ")[0] for line in made([*alike, *wide, *last, *experts], [])[1:-2]]
+    assert lines == [
+        "h.0.up",
+        "h.{1..2, 4..5, 9}.up",
+        "h.3.up",
+        "h.6.up",
+        *(f"features.{n}" for n in range(6)),
+        "h.{0..1}.experts.{0..3}.up (7 of them)",
+    ]
+    own = [nac.LeftAlone(f"h.{n}.q", 8, f"written in place in h.{n}.attention") for n in range(10, 16)]
+    same = [nac.LeftAlone(f"h.{n}.v", 8, "normalised over channels in h.0.norm") for n in range(6)]
+    other = [nac.LeftAlone("h.7.v", 8, "model output"), nac.LeftAlone("head", 1000, "model output")]
+    assert made([], [*own, *same, *other])[:4] == [
+        "left alone: h.{10..15}.q (8): written in place in h.{10..15}.attention",
+        "left alone: h.{0..5}.v (8): normalised over channels in h.0.norm",
+        "left alone: h.7.v (8): model output",
+        "left alone: head (1,000): model output",
+    ]
+
+
 def test_json_round_trip() -> None:
     plan = nac.plan(*network("residual"), width=0.5)
     assert nac.Plan.from_json(plan.to_json()) == plan

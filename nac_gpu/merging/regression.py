@@ -1,0 +1,276 @@
+"""The regression that refits a consumer, with a penalty chosen on inputs that it was not fitted to.
+
+The errors of a consumer's outputs are regressed on the values that it reads. How much may be changed depends on how
+much is known: with as many samples as values, a fit that is perfect on them can be worse than none on others. So the
+samples are divided into folds. Each penalty of a short list is fitted to all folds but one and judged on that one;
+the list ends with "only the mean" and "no change". The best is then fitted to all of them.
+
+Moments are kept for each fold, so that leaving one out means adding up the others. Where there are more values than
+samples could be kept as moments of, the samples themselves are kept, and the regression is solved in its dual form.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from nac_gpu.calibration.moments import FOLDS, Moments, damped
+
+#: Ridge penalties, relative to the mean square of the values, from the weakest to the strongest.
+PENALTIES = (1e-3, 1e-2, 5e-2, 2e-1, 1.0)
+MOST_VALUES = 4096  # with more, samples are kept in place of moments
+_MOST_KEPT = 4096  # of those samples
+_MOST_SPLITS = 1024  # values, with which each fold is left out in turn; with more, only two of them are
+
+Spread = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Terms:
+    """Sums over the samples of one fold.
+
+    Attributes:
+        values: moments of the values that the consumer reads, with themselves, [p, p].
+        errors: of these values with the errors of the consumer's outputs, [p, out].
+        energy: the sum of the squared errors over samples and outputs.
+        variance: the sum of the squared deviations of the original's outputs from their mean in a batch.
+        neurons: of the merged neurons, [k, k]; only where the consumer reads several values of each neuron.
+        missing: of the merged neurons with what the original neurons have beside their sum, [k, n]; likewise.
+        samples: values [rows, p], errors [rows, out] and weights [rows], in place of their moments where p is large.
+        comparable: both networks called the consumer with the same samples. A router may send other samples to an
+            expert after merging; such an expert is not refitted.
+    """
+
+    values: Moments = field(default_factory=Moments)
+    errors: Moments = field(default_factory=Moments)
+    energy: float = 0.0
+    variance: float = 0.0
+    neurons: Moments = field(default_factory=Moments)
+    missing: Moments = field(default_factory=Moments)
+    samples: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    comparable: bool = True
+
+    @property
+    def count(self) -> float:
+        """How many samples there are, by weight."""
+        return self.values.count or sum(float(weights.sum()) for _, _, weights in self.samples)
+
+    def add(self, values: Tensor, whole: Tensor, made: Tensor, weights: Tensor) -> None:
+        """Add samples: values [rows, p], outputs of the original and of the merged [rows, out], weights [rows]."""
+        errors = whole - made
+        self.variance += float(((whole - whole.mean(0)).square().sum(1).double() * weights).sum())
+        self.energy += float((errors.square().sum(1).double() * weights).sum())
+        if values.shape[1] > MOST_VALUES:
+            self.samples.append((values, errors, weights))
+            return
+        self.values.add(values, values, weights)
+        self.errors.add(values, errors, weights)
+
+    def take(self, other: "Terms") -> None:
+        """Add the sums of another batch, whose memory is reused."""
+        for name in ("neurons", "missing", "values", "errors"):
+            getattr(self, name).take(getattr(other, name))
+        self.energy += other.energy
+        self.variance += other.variance
+        self.samples += other.samples
+        self.comparable = self.comparable and other.comparable
+
+
+def rows_of(values: int, rows: int) -> int:
+    """How many samples are used, if a consumer reads so many values and no more than so many rows are wanted."""
+    return rows if values <= MOST_VALUES else min(rows, _MOST_KEPT)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Corrections of a consumer, and what they are worth.
+
+    Attributes:
+        weight: to be added to its weight, float64 [p, out].
+        constant: to be added to its outputs, float64 [out].
+        before: mean squared error of its outputs, summed over them, without any correction.
+        after: the same with it, on samples that it was not fitted to.
+        variance: of the original's outputs, likewise.
+        chosen: the penalty, in words.
+    """
+
+    weight: Tensor
+    constant: Tensor
+    before: float
+    after: float
+    variance: float
+    chosen: str
+
+    @property
+    def lost(self) -> float:
+        """The share of the outputs' variance that is lost, on samples that it was not fitted to."""
+        return self.after / self.variance if self.variance > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class _Penalties:
+    """What is fitted: penalties of both regressions, None for leaving one out.
+
+    Attributes:
+        neurons: of the regression on merged neurons.
+        values: of that on values.
+        constant: the outputs get a constant.
+    """
+
+    neurons: float | None
+    values: float | None
+    constant: bool
+
+    def __str__(self) -> str:
+        found = [f"{kind} {one:g}" for kind, one in (("neurons", self.neurons), ("values", self.values)) if one]
+        return "ridge " + ", ".join(found) if found else "mean" if self.constant else "none"
+
+
+def fitted(folds: Sequence[Terms], spread: Spread | None, *, intercept: bool) -> Fit | None:
+    """The best correction of a consumer.
+
+    Args:
+        folds: its samples.
+        spread: from coefficients [k, n] of a regression on merged neurons to those on values, [p, out]; None if each
+            neuron has one value.
+        intercept: its outputs can get a constant.
+
+    Returns:
+        The correction; None if there are no samples.
+    """
+    parts = [fold for fold in folds if fold.count > 0]
+    if not parts:
+        return None
+    problem = (_Samples if parts[0].samples else _Sums)(parts, spread)
+    count = sum(part.count for part in parts)
+    before, variance = (sum(getattr(part, name) for part in parts) / count for name in ("energy", "variance"))
+    nothing = _Penalties(None, None, False)
+    if len(parts) < 2:  # nothing to judge by
+        return Fit(*problem.fit([0], nothing), before, before, variance, str(nothing))
+    splits = range(len(parts) if problem.size <= _MOST_SPLITS else 2)
+    lost: dict[_Penalties, float] = {}
+
+    def judge(candidates: Iterable[_Penalties]) -> _Penalties:
+        """The best so far."""
+        asked = [one for one in candidates if one not in lost]
+        for split, one in product(splits, asked):
+            others = [number for number in range(len(parts)) if number != split]
+            found = problem.loss(split, *problem.fit(others, one))
+            lost[one] = lost.get(one, 0.0) + (found if found == found else float("inf"))
+        return min(lost, key=lost.__getitem__)
+
+    tried = (None, *reversed(PENALTIES))
+    best = judge([nothing, *([_Penalties(None, None, True)] if intercept else [])])
+    if spread is not None:
+        best = judge(_Penalties(one, None, intercept) for one in tried if one is not None)
+    best = judge(_Penalties(best.neurons, one, intercept) for one in tried if one is not None)
+    weight, constant = problem.fit(list(range(len(parts))), best)
+    after = lost[best] / sum(parts[split].count for split in splits)
+    return Fit(weight, constant, before, after, variance, str(best))
+
+
+class _Sums:
+    """Regressions on moments.
+
+    Args:
+        parts: the folds, none of them empty.
+        spread: as for `fitted`.
+    """
+
+    def __init__(self, parts: Sequence[Terms], spread: Spread | None) -> None:
+        self._parts, self._spread = parts, spread
+        self._known: dict[tuple[int, ...], Terms] = {}
+        self.size = parts[0].values.covariance.shape[0]
+
+    def _total(self, numbers: Sequence[int]) -> Terms:
+        key = tuple(numbers)
+        if key not in self._known:
+            self._known.clear()  # one at a time: they are large
+            names = ("values", "errors", "neurons", "missing")
+            chosen = [self._parts[number] for number in numbers]
+            self._known[key] = Terms(**{name: Moments.total([getattr(t, name) for t in chosen]) for name in names})
+        return self._known[key]
+
+    def fit(self, numbers: Sequence[int], penalties: _Penalties) -> tuple[Tensor, Tensor]:
+        """Coefficients [p, out] and constants [out], fitted to these folds."""
+        total, mean = self._total(numbers), penalties.constant
+        errors = total.errors.about(mean)
+        weight = torch.zeros_like(errors)
+        if penalties.neurons is not None:
+            assert self._spread is not None, "there are merged neurons"
+            extra = _ridge(total.neurons.about(mean), total.missing.about(mean), penalties.neurons)
+            weight = self._spread(extra)
+        if penalties.values is not None:
+            values = total.values.about(mean)
+            weight = weight + _ridge(values, errors - values @ weight, penalties.values)
+        means = total.errors.means
+        return weight, (means[1] - means[0] @ weight) if mean else torch.zeros_like(means[1])
+
+    def loss(self, number: int, weight: Tensor, constant: Tensor) -> float:
+        """The squared errors that are left in a fold, summed over samples and outputs."""
+        part = self._parts[number]
+        values, errors = part.values.second, part.errors.second
+        means = part.errors.means
+        crossed = 2 * (weight * errors).sum() - (weight * (values @ weight)).sum()
+        shifted = 2 * constant @ (means[1] - means[0] @ weight) - constant @ constant
+        return part.energy - part.count * float(crossed + shifted)
+
+
+class _Samples:
+    """The same regressions on samples, of which there are fewer than values: in the dual form."""
+
+    def __init__(self, parts: Sequence[Terms], spread: Spread | None) -> None:
+        self._parts, self._spread = parts, spread
+        self.size = sum(len(values) for part in parts for values, _, _ in part.samples)
+
+    def _joined(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        rows = [sample for number in numbers for sample in self._parts[number].samples]
+        values, errors, weights = (torch.cat(alike) for alike in zip(*rows, strict=True))
+        return values, errors.double(), weights.double()
+
+    def fit(self, numbers: Sequence[int], penalties: _Penalties) -> tuple[Tensor, Tensor]:
+        """See `_Sums.fit`."""
+        values, errors, weights = self._joined(numbers)
+        mean = penalties.constant
+        shares = (weights / weights.sum())[:, None]
+        centre = (shares.to(values.dtype) * values).sum(0) if mean else torch.zeros_like(values[0])
+        weight = torch.zeros(values.shape[1], errors.shape[1], dtype=torch.float64, device=values.device)
+        if penalties.neurons is not None:
+            assert self._spread is not None, "there are merged neurons"
+            chosen = [self._parts[number] for number in numbers]
+            neurons, missing = (Moments.total([getattr(t, name) for t in chosen]) for name in ("neurons", "missing"))
+            weight = self._spread(_ridge(neurons.about(mean), missing.about(mean), penalties.neurons))
+        if penalties.values is not None:
+            left = errors - values.double() @ weight if penalties.neurons is not None else errors
+            left = left - (shares * left).sum(0) if mean else left
+            scaled = (values - centre) * shares.sqrt().to(values.dtype)
+            gram = (scaled @ scaled.T).double()
+            share = penalties.values / values.shape[1] * len(gram)  # of the mean square of a value
+            factor = torch.linalg.cholesky(damped(gram, share))
+            dual = torch.cholesky_solve(shares.sqrt() * left, factor)
+            weight = weight + (scaled.T @ dual.to(scaled.dtype)).double()
+        constant = torch.zeros_like(errors[0])
+        if mean:
+            constant = (shares * errors).sum(0) - centre.double() @ weight
+        return weight, constant
+
+    def loss(self, number: int, weight: Tensor, constant: Tensor) -> float:
+        """See `_Sums.loss`."""
+        values, errors, weights = self._joined([number])
+        left = errors - (values @ weight.to(values.dtype)).double() - constant
+        return float((left.square().sum(1) * weights).sum())
+
+
+def _ridge(inputs: Tensor, targets: Tensor, share: float) -> Tensor:
+    """Ridge regression from moments, as `nac_gpu.calibration.moments.ridge`; not a number if it cannot be solved."""
+    if not float(inputs.diagonal().mean()) > 0:
+        return torch.zeros_like(targets)
+    factor, failed = torch.linalg.cholesky_ex(damped(inputs, share))
+    return torch.cholesky_solve(targets, factor) if not bool(failed) else torch.full_like(targets, torch.nan)
+
+
+def empty_folds() -> list[Terms]:
+    """Sums of no samples, for each fold."""
+    return [Terms() for _ in range(FOLDS)]

@@ -1,0 +1,323 @@
+"""Networks run from one block to the next, in place of from their inputs each time.
+
+Many networks are chains: what one module returns is what the next is called with. Groups are compensated in the order
+of the pass, so most of what the networks compute on the way to a group is the same as for the group before. A `Walk`
+keeps the values at one place of a chain for every batch, and goes on from there.
+
+Which modules are a chain is found out by watching a pass, and then tested: modules run alone have to compute what they
+compute in the network, and whatever else they are called with must not depend on the values in the chain. Where that
+does not hold, there is no chain, and networks are run as a whole.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nac_gpu.network.ambient import cut_short
+from nac_gpu.network.running import ExampleInputs, call, own_inputs
+from nac_gpu.network.watching import EnoughError, watching
+
+_MOST_BYTES = 1 << 30  # of values that are kept
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in front of a module of a chain.
+
+    Attributes:
+        chain: number of the chain.
+        at: number of the module in it.
+    """
+
+    chain: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Modules of a network that are called one after another.
+
+    Attributes:
+        modules: names of the modules of each chain, in the order of their calls.
+    """
+
+    modules: tuple[tuple[str, ...], ...] = ()
+
+    def place(self, name: str) -> Place | None:
+        """The place of the module in a chain that a module is, or is in; None if there is none."""
+        for number, chain in enumerate(self.modules):
+            for at, own in enumerate(chain):
+                if name == own or name.startswith(f"{own}."):
+                    return Place(number, at)
+        return None
+
+    def together(self, names: Sequence[str]) -> tuple[Place, Place] | None:
+        """The first and the last place of these modules; None if they are not all in one chain."""
+        found = [self.place(name) for name in names]
+        places = [place for place in found if place is not None]
+        if not places or len(places) < len(found) or len({place.chain for place in places}) > 1:
+            return None
+        order = sorted(places, key=lambda place: place.at)
+        return order[0], order[-1]
+
+
+@dataclass
+class _Call:
+    """One call of a module: what it was called with, and what it returned; order of its beginning and of its end."""
+
+    name: str
+    given: Tensor
+    others: tuple[Any, ...]
+    returned: Tensor | None = None
+    begin: int = 0
+    end: int = 0
+    more: bool = field(default=False)  # it is called more than once, or in another way
+
+
+def find_chains(model: nn.Module, batch: ExampleInputs) -> Chains:
+    """The chains of a network.
+
+    Args:
+        model: in eval mode, without gradients.
+        batch: inputs.
+
+    Raises:
+        Exception: anything that the model's code raises.
+    """
+    calls = _calls(model, batch)
+    chains: list[tuple[str, ...]] = []
+    for names in _paths(calls):
+        if _holds(model, batch, names, calls):
+            chains.append(names)
+    return Chains(tuple(chains))
+
+
+def _main(value: Any) -> Tensor | None:
+    """What a module returned: a tensor, or the first of several values."""
+    first = value[0] if isinstance(value, tuple | list) and value else value
+    return first if isinstance(first, Tensor) else None
+
+
+def _calls(model: nn.Module, batch: ExampleInputs) -> dict[str, _Call]:
+    """The modules that are called once, with a tensor first, by name."""
+    found: dict[str, _Call] = {}
+    clock = 0
+
+    def before(name: str) -> Any:
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            nonlocal clock
+            clock += 1
+            first = given[0] if given and isinstance(given[0], Tensor) else None
+            if name in found or first is None:
+                found[name] = _Call(name, torch.empty(0), (), more=True)
+            else:
+                found[name] = _Call(name, first, (given[1:], dict(named)), begin=clock)
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(_: nn.Module, __: tuple[Any, ...], returned: Any) -> None:
+            nonlocal clock
+            clock += 1
+            if name in found:
+                found[name].returned, found[name].end = _main(returned), clock
+
+        return hook
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name:
+            hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            hooks.append(module.register_forward_hook(after(name)))
+    try:
+        call(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: one for name, one in found.items() if not one.more and one.returned is not None}
+
+
+def _paths(calls: Mapping[str, _Call]) -> list[tuple[str, ...]]:
+    """Modules that follow each other, longest first; those of a path are not in those of another."""
+    order = sorted(calls.values(), key=lambda one: one.end)
+    left = {one.name for one in order}
+    paths = []
+    while left:
+        best: dict[str, tuple[str, ...]] = {}
+        for one in order:
+            if one.name not in left:
+                continue
+            before = [
+                best[other.name]
+                for other in order
+                if other.name in left and other.end < one.begin and other.returned is one.given and other.name in best
+            ]
+            best[one.name] = (*max(before, key=len, default=()), one.name)
+        longest = max(best.values(), key=len)
+        if len(longest) < 2:
+            break
+        paths.append(longest)
+        left = {name for name in left if not any(_within(name, own) or _within(own, name) for own in longest)}
+    return paths
+
+
+def _within(name: str, other: str) -> bool:
+    return name == other or name.startswith(f"{other}.")
+
+
+def _holds(model: nn.Module, batch: ExampleInputs, names: Sequence[str], calls: Mapping[str, _Call]) -> bool:
+    """Whether modules are a chain: see the description of this module."""
+    modules = dict(model.named_modules())
+    first, last = _passed(model, batch, names, 1.0), _passed(model, batch, names, 1.25)
+    if first is None or last is None or not all(map(_equal, first[1], last[1])):
+        return False
+    value = first[0]
+    for name, others in zip(names, first[1], strict=True):
+        found = _run(modules[name], value, others)
+        if found is None:
+            return False
+        value = found
+    end = calls[names[-1]].returned
+    assert end is not None, "kept by _calls()"
+    return value.shape == end.shape and torch.allclose(value, first[2], rtol=1e-5, atol=1e-6)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    one, other = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    return len(one) == len(other) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else type(x) is type(y)
+        for x, y in zip(one, other, strict=True)
+    )
+
+
+def _run(module: nn.Module, value: Tensor, others: tuple[Any, ...]) -> Tensor | None:
+    """What a module returns for copies of these arguments."""
+    given, named = others
+    return _main(module(value.clone(), *own_inputs(given), **dict(own_inputs(named))))
+
+
+def _passed(
+    model: nn.Module, batch: ExampleInputs, names: Sequence[str], factor: float
+) -> tuple[Tensor, list[tuple[Any, ...]], Tensor] | None:
+    """What a chain is called with in a pass, what its modules are called with beside that, and what it returns.
+
+    Args:
+        model: the network.
+        batch: its inputs.
+        names: of the modules.
+        factor: what the chain is called with is multiplied by this.
+    """
+    start: list[Tensor] = []
+    others: dict[str, tuple[Any, ...]] = {}
+    ends: list[Tensor] = []
+
+    def before(name: str) -> Any:
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            others[name] = own_inputs(given[1:]), dict(own_inputs(named))
+            if name != names[0]:
+                return None
+            start.append(given[0].clone())
+            return (given[0] * factor, *given[1:]), named
+
+        return hook
+
+    def after(_: nn.Module, __: tuple[Any, ...], returned: Any) -> None:
+        found = _main(returned)
+        if found is not None:
+            ends.append(found.clone())
+        raise EnoughError
+
+    modules = dict(model.named_modules())
+    hooks = [modules[name].register_forward_pre_hook(before(name), with_kwargs=True) for name in names]
+    hooks.append(modules[names[-1]].register_forward_hook(after))
+    try:
+        with cut_short():
+            call(model, batch)
+    except EnoughError:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not start or not ends or len(others) < len(names):
+        return None
+    return start[0], [others[name] for name in names], ends[0]
+
+
+class Walk:
+    """The values of one network at a place of its chains, for each batch.
+
+    Args:
+        chains: of the network.
+        batches: inputs.
+    """
+
+    def __init__(self, chains: Chains, batches: Sequence[ExampleInputs]) -> None:
+        self._chains, self._batches = chains, batches
+        self._values: dict[int, tuple[Place, Tensor]] = {}
+        self._others: dict[tuple[int, int], list[tuple[Any, ...]]] = {}
+
+    def forget(self, before: Place | None) -> None:
+        """Forget all values that a change of the network at this place has changed; None for a change anywhere."""
+        for number, (place, _) in list(self._values.items()):
+            if before is None or place.chain != before.chain or before.at < place.at:
+                del self._values[number]
+        if before is None:
+            self._others.clear()
+
+    def look(
+        self,
+        model: nn.Module,
+        number: int,
+        places: tuple[Place, Place],
+        calls: Mapping[str, int],
+        take: Callable[[str, Tensor], None],
+    ) -> bool:
+        """Pass the inputs of layers to a function, as `nac_gpu.network.watching.look`.
+
+        Args:
+            model: the network as it is now.
+            number: of the batch.
+            places: the first and last place at which these layers are.
+            calls: how many times each layer is called.
+            take: is called with a layer's name and its input.
+
+        Returns:
+            Whether all of these calls were seen.
+        """
+        modules = dict(model.named_modules())
+        value = self._at(modules, model, number, places[0])
+        if value is None:
+            return False
+        names, others = self._chains.modules[places[0].chain], self._others[number, places[0].chain]
+        with watching(modules, calls, take) as watched:
+            for at in range(places[0].at, places[1].at + 1):
+                found = _run(modules[names[at]], value, others[at])
+                assert found is not None, "tested by find_chains()"
+                value = found
+        return not watched.missing
+
+    def _at(self, modules: Mapping[str, nn.Module], model: nn.Module, number: int, place: Place) -> Tensor | None:
+        """The value at a place, which is kept."""
+        names = self._chains.modules[place.chain]
+        kept = self._values.get(number)
+        key = number, place.chain
+        if kept is None or kept[0].chain != place.chain or kept[0].at > place.at or key not in self._others:
+            passed = _passed(model, self._batches[number], names, 1.0)
+            if passed is None:
+                return None
+            self._others[key] = self._others.get(key, passed[1])
+            kept = Place(place.chain, 0), passed[0]
+        value = kept[1]
+        for at in range(kept[0].at, place.at):
+            found = _run(modules[names[at]], value, self._others[key][at])
+            if found is None:
+                return None
+            value = found
+        size = value.numel() * value.element_size() * len(self._batches)
+        if size <= _MOST_BYTES:
+            self._values[number] = place, value
+        return value

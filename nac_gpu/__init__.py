@@ -5,6 +5,7 @@ labels = nac_gpu.ward_linkage(points).cut(10)
 """
 
 from nac_gpu import moved, testing
+from nac_gpu.assembly import Method, Neurons, Rule
 from nac_gpu.calibration.batches import Calibration
 from nac_gpu.calibration.text import text_batches
 from nac_gpu.clustering import methods
@@ -12,7 +13,7 @@ from nac_gpu.clustering.dendrogram import Dendrogram
 from nac_gpu.clustering.estimator import WardClustering
 from nac_gpu.clustering.linkage import ward_linkage
 from nac_gpu.clustering.methods import AssignmentMethod
-from nac_gpu.compression import Neurons, Rule, compress, plan
+from nac_gpu.compression import compress, plan
 from nac_gpu.experts.merging import merge_experts
 from nac_gpu.files.exporting import export
 from nac_gpu.files.models import load, save
@@ -40,6 +41,7 @@ __all__ = [
     "GroupPlan",
     "LeftAlone",
     "LimitsByLayer",
+    "Method",
     "Names",
     "Neurons",
     "Plan",

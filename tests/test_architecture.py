@@ -18,16 +18,17 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"merging": "clustering network distributed tracing calibration"},
     {"planning": "network distributed tracing calibration merging"},
     {"files": "network tracing merging planning.plans planning.alike"},
+    {"assembly": "clustering network distributed tracing calibration merging planning files"},
     {
-        "compression": "clustering network distributed tracing calibration merging planning files",
+        "compression": "assembly clustering network distributed tracing calibration merging planning files",
         "experts": "clustering network tracing calibration merging planning files",
         "training": "network files",
         "reporting": "clustering network tracing calibration planning files",
         "testing": "network tracing merging planning",
     },
     {
-        "": "moved clustering network tracing calibration planning files compression experts training reporting "
-        "testing",
+        "": "moved assembly clustering network tracing calibration planning files compression experts training "
+        "reporting testing",
     },
     {"cli": "network files merging"},
 )

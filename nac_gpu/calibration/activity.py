@@ -8,26 +8,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Activity:
-    """The activations and outgoing weights of a group, one pair of matrices for each consumer.
+    """The activations and outgoing weights of a group, one of each for each consumer.
 
     Attributes:
-        covariances: of the neurons' activations, float64 [n, n] each.
-        gains: inner products of the neurons' outgoing weights, float64 [n, n] each.
+        covariances: of the neurons' activations, float64 [n, n] each. Where the consumer's outputs can get no
+            constant, their mean products: what is constant is then not free.
+        outgoing: the neurons' outgoing weights, or others with the same inner products, float64 [n, q] each.
+        halves: for each consumer the covariances on one half of the inputs and on the other, float32 [n, n]; none if
+            the inputs are too few to be divided.
     """
 
     covariances: tuple[Tensor, ...]
-    gains: tuple[Tensor, ...]
+    outgoing: tuple[Tensor, ...]
+    halves: tuple[tuple[Tensor, ...], ...] = ()
+
+    def contributions(self) -> tuple[Tensor, ...]:
+        """Each neuron's share of the variance of each consumer's outputs, as if they were uncorrelated: float64 [n]."""
+        found = []
+        for covariance, weights in zip(self.covariances, self.outgoing, strict=True):
+            own = covariance.diagonal().clamp_min(0) * weights.square().sum(1)
+            found.append(own / own.sum().clamp_min(torch.finfo(own.dtype).tiny))
+        return tuple(found)
 
     def energies(self) -> Tensor:
         """Each neuron's contribution to the variance of the consumers' outputs, float64 [n].
 
         Every consumer's variance is normalised to 1, so that all consumers count alike.
         """
-        total = torch.zeros_like(self.gains[0][0])
-        for covariance, gain in zip(self.covariances, self.gains, strict=True):
-            own = covariance.diagonal() * gain.diagonal()
-            total = total + own / own.sum().clamp_min(torch.finfo(own.dtype).tiny)
-        return total
+        return torch.stack(self.contributions()).sum(0)
 
     def masses(self) -> Tensor:
         """The weight of each neuron in its cluster, float64 [n]: its energy, bounded below by a positive number."""
@@ -39,19 +47,51 @@ class Activity:
 
         Activations are compared by correlation, so neurons that differ only in scale get the same point.
         """
+        return _root(self._similarities()), self.masses()
+
+    def _similarities(self) -> Tensor:
+        """Correlations of the neurons, averaged over the consumers that they contribute to: float64 [n, n]."""
         energies = self.energies()
-        similar = torch.zeros_like(self.gains[0])
+        similar = torch.zeros_like(self.covariances[0])
         tiny = torch.finfo(similar.dtype).tiny
-        for covariance, gain in zip(self.covariances, self.gains, strict=True):
-            own = covariance.diagonal() * gain.diagonal()
-            scale = (own / own.sum().clamp_min(tiny) / energies.clamp_min(tiny)).clamp_min(0).sqrt()
+        for covariance, own in zip(self.covariances, self.contributions(), strict=True):
+            scale = (own / energies.clamp_min(tiny)).sqrt()
             deviation = covariance.diagonal().clamp_min(0).sqrt()
             alive = deviation > 1e-6 * deviation.max()
             scale = torch.where(alive, scale / torch.where(alive, deviation, 1), 0)
             similar += covariance * torch.outer(scale, scale)
-        return _root(similar), self.masses()
+        return similar
+
+    def removal(self, kept: int) -> Tensor:
+        """Labels that keep the neurons that contribute most to the consumers' outputs and remove the others.
+
+        The measure is that of structured pruning by activations and weights (Sun et al., "A Simple and Effective
+        Pruning Approach for Large Language Models", ICLR 2024; An et al., "Fluctuation-based Adaptive Structured
+        Pruning for Large Language Models", AAAI 2024): the variance of a neuron times the squared norm of its outgoing
+        weights.
+
+        Args:
+            kept: how many, 1 to n.
+
+        Returns:
+            int64 [n], on the CPU: 0 to kept - 1, in order; -1 for removed ones.
+        """
+        energies = self.energies().cpu()
+        labels = torch.full((len(energies),), -1, dtype=torch.int64)
+        labels[energies.argsort(descending=True, stable=True)[:kept].sort().values] = torch.arange(kept)
+        return labels
+
+    def mixed(self, kept: int) -> Tensor:
+        """Labels as of `removal`, but neurons much like one that is kept are merged with it in place of removed."""
+        labels = self.removal(kept)
+        stays, goes = (labels >= 0).nonzero().flatten(), (labels < 0).nonzero().flatten()
+        likest, which = self._similarities().cpu()[goes][:, stays].max(1)
+        alike = likest > _ALIKE
+        labels[goes[alike]] = which[alike]
+        return labels
 
 
+_ALIKE = 0.8  # correlation of neurons that are merged in place of removed
 # Jitter for the Cholesky factorisation, relative to the mean diagonal: tried in this order until one is enough.
 _TRIFLES = (1e-14, 1e-12, 1e-10)
 
@@ -69,3 +109,10 @@ def _root(gram: Tensor) -> Tensor:
             return factor
     values, vectors = torch.linalg.eigh(gram)  # all zeros, or rounding errors above the jitter
     return vectors * values.clamp_min(0).sqrt()
+
+
+def condensed(weights: Tensor) -> Tensor:
+    """Rows [n, min(n, q)] with the inner products of rows [n, q]."""
+    if weights.shape[1] <= len(weights):
+        return weights
+    return _root(weights @ weights.T)

@@ -1,10 +1,11 @@
 """Calibration data as batches of inputs."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from nac_gpu.network.ambient import drawn, ordinary
 from nac_gpu.network.moving import to_device
@@ -40,6 +41,66 @@ def as_batches(calibration: Iterable[Any], example_inputs: ExampleInputs, device
         yield to_device(ordinary(batch), device)
     if none:
         raise ValueError("the calibration data has no batch, expected at least one; a generator can be used only once")
+
+
+_EVERY = 8  # one batch of so many, or one input of so many, is kept aside
+_FEWEST = 16  # inputs that are divided
+
+
+class Divided(NamedTuple):
+    """Inputs to fit to, and inputs that are kept aside to judge by, which may be none."""
+
+    fit: Batches
+    judged: Batches = ()
+
+
+def divided(batches: Batches) -> Divided:
+    """Keep about an eighth of the inputs aside; none if there are too few.
+
+    Args:
+        batches: of several, whole ones are kept aside; of few, the last inputs of each, if all of its tensors have the
+            same length.
+    """
+    if len(batches) >= _EVERY:
+        aside = set(range(_EVERY - 1, len(batches), _EVERY))
+        return Divided([b for n, b in enumerate(batches) if n not in aside], [batches[n] for n in sorted(aside)])
+    counts = [length_of(batch) for batch in batches]
+    if any(count < 2 for count in counts) or sum(counts) < _FEWEST:
+        return Divided(batches)
+    pairs = list(zip(batches, counts, strict=True))
+    fit = [_part(batch, slice(0, count - _aside(count))) for batch, count in pairs]
+    judge = [_part(batch, slice(count - _aside(count), count)) for batch, count in pairs]
+    return Divided(fit, judge)
+
+
+def size_of(batch: ExampleInputs) -> int:
+    """How many inputs a batch has, or tokens, where its first tensor is whole numbers [batch, length]; at least 1."""
+    first = next((leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
+    if first is None:
+        return 1
+    tokens = first.ndim == 2 and not first.is_floating_point() and not first.is_complex()
+    return max(1, first.numel() if tokens else len(first))
+
+
+def first_of(batch: ExampleInputs, most: int) -> ExampleInputs:
+    """The first inputs of a batch, at least one, with no more inputs or tokens than that; all if they are not told."""
+    length = length_of(batch)
+    return _part(batch, slice(0, max(1, most * length // size_of(batch)))) if length else batch
+
+
+def _aside(count: int) -> int:
+    return max(1, count // _EVERY)
+
+
+def length_of(batch: ExampleInputs) -> int:
+    """How many inputs a batch has; 0 if that cannot be told."""
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    lengths = {len(leaf) if leaf.ndim else 0 for leaf in leaves}
+    return lengths.pop() if len(lengths) == 1 else 0
+
+
+def _part(batch: ExampleInputs, inputs: slice) -> ExampleInputs:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor[inputs], batch)
 
 
 Calibration = Iterable[Any] | Literal["dream", "none"]

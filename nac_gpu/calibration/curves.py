@@ -1,4 +1,4 @@
-"""Error curves: the error of merging a group, as a function of the number of neurons kept."""
+"""Error curves: the error of making a group smaller, as a function of the number of neurons kept."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,27 +21,25 @@ def widths_to_try(size: int, ratio: float = 2**0.25) -> list[int]:
 
 
 def error_curve(cut: Callable[[int], Tensor], size: int, activity: Activity) -> Curve:
-    """The error of merging a group to k neurons, by k, averaged over its consumers.
+    """The error of making a group smaller, by the number of neurons kept, averaged over its consumers.
+
+    The consumers are refitted to one half of the inputs and judged on the other, and the other way round, or not
+    refitted at all where that is better.
 
     Args:
-        cut: returns labels, int64 [n], for a number of clusters.
+        cut: returns labels, int64 [n], for a number of neurons: clusters, or -1 for removed ones.
         size: number n of neurons.
         activity: their activations and outgoing weights.
     """
     curve: dict[int, float] = {}
     found: dict[int, Tensor] = {}
+    consumers = _consumers(activity)
     for kept in widths_to_try(size, 2**0.25 if size <= 1024 else 2**0.5):
         if kept == size:
             curve[kept] = 0.0
             continue
-        labels = cut(kept).to(activity.gains[0].device)
-        summing = (labels[:, None] == torch.arange(kept, device=labels.device)).to(activity.gains[0].dtype)
-        means = summing / summing.sum(0)
-        errors = [
-            _left(covariance, gain, summing, means)
-            for covariance, gain in zip(activity.covariances, activity.gains, strict=True)
-        ]
-        found[kept] = torch.stack(errors)
+        labels = cut(kept).to(activity.covariances[0].device)
+        found[kept] = torch.stack([consumer.left(labels, kept) for consumer in consumers])
     if found:  # a single transfer, so that the host waits for the GPU only once
         rows = torch.stack([*found.values()]).tolist()
         assert all(math.isfinite(error) for row in rows for error in row), "covariances are finite, and damped"
@@ -49,20 +47,62 @@ def error_curve(cut: Callable[[int], Tensor], size: int, activity: Activity) -> 
     return dict(sorted(curve.items()))
 
 
-def _left(covariance: Tensor, gain: Tensor, summing: Tensor, means: Tensor) -> Tensor:
-    """The share of the variance of a consumer's output that is lost after refitting it, a scalar."""
-    whole = (covariance * gain).sum()
-    crossed = means.T @ covariance  # [k, n]
-    merged = crossed @ means  # [k, k]
-    missing = crossed - merged @ summing.T
-    # Unlike `cholesky`, `cholesky_ex` does not make the host wait for the GPU to check for failure.
-    factor, failed = torch.linalg.cholesky_ex(damped(merged, RIDGE_NEURONS))
-    back = summing + torch.cholesky_solve(missing, factor).T  # [n, k]
-    mixed = back @ crossed
-    left = covariance - mixed - mixed.T + back @ merged @ back.T
-    some = whole > 0
-    share = ((left * gain).sum() / torch.where(some, whole, 1)).clamp(0.0, _MOST)
-    return torch.where(some, torch.where(failed == 0, share, torch.nan), 0.0)
+def error_at(labels: Tensor, kept: int, activity: Activity) -> float:
+    """The error of making a group smaller with these labels, as in `error_curve`.
+
+    A merged neuron's activation is taken to be the mean of those of its members, which it is at best.
+    """
+    labels = labels.to(activity.covariances[0].device)
+    return float(torch.stack([consumer.left(labels, kept) for consumer in _consumers(activity)]).mean())
+
+
+def _consumers(activity: Activity) -> "list[_Consumer]":
+    halves = activity.halves or tuple((covariance, covariance) for covariance in activity.covariances)
+    return [_Consumer(parts, weights) for parts, weights in zip(halves, activity.outgoing, strict=True)]
+
+
+class _Consumer:
+    """A consumer's outputs on the halves of the inputs.
+
+    Args:
+        halves: covariances of the neurons [n, n], one to fit to and one to judge by, and the other way round.
+        weights: outgoing weights [n, q].
+    """
+
+    def __init__(self, halves: tuple[Tensor, ...], weights: Tensor) -> None:
+        self._halves, self._weights = halves, weights.to(halves[0].dtype)
+        self._crossed = [half @ self._weights for half in halves]
+        self._whole = [(self._weights * crossed).sum() for crossed in self._crossed]
+
+    def left(self, labels: Tensor, kept: int) -> Tensor:
+        """The share of the variance of the outputs that is lost, a scalar."""
+        inside = labels >= 0
+        at = labels[inside]
+        counts = torch.bincount(at, minlength=kept).to(self._weights.dtype)[:, None]
+
+        def summed(values: Tensor) -> Tensor:
+            """Sums over the neurons of each cluster: [k, ...] for [n, ...]."""
+            zeros = values.new_zeros(kept, values.shape[1])
+            return zeros.index_put_((at,), values[inside], accumulate=True)  # the same bits on every run
+
+        start = summed(self._weights)  # Eq. (9)
+        grams = [summed(summed(half).div_(counts).T).div_(counts) for half in self._halves]
+        crossed = [summed(values).div_(counts) for values in self._crossed]
+        shares = []
+        for fit, judge in ((0, 1), (1, 0)):
+            # Unlike `cholesky`, `cholesky_ex` does not make the host wait for the GPU to check for failure.
+            factor, failed = torch.linalg.cholesky_ex(damped(grams[fit], RIDGE_NEURONS))
+            more = torch.cholesky_solve(crossed[fit] - grams[fit] @ start, factor)
+            lost = [
+                self._whole[judge] + ((grams[judge] @ weights - 2 * crossed[judge]) * weights).sum()
+                for weights in (start + more, start)
+            ]
+            lost[0] = torch.where(failed == 0, lost[0], lost[1])
+            some = self._whole[judge] > 0
+            best = torch.minimum(*lost)
+            share = (best / torch.where(some, self._whole[judge], 1)).clamp(0.0, _MOST)
+            shares.append(torch.where(some, share, 0.0))
+        return torch.stack(shares).mean().double()
 
 
 def inertia_curve(tree: Dendrogram) -> Curve:

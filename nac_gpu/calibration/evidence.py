@@ -23,6 +23,7 @@ class Evidence:
     Attributes:
         state: the model's tensors by name.
         batches: inputs on which the neurons were observed; empty if only the weights are known.
+        judged: inputs that were kept aside: nothing is fitted to them; none if there are too few.
         activities: activations and outgoing weights, by the name of the group.
         source: one line for the plan and the report that says where the evidence is from.
         comparable: the activations are good enough to compare neurons, not only for compensation.
@@ -33,6 +34,7 @@ class Evidence:
 
     state: Mapping[str, Tensor]
     batches: Batches = ()
+    judged: Batches = ()
     activities: Mapping[str, Activity] = field(default_factory=dict)
     source: str = ""
     comparable: bool = True
@@ -40,6 +42,7 @@ class Evidence:
     float32: bool = False
     failures: tuple[str, ...] = ()
     _trees: dict[str, Dendrogram] = field(default_factory=dict)
+    _removed: dict[str, set[int]] = field(default_factory=dict)  # widths at which removal loses less
 
     def points(self, group: Group) -> tuple[Tensor, Tensor | None]:
         """The group's neurons for clustering: points [n, d], and masses [n] or None."""
@@ -66,14 +69,22 @@ class Evidence:
         """The error curves of groups, by name; the ranks divide the groups among them."""
         found = {}
         self.cluster(ranks.own(groups))
-        made = ranks.share(groups, lambda group: (self.curve(group), self.tree(group)))
-        for group, (curve, tree) in zip(groups, made, strict=True):
-            found[group.name], self._trees[group.name] = curve, tree
+        made = ranks.share(groups, lambda g: (self.curve(g), self.tree(g), self._removed.get(g.name, set())))
+        for group, (curve, tree, removed) in zip(groups, made, strict=True):
+            found[group.name], self._trees[group.name], self._removed[group.name] = curve, tree, removed
         return found
 
     def curve(self, group: Group) -> Curve:
-        """The error of merging the group, by the number of neurons kept."""
+        """The error of making the group smaller in the better way, by the number of neurons kept."""
         activity = self.activities.get(group.name)
-        if activity is not None:
-            return error_curve(self.tree(group).cut, group.size, activity)
-        return inertia_curve(self.tree(group))
+        if activity is None:
+            return inertia_curve(self.tree(group))
+        merged, removed = (error_curve(cut, group.size, activity) for cut in (self.tree(group).cut, activity.removal))
+        self._removed[group.name] = {kept for kept, error in merged.items() if removed[kept] < error}
+        return {kept: min(error, removed[kept]) for kept, error in merged.items()}
+
+    def likely(self, group: Group, kept: int) -> Tensor:
+        """The labels of the better way, by the curve: int64 [n]; `kept` is one of its widths."""
+        if kept in self._removed.get(group.name, ()):
+            return self.activities[group.name].removal(kept)
+        return self.tree(group).cut(kept)

@@ -6,14 +6,14 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from nac_gpu.calibration.activations import NotFiniteError, observe
-from nac_gpu.calibration.batches import Batches, Calibration
+from nac_gpu.calibration.batches import Batches, Calibration, Divided, divided
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.calibration.inputs import Inputs, Way, ways
 from nac_gpu.calibration.readings import readings
 from nac_gpu.distributed.fallbacks import StepError, attempt
 from nac_gpu.distributed.ranks import ALONE, RankError, Ranks
 from nac_gpu.network.copying import copied, in_float32
-from nac_gpu.network.running import ExampleInputs
+from nac_gpu.network.running import ExampleInputs, call, evaluating, without_cache
 from nac_gpu.network.state import tensors
 from nac_gpu.tracing.graph import Group
 
@@ -81,10 +81,37 @@ def _observed(model: nn.Module, groups: Sequence[Group], inputs: Inputs, ranks: 
     state = tensors(model)
     if not inputs.batches:
         return Evidence(state, source=inputs.source)
-    found = Evidence(state, inputs.batches, {}, "", inputs.comparable, inputs.synthetic, inputs.float32)
     network = in_float32(model) if inputs.float32 else copied(model)
-    activities = observe(network, state, groups, inputs.batches, ranks)
-    return replace(found, activities=activities, source=_described(model, groups, inputs.batches, inputs.source))
+    batches, judged = _divided(network, [without_cache(network, batch) for batch in inputs.batches], ranks)
+    activities = observe(network, state, groups, batches, ranks)
+    return Evidence(
+        state,
+        batches,
+        judged,
+        activities,
+        _described(model, groups, inputs.batches, inputs.source),
+        inputs.comparable,
+        inputs.synthetic,
+        inputs.float32,
+    )
+
+
+def _divided(network: nn.Module, batches: Batches, ranks: Ranks) -> Divided:
+    """Inputs to fit to and inputs to judge by, if the network takes batches of these sizes; else all, and none."""
+    found = divided(batches)
+
+    def run(_: Ranks) -> None:
+        if len(found.fit) == len(batches):  # batches were divided
+            with evaluating(network):
+                for part in (found.fit[0], found.judged[0]):
+                    call(network, part)
+
+    try:
+        if found.judged:
+            attempt(run, ranks)
+    except StepError:
+        return Divided(batches)
+    return found
 
 
 def _described(model: nn.Module, groups: Sequence[Group], batches: Batches, source: str) -> str:

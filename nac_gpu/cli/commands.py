@@ -52,8 +52,8 @@ class Compress(Training, Widths):
     """A file, .safetensors, for nac_gpu.load; or a folder, for models of transformers, with their tokenizer."""
     plan: Path | None = None
     """A plan that `nac plan --output` wrote, in place of --params, --flops, --latency and --width."""
-    method: Literal["ward", "kmeans", "random", "l1"] = "ward"
-    """How neurons are clustered."""
+    method: nac.Method = "auto"
+    """How groups are made smaller: neurons are merged (ward), removed, both (mixed), or whatever loses least (auto)."""
     rule: nac.Rule = "compensated"
     """How merged neurons and their consumers are computed; "centroid" is the paper's rule."""
     neurons: nac.Neurons | None = None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nac_gpu.calibration.batches import Calibration
+from nac_gpu.calibration.batches import Calibration, Divided
 from nac_gpu.calibration.gathering import gather
 from nac_gpu.calibration.neurons import rows
 from nac_gpu.clustering.linkage import ward_linkage
@@ -111,7 +111,15 @@ def merge_experts(
     said = (*wrappers, *changes, *fewer.told(type(model).__name__), *source)
     remember(small, model, _plan(model, said, cost(model, example_inputs), cost(small, example_inputs)), seed)
     if fewer.changed and evidence is not None and batches:
-        learn(small, model, fewer.touched(), batches, refine, synthetic=evidence.synthetic, seed=seed)
+        learn(
+            small,
+            model,
+            fewer.touched(),
+            Divided(batches, evidence.judged),
+            refine,
+            synthetic=evidence.synthetic,
+            seed=seed,
+        )
     return small
 
 

@@ -51,7 +51,7 @@ class Merger:
 
     def __init__(self, state: dict[str, Tensor], deviation: Deviation = "restored") -> None:
         self.state = dict(state)
-        self._deviation = deviation
+        self._deviation: Deviation = deviation
         self._dropped: dict[tuple[str, int], Tensor] = {}
 
     def copy(self) -> "Merger":

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.calibration.activity import Activity
-from nac_gpu.calibration.batches import Batches
+from nac_gpu.calibration.batches import Batches, first_of
 from nac_gpu.calibration.readings import Reading, columns_of, readings
 from nac_gpu.distributed.fallbacks import StepError, attempt
 from nac_gpu.distributed.ranks import ALONE, Ranks
@@ -40,6 +40,7 @@ from nac_gpu.network.watching import captured, count_calls, look
 from nac_gpu.tracing.graph import Graph, Group
 
 _KEPT_BYTES = 1 << 28  # of what the consumers of one group read in the original network
+_FEW = 256  # inputs or tokens on which chains are found
 _MOST_ROWS = 32768  # output positions of a convolution, over all batches
 
 
@@ -71,6 +72,9 @@ class Compensator:
         batches: inputs of the model.
         activities: activations and outgoing weights on these inputs, by the name of the group.
         ranks: the processes that divide the batches among them.
+        downstream: consumers are refitted to what they read in the network as it is by then; else to what they would
+            read if their group alone was merged. The former also corrects what earlier groups have lost. Where that
+            is much, the latter is better: what is refitted to noisy inputs becomes small.
         dtypes: in which the tensors will be used in the end, by name, if not in the model's own; they must fit.
     """
 
@@ -82,9 +86,10 @@ class Compensator:
         activities: Mapping[str, Activity],
         ranks: Ranks = ALONE,
         *,
+        downstream: bool = True,
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        self._dtypes = dtypes or {}
+        self._dtypes, self._downstream = dtypes or {}, downstream
         self.failures: list[str] = []
         self._original, self._graph, self._batches, self._ranks = model, graph, batches, ranks
         self._model = copied(model)  # to be run
@@ -100,7 +105,7 @@ class Compensator:
     def _found_chains(self) -> Chains:
         def find(_: Ranks) -> Chains:
             with evaluating(self._model):
-                return find_chains(self._model, self._batches[0])
+                return find_chains(self._model, first_of(self._batches[0], _FEW))
 
         try:
             return attempt(find, self._ranks)
@@ -170,12 +175,18 @@ class Compensator:
         merger.merge_made(group, labels, None if activity is None else activity.masses())
         whole = dict(merger.state)  # consumers not merged yet
         merger.merge_read(group, labels)
+        if not self._downstream:
+            self.merger = Merger(self._state)
+            self.merger.merge_made(group, labels, None if activity is None else activity.masses())
+            whole = dict(self.merger.state)
+            self.merger.merge_read(group, labels)
         found = {reading.layer: reading for reading in readings(self._model, group)}
         try:
             consumers = attempt(lambda ranks: self._summed(assigned, found, whole, ranks), self._ranks)
         except StepError as error:  # the merged network may not run on some inputs
             way.failures.append(_told(found, error))
             return way
+        self.merger = merger
         for layer, one in consumers.items():
             if one.comparable:
                 try:
@@ -218,7 +229,8 @@ class Compensator:
                     original = before[layer].pop(0) if before[layer] else None  # pop frees its memory
                     consumers[layer].add(terms[layer], original, merged, most[layer], sample)
 
-                if places is None or not self._after.look(work, number, places, calls, take):
+                walk = self._after if self._downstream else self._before
+                if places is None or not walk.look(work, number, places, calls, take):
                     look(work, self._batches[number], calls, take)
                 for layer, left in before.items():
                     terms[layer][0].comparable &= not left

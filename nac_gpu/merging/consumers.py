@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from nac_gpu.calibration.batches import Batches
 from nac_gpu.calibration.moments import folds_of
-from nac_gpu.calibration.padding import counted, padding_of
 from nac_gpu.calibration.readings import Reading, by_channel, outgoing, row_weights, samples
 from nac_gpu.clustering.labels import first_of_each
 from nac_gpu.merging.regression import Fit, Terms, empty_folds, fitted, rows_of
 from nac_gpu.network.moving import sent
+from nac_gpu.network.padding import counted, padding_of
 from nac_gpu.network.precision import floating
 from nac_gpu.tracing.graph import Group
 

@@ -9,26 +9,28 @@ inputs need no labels, because the original network provides the targets.
 """
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from nac_gpu.calibration.batches import Batches
+from nac_gpu.calibration.batches import Batches, Divided
 from nac_gpu.calibration.dream import COUNT, usual_count
 from nac_gpu.distributed.fallbacks import StepError, attempt
 from nac_gpu.distributed.ranks import ALONE, Ranks
-from nac_gpu.network.comparing import change, mean_change
+from nac_gpu.network.comparing import mean_change
 from nac_gpu.network.copying import copied
 from nac_gpu.network.gradients import GradientsKept
+from nac_gpu.network.judging import answers, answers_in, apart
 from nac_gpu.network.moving import sent
 from nac_gpu.network.precision import multiplies_bfloat16
-from nac_gpu.network.reaching import tensors_in
-from nac_gpu.network.running import ExampleInputs, arguments, call, evaluating, in_small_operations, set_mode_again
+from nac_gpu.network.running import ExampleInputs, arguments, evaluating, in_small_operations, set_mode_again
 
 BATCH = 64  # inputs
 PASSES = 80  # over the inputs
@@ -44,7 +46,7 @@ def learn(
     small: nn.Module,
     model: nn.Module,
     touched: Collection[str],
-    batches: Batches,
+    inputs: Divided,
     passes: int = PASSES,
     *,
     synthetic: bool = False,
@@ -54,20 +56,22 @@ def learn(
     """Train a merged network to reproduce the original's outputs, in place.
 
     Only the parameters that merging changed are trained, whether or not they require gradients. The result is kept
-    only if it reduces the error of the outputs on the batches. A failure is a warning: the network is as it was.
+    only if it reduces the error of the outputs on inputs that were kept aside. A failure is a warning: the network is
+    as it was.
 
     Args:
         small: the merged network.
         model: the original; not changed, and not run: a copy is.
         touched: names of the tensors that merging changed.
-        batches: inputs of both; tensors are joined and divided into batches of 64, if the networks take those.
+        inputs: of both; tensors are joined and divided into batches of 64, if the networks take those. The result is
+            judged by those kept aside; by those trained on if there are none.
         passes: passes over the inputs; at most 1280 steps are made, fewer for large images.
         synthetic: the inputs are synthetic.
         seed: of the augmentation; the global random state is not touched.
         ranks: the processes; rank 0 does the work.
 
     Returns:
-        A line that says why the network was not trained; empty if it was.
+        A line that says what training brought, or why there was none; empty if none was asked for.
 
     Raises:
         RankError: another rank failed or was lost.
@@ -76,10 +80,10 @@ def learn(
     if not weights or not passes:
         return ""
 
-    def learnt(_: None) -> dict[str, Tensor] | None:
+    def learnt(_: None) -> Learnt | None:
         _check_memory(weights)
         rate = _RATE_SYNTHETIC if synthetic else _RATE
-        return _Learning(copied(small), copied(model), weights, batches).found(passes, rate, seed)
+        return _Learning(copied(small), copied(model), weights, inputs).found(passes, rate, seed)
 
     try:
         (found,) = attempt(lambda ranks: [*ranks.share([None], learnt)], ranks, survives_memory=True)
@@ -91,9 +95,29 @@ def learn(
     if found is None:
         return "merged and compensated, but not refined, because the outputs cannot be compared"
     with torch.no_grad():
-        for name, value in found.items():
+        for name, value in found.weights.items():
             weights[name].copy_(value)
-    return ""
+    on = "inputs left out" if inputs.judged else "the inputs"
+    if found.weights:
+        return f"refined: the error on {on} fell from {found.before:.3g} to {found.after:.3g}"
+    if found.before < _NEAR:
+        return ""
+    return f"not refined: the error on {on} was {found.before:.3g} before and {found.after:.3g} after training"
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What training brought.
+
+    Attributes:
+        weights: by name; empty if they are no better than before.
+        before: the error of the answers.
+        after: the same with the trained weights; NaN if it is not finite.
+    """
+
+    weights: Mapping[str, Tensor]
+    before: float
+    after: float
 
 
 def _check_memory(weights: Mapping[str, nn.Parameter]) -> None:
@@ -121,7 +145,11 @@ class _Learning:
     """Training of the smaller network, with weights of its own until the result is accepted."""
 
     def __init__(
-        self, small: nn.Module, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Batches
+        self,
+        small: nn.Module,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        inputs: Divided,
     ) -> None:
         self._small, self._model = small, model
         self._types = {name: value.dtype for name, value in weights.items()}
@@ -131,12 +159,12 @@ class _Learning:
             name: value.detach().to(self._exact, copy=True).requires_grad_() for name, value in weights.items()
         }
         self._device = next(iter(weights.values())).device
-        self._inputs = rebatched(batches)
-        self._batches = batches
+        self._inputs = rebatched(inputs.fit)
+        self._batches, self._judged = inputs.fit, inputs.judged
         self._kept: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 
-    def found(self, passes: int, rate: float, seed: int) -> dict[str, Tensor] | None:
-        """The trained weights by name; empty if they are no better than before, None if no outputs are comparable."""
+    def found(self, passes: int, rate: float, seed: int) -> Learnt | None:
+        """What training brought; None if no outputs are comparable."""
         with evaluating(self._small), evaluating(self._model), self._recurrent():
             try:
                 before = attempt(lambda _: self._distance())
@@ -146,14 +174,15 @@ class _Learning:
             if before is None:
                 return None
             if before < _NEAR:
-                return {}
+                return Learnt({}, before, before)
             steps = self._steps(passes)
             self._autocast = self._fitting_autocast()
             with torch.enable_grad():
                 self._descend(steps, rate, torch.Generator().manual_seed(seed))
             after = self._distance()
         better = after is not None and after < before  # False for NaN
-        return {name: value.detach().to(self._types[name]) for name, value in self._weights.items()} if better else {}
+        found = {name: value.detach().to(self._types[name]) for name, value in self._weights.items()} if better else {}
+        return Learnt(found, before, math.nan if after is None else after)
 
     def _fitting_autocast(self) -> contextlib.AbstractContextManager[object]:
         """Autocast to bfloat16 if that is fast here and the networks' code runs with it."""
@@ -198,19 +227,19 @@ class _Learning:
             scheduler.step()
 
     def _apart(self, batch: ExampleInputs) -> Tensor | None:
-        """The squared difference of the outputs, relative to their variance; None if no outputs are comparable."""
+        """How far the answers are apart, see `nac_gpu.network.judging.apart`."""
         with torch.no_grad():
-            expected = list(tensors_in(call(self._model, batch)))
+            expected = answers(self._model, batch)
         typed = {name: value.to(self._types[name]) for name, value in self._weights.items()}
         set_mode_again(self._small)  # nothing cached of the weights of another step
         with self._kept:
-            found = list(tensors_in(functional_call(self._small, typed, *arguments(batch))))
-        return change(found, expected)
+            found = answers_in(functional_call(self._small, typed, *arguments(batch)), batch)
+        return apart(found, expected)
 
     def _distance(self) -> float | None:
-        """The mean error over the inputs, without augmentation."""
+        """The mean error over the inputs that were kept aside, or else over all, without augmentation."""
         with torch.no_grad():
-            return mean_change(self._apart(batch) for batch in self._inputs)
+            return mean_change(self._apart(batch) for batch in self._judged or self._inputs)
 
 
 def rebatched(batches: Batches) -> list[ExampleInputs]:

@@ -9,9 +9,9 @@ Moments are kept for each fold, so that leaving one out means adding up the othe
 samples could be kept as moments of, the samples themselves are kept, and the regression is solved in its dual form.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -20,9 +20,12 @@ from nac_gpu.calibration.moments import FOLDS, Moments, damped
 
 #: Ridge penalties, relative to the mean square of the values, from the weakest to the strongest.
 PENALTIES = (1e-3, 1e-2, 5e-2, 2e-1, 1.0)
+USUAL_NEURONS, USUAL_VALUES = 1e-2, 5e-2  # chosen unless another is clearly better
+_CLEARLY = 1.03  # times the error of the best: what was left out is a sample, too
 MOST_VALUES = 4096  # with more, samples are kept in place of moments
 _MOST_KEPT = 4096  # of those samples
-_MOST_SPLITS = 1024  # values, with which each fold is left out in turn; with more, only two of them are
+_MOST_SPLITS = 512  # values, with which each fold is left out in turn; with more, only two of them are
+_MOST_OUTPUTS = 64  # penalties are compared on so many random combinations of the outputs, if there are twice as many
 
 Spread = Callable[[Tensor], Tensor]
 
@@ -152,22 +155,31 @@ def fitted(folds: Sequence[Terms], spread: Spread | None, *, intercept: bool) ->
     splits = range(len(parts) if problem.size <= _MOST_SPLITS else 2)
     lost: dict[_Penalties, float] = {}
 
+    def loss(one: _Penalties, *, roughly: bool) -> float:
+        """The squared errors that are left on folds that were left out."""
+        total = 0.0
+        for split in splits:
+            others = [number for number in range(len(parts)) if number != split]
+            total += problem.loss(split, *problem.fit(others, one, roughly=roughly), roughly=roughly)
+        return total if math.isfinite(total) else math.inf
+
     def judge(candidates: Iterable[_Penalties]) -> _Penalties:
         """The best so far."""
         asked = [one for one in candidates if one not in lost]
-        for split, one in product(splits, asked):
-            others = [number for number in range(len(parts)) if number != split]
-            found = problem.loss(split, *problem.fit(others, one))
-            lost[one] = lost.get(one, 0.0) + (found if found == found else float("inf"))
-        return min(lost, key=lost.__getitem__)
+        lost.update((one, loss(one, roughly=True)) for one in asked)
+        found = min(lost, key=lost.__getitem__)
+        usual = next((one for one in asked if one in usually), found)
+        return usual if lost[usual] <= _CLEARLY * lost[found] else found
 
     tried = (None, *reversed(PENALTIES))
+    usually = [_Penalties(USUAL_NEURONS, None, intercept)]
     best = judge([nothing, *([_Penalties(None, None, True)] if intercept else [])])
     if spread is not None:
         best = judge(_Penalties(one, None, intercept) for one in tried if one is not None)
+    usually.append(_Penalties(best.neurons, USUAL_VALUES, intercept))
     best = judge(_Penalties(best.neurons, one, intercept) for one in tried if one is not None)
     weight, constant = problem.fit(list(range(len(parts))), best)
-    after = lost[best] / sum(parts[split].count for split in splits)
+    after = loss(best, roughly=False) / sum(parts[split].count for split in splits)
     return Fit(weight, constant, before, after, variance, str(best))
 
 
@@ -182,37 +194,45 @@ class _Sums:
     def __init__(self, parts: Sequence[Terms], spread: Spread | None) -> None:
         self._parts, self._spread = parts, spread
         self._known: dict[tuple[int, ...], Terms] = {}
-        self.size = parts[0].values.covariance.shape[0]
+        self.size, outputs = parts[0].errors.covariance.shape
+        self._sketch: Tensor | None = None
+        if outputs > 2 * _MOST_OUTPUTS:
+            signs = torch.randint(2, (outputs, _MOST_OUTPUTS), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+            self._sketch = (signs / _MOST_OUTPUTS**0.5).to(parts[0].errors.covariance)
+
+    def _roughly(self, values: Tensor, roughly: bool) -> Tensor:
+        """Values [..., out], or as many random combinations of them as are enough to compare penalties."""
+        return values @ self._sketch if roughly and self._sketch is not None else values
 
     def _total(self, numbers: Sequence[int]) -> Terms:
         key = tuple(numbers)
         if key not in self._known:
             self._known.clear()  # one at a time: they are large
-            names = ("values", "errors", "neurons", "missing")
-            chosen = [self._parts[number] for number in numbers]
-            self._known[key] = Terms(**{name: Moments.total([getattr(t, name) for t in chosen]) for name in names})
+            self._known[key] = total = Terms()
+            for name in ("values", "errors", "neurons", "missing"):
+                setattr(total, name, Moments.total([getattr(self._parts[number], name) for number in numbers]))
         return self._known[key]
 
-    def fit(self, numbers: Sequence[int], penalties: _Penalties) -> tuple[Tensor, Tensor]:
+    def fit(self, numbers: Sequence[int], penalties: _Penalties, *, roughly: bool = False) -> tuple[Tensor, Tensor]:
         """Coefficients [p, out] and constants [out], fitted to these folds."""
         total, mean = self._total(numbers), penalties.constant
-        errors = total.errors.about(mean)
+        errors = self._roughly(total.errors.about(mean), roughly)
         weight = torch.zeros_like(errors)
         if penalties.neurons is not None:
             assert self._spread is not None, "there are merged neurons"
             extra = _ridge(total.neurons.about(mean), total.missing.about(mean), penalties.neurons)
-            weight = self._spread(extra)
+            weight = self._roughly(self._spread(extra), roughly)
         if penalties.values is not None:
             values = total.values.about(mean)
             weight = weight + _ridge(values, errors - values @ weight, penalties.values)
-        means = total.errors.means
+        means = total.errors.means[0], self._roughly(total.errors.means[1], roughly)
         return weight, (means[1] - means[0] @ weight) if mean else torch.zeros_like(means[1])
 
-    def loss(self, number: int, weight: Tensor, constant: Tensor) -> float:
+    def loss(self, number: int, weight: Tensor, constant: Tensor, *, roughly: bool = False) -> float:
         """The squared errors that are left in a fold, summed over samples and outputs."""
         part = self._parts[number]
-        values, errors = part.values.second, part.errors.second
-        means = part.errors.means
+        values, errors = part.values.second, self._roughly(part.errors.second, roughly)
+        means = part.errors.means[0], self._roughly(part.errors.means[1], roughly)
         crossed = 2 * (weight * errors).sum() - (weight * (values @ weight)).sum()
         shifted = 2 * constant @ (means[1] - means[0] @ weight) - constant @ constant
         return part.energy - part.count * float(crossed + shifted)
@@ -230,8 +250,8 @@ class _Samples:
         values, errors, weights = (torch.cat(alike) for alike in zip(*rows, strict=True))
         return values, errors.double(), weights.double()
 
-    def fit(self, numbers: Sequence[int], penalties: _Penalties) -> tuple[Tensor, Tensor]:
-        """See `_Sums.fit`."""
+    def fit(self, numbers: Sequence[int], penalties: _Penalties, *, roughly: bool = False) -> tuple[Tensor, Tensor]:
+        """See `_Sums.fit`; always for all outputs."""
         values, errors, weights = self._joined(numbers)
         mean = penalties.constant
         shares = (weights / weights.sum())[:, None]
@@ -256,8 +276,8 @@ class _Samples:
             constant = (shares * errors).sum(0) - centre.double() @ weight
         return weight, constant
 
-    def loss(self, number: int, weight: Tensor, constant: Tensor) -> float:
-        """See `_Sums.loss`."""
+    def loss(self, number: int, weight: Tensor, constant: Tensor, *, roughly: bool = False) -> float:
+        """See `_Sums.loss`; always for all outputs."""
         values, errors, weights = self._joined([number])
         left = errors - (values @ weight.to(values.dtype)).double() - constant
         return float((left.square().sum(1) * weights).sum())

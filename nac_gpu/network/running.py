@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,22 @@ def arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str,
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """Run one forward pass on copies of the inputs, which the model's code may write to; see `arguments`."""
     return call_on(model, own_inputs(example_inputs))
+
+
+def without_cache(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
+    """The inputs with `use_cache=False`, where the model's forward has such an argument and it is not given.
+
+    Language models return the keys and values of all layers otherwise, which takes memory and is of no use here.
+    """
+    try:
+        known = list(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return inputs
+    if "use_cache" not in known:
+        return inputs
+    if isinstance(inputs, Tensor):
+        inputs = {known[0]: inputs}
+    return {"use_cache": False, **inputs} if isinstance(inputs, Mapping) else inputs
 
 
 def call_on(model: nn.Module, inputs: ExampleInputs) -> Any:

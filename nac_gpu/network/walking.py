@@ -9,6 +9,7 @@ compute in the network, and whatever else they are called with must not depend o
 does not hold, there is no chain, and networks are run as a whole.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nac_gpu.network.ambient import cut_short
+from nac_gpu.network.comparing import relative_error
 from nac_gpu.network.running import ExampleInputs, call, own_inputs
 from nac_gpu.network.watching import EnoughError, watching
 
 _MOST_BYTES = 1 << 30  # of values that are kept
+_SAME = 1e-4  # relative error of a chain run by itself: convolutions round differently from call to call
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class _Call:
     given: Tensor
     others: tuple[Any, ...]
     returned: Tensor | None = None
+    versions: tuple[int, int] = (0, 0)  # of both tensors, which count what is written into them
     begin: int = 0
     end: int = 0
     more: bool = field(default=False)  # it is called more than once, or in another way
@@ -91,8 +95,9 @@ def find_chains(model: nn.Module, batch: ExampleInputs) -> Chains:
     calls = _calls(model, batch)
     chains: list[tuple[str, ...]] = []
     for names in _paths(calls):
-        if _holds(model, batch, names, calls):
-            chains.append(names)
+        with contextlib.suppress(Exception):  # a module's code may not run alone
+            if _holds(model, batch, names, calls):
+                chains.append(names)
     return Chains(tuple(chains))
 
 
@@ -112,10 +117,11 @@ def _calls(model: nn.Module, batch: ExampleInputs) -> dict[str, _Call]:
             nonlocal clock
             clock += 1
             first = given[0] if given and isinstance(given[0], Tensor) else None
-            if name in found or first is None:
+            if name in found or first is None or not first.is_floating_point():
                 found[name] = _Call(name, torch.empty(0), (), more=True)
             else:
                 found[name] = _Call(name, first, (given[1:], dict(named)), begin=clock)
+                found[name].versions = first._version, 0
 
         return hook
 
@@ -124,7 +130,10 @@ def _calls(model: nn.Module, batch: ExampleInputs) -> dict[str, _Call]:
             nonlocal clock
             clock += 1
             if name in found:
-                found[name].returned, found[name].end = _main(returned), clock
+                one = found[name]
+                one.end = clock
+                one.returned = _main(returned)
+                one.versions = one.versions[0], 0 if one.returned is None else one.returned._version
 
         return hook
 
@@ -142,9 +151,16 @@ def _calls(model: nn.Module, batch: ExampleInputs) -> dict[str, _Call]:
 
 
 def _paths(calls: Mapping[str, _Call]) -> list[tuple[str, ...]]:
-    """Modules that follow each other, longest first; those of a path are not in those of another."""
+    """Modules that follow each other, those with most of the network first; none is in two paths, or in another."""
     order = sorted(calls.values(), key=lambda one: one.end)
     left = {one.name for one in order}
+    inner = [one for one in order if not any(_within(other, one.name) for other in left - {one.name})]
+    leaves = {one.name: sum(_within(leaf.name, one.name) for leaf in inner) for one in order}
+
+    def worth(path: tuple[str, ...]) -> tuple[int, int]:
+        """How much of the network it has, and in how many steps."""
+        return sum(leaves[name] for name in path), len(path)
+
     paths = []
     while left:
         best: dict[str, tuple[str, ...]] = {}
@@ -154,11 +170,12 @@ def _paths(calls: Mapping[str, _Call]) -> list[tuple[str, ...]]:
             before = [
                 best[other.name]
                 for other in order
-                if other.name in left and other.end < one.begin and other.returned is one.given and other.name in best
+                if other.name in best and other.end < one.begin and other.returned is one.given
+                if other.versions[1] == one.versions[0]
             ]
-            best[one.name] = (*max(before, key=len, default=()), one.name)
-        longest = max(best.values(), key=len)
-        if len(longest) < 2:
+            best[one.name] = (*max(before, key=worth, default=()), one.name)
+        longest = max((path for path in best.values() if len(path) > 1), key=worth, default=())
+        if not longest:
             break
         paths.append(longest)
         left = {name for name in left if not any(_within(name, own) or _within(own, name) for own in longest)}
@@ -183,7 +200,7 @@ def _holds(model: nn.Module, batch: ExampleInputs, names: Sequence[str], calls: 
         value = found
     end = calls[names[-1]].returned
     assert end is not None, "kept by _calls()"
-    return value.shape == end.shape and torch.allclose(value, first[2], rtol=1e-5, atol=1e-6)
+    return value.shape == end.shape and relative_error([value], [first[2]]) < _SAME
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -194,10 +211,16 @@ def _equal(a: Any, b: Any) -> bool:
     )
 
 
+def _copies_of(others: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of positional and keyword arguments, as `own_inputs` makes them."""
+    found: Any = own_inputs(others)
+    return tuple(found[0]), dict(found[1])
+
+
 def _run(module: nn.Module, value: Tensor, others: tuple[Any, ...]) -> Tensor | None:
     """What a module returns for copies of these arguments."""
-    given, named = others
-    return _main(module(value.clone(), *own_inputs(given), **dict(own_inputs(named))))
+    given, named = _copies_of(others)
+    return _main(module(value.clone(), *given, **named))
 
 
 def _passed(
@@ -217,7 +240,7 @@ def _passed(
 
     def before(name: str) -> Any:
         def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            others[name] = own_inputs(given[1:]), dict(own_inputs(named))
+            others[name] = _copies_of((given[1:], named))
             if name != names[0]:
                 return None
             start.append(given[0].clone())

@@ -98,7 +98,7 @@ class _Chooser:
             subject.model, subject.inputs, self._good, request.calibration, request.seed, subject.ranks
         )
         self._lost: Mapping[str, Curve]
-        self._lost, why = losses(subject.model, graph, self._good, self.evidence, subject.ranks)
+        self._lost, why = losses(subject.model, subject.inputs, graph, self._good, self.evidence, subject.ranks)
         self.unmeasured = (why,) if why else ()
         self._shapes = {name: parameter.shape for name, parameter in subject.model.named_parameters()}
 

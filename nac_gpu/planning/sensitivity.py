@@ -7,38 +7,46 @@ over the inputs. Between these points the change is interpolated as a power of e
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from nac_gpu.calibration.batches import Batches
+from nac_gpu.calibration.batches import Batches, first_of, length_of, size_of
 from nac_gpu.calibration.curves import Curve
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.distributed.fallbacks import StepError, attempt
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.merging.compensation import Compensator
-from nac_gpu.network.comparing import change, mean_change
 from nac_gpu.network.copying import copied, in_float32
-from nac_gpu.network.reaching import tensors_in
-from nac_gpu.network.running import call, evaluating
+from nac_gpu.network.judging import Answers, answers, judged
+from nac_gpu.network.running import ExampleInputs, evaluating
 from nac_gpu.tracing.graph import Graph, Group
 
 _TRIED = (0.03, 0.1, 0.3)  # errors at which the change of the outputs is measured
-_INPUTS = 256  # enough inputs for a measurement, if batches are tensors
+_TRIED_ONCE = (0.1,)  # the same where a pass is dear
+_INPUTS, _TOKENS = 256, 4096  # enough for a measurement
+_MOST_FLOPS = 2e13  # of all passes of smaller networks: some minutes on two cores
 _STEEPEST, _FLATTEST = 4.0, 0.5  # bounds of the exponent of e
 _MOST = 12.0  # upper bound of a loss
 
 
 def losses(
-    model: nn.Module, graph: Graph, groups: Sequence[Group], evidence: Evidence, ranks: Ranks = ALONE
+    model: nn.Module,
+    inputs: ExampleInputs,
+    graph: Graph,
+    groups: Sequence[Group],
+    evidence: Evidence,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Curve], str]:
     """The loss of merging each group to k neurons, by name and k; comparable between groups.
 
-    Without activations, or if the change of the outputs cannot be measured, it is `-log(1 - e)` of the group's own
-    error.
+    Without activations, or if the change of the outputs cannot be measured, it is `e / (1 - e)` of the group's own
+    error: steep enough that no group is given up for the others.
 
     Args:
         model: not changed, and not run.
+        inputs: what it was recorded on.
         graph: its record.
         groups: the groups.
         evidence: about their neurons.
@@ -52,13 +60,13 @@ def losses(
     """
     curves = evidence.curves(groups, ranks)
     plain: dict[str, Curve] = {
-        name: {k: -math.log1p(-error) for k, error in curve.items()} for name, curve in curves.items()
+        name: {k: error / (1 - error) for k, error in curve.items()} for name, curve in curves.items()
     }
     if not evidence.batches:
         return plain, ""
     why = "the outputs cannot be compared"
     try:
-        measured = attempt(lambda ranks: _measured(model, graph, groups, evidence, curves, ranks), ranks)
+        measured = attempt(lambda ranks: _measured(model, inputs, graph, groups, evidence, curves, ranks), ranks)
     except StepError as error:
         measured, why = None, f"measuring how the outputs change failed ({error})"
     if measured is None:
@@ -70,6 +78,7 @@ def losses(
 
 def _measured(
     model: nn.Module,
+    inputs: ExampleInputs,
     graph: Graph,
     groups: Sequence[Group],
     evidence: Evidence,
@@ -77,25 +86,27 @@ def _measured(
     ranks: Ranks,
 ) -> dict[str, dict[float, float]] | None:
     """By group, changes of the outputs by the error of the group; None if the outputs cannot be compared."""
-    model, batches = in_float32(model) if evidence.float32 else model, _some(evidence.batches)
+    model = in_float32(model) if evidence.float32 else model
+    amount = _amount(graph.flops, inputs, evidence.batches, len(groups))
+    batches = _some(evidence.batches, amount.inputs)
     compensator = Compensator(model, graph, batches, evidence.activities)
     run = copied(model)
 
-    def answers(_: Ranks) -> list[list[Tensor]]:
+    def expected(_: Ranks) -> list[Answers]:
         with evaluating(run):
-            return [_outputs(run, batch) for batch in batches]
+            return [answers(run, batch) for batch in batches]
 
-    expected = attempt(answers, ranks)
+    known = attempt(expected, ranks)
 
     def measured(group: Group) -> dict[float, float] | None:
         curve = curves[group.name]
         points: dict[float, float] = {}
-        for error in _TRIED if group.name in evidence.activities else ():
+        for error in amount.errors if group.name in evidence.activities else ():
             kept = min(curve, key=lambda k: abs(math.log(max(curve[k], 1e-9) / error)))
             if kept < group.size and curve[kept] > 0 and curve[kept] not in points:
                 compensator.start()
-                compensator.merge(group, evidence.tree(group).cut(kept))
-                changed = _changed(compensator.network(), batches, expected)
+                compensator.merge(group, evidence.likely(group, kept))
+                changed = judged(compensator.network(), batches, known)
                 if changed is None:
                     return None
                 points[curve[kept]] = max(changed, 1e-9)
@@ -109,27 +120,47 @@ def _measured(
     return result
 
 
-def _some(batches: Batches) -> Batches:
-    """The first batches, until they have enough inputs."""
+@dataclass(frozen=True)
+class _Amount:
+    """How much is measured.
+
+    Attributes:
+        inputs: how many, or tokens, where inputs are sequences of them.
+        errors: of a group, at which it is merged.
+    """
+
+    inputs: int
+    errors: tuple[float, ...]
+
+
+def _amount(flops: int, inputs: ExampleInputs, batches: Batches, groups: int) -> _Amount:
+    """What can be measured with so many operations: the same on every machine, and on every rank.
+
+    Args:
+        flops: of a pass.
+        inputs: of that pass.
+        batches: the inputs that there are.
+        groups: how many groups are measured.
+    """
+    one = flops / size_of(inputs)  # of an input, or of a token
+    whole = _TOKENS if any(size_of(batch) > length_of(batch) for batch in batches) else _INPUTS
+    most = {errors: _MOST_FLOPS / max(1.0, one * groups * len(errors)) for errors in (_TRIED, _TRIED_ONCE)}
+    errors = _TRIED if most[_TRIED] >= whole / 4 else _TRIED_ONCE
+    return _Amount(max(1, min(whole, int(most[errors]))), errors)
+
+
+def _some(batches: Batches, most: int) -> Batches:
+    """The first batches, until they have so many inputs or tokens; the last one cut."""
     chosen: list[Any] = []
-    count = 0
     for batch in batches:
-        chosen.append(batch)
-        count += len(batch) if isinstance(batch, Tensor) else 1
-        if count >= _INPUTS:
+        size = size_of(batch)
+        if size > most and chosen:
+            break
+        chosen.append(first_of(batch, most) if size > most else batch)
+        most -= size
+        if most <= 0:
             break
     return chosen
-
-
-def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    return [value.double() if value.is_floating_point() else value for value in tensors_in(call(model, batch))]
-
-
-def _changed(model: nn.Module, batches: Batches, expected: Sequence[Sequence[Tensor]]) -> float | None:
-    """The mean change of the outputs over the batches; None if they cannot be compared."""
-    with evaluating(model):
-        pairs = zip(batches, expected, strict=True)
-        return mean_change(change(_outputs(model, batch), wanted) for batch, wanted in pairs)
 
 
 def _through(points: dict[float, float], curve: Curve) -> Curve:

@@ -1,0 +1,109 @@
+"""How well a smaller network answers as the original does, on inputs.
+
+What counts are the answers: logits, embeddings, predictions. Caches, states that are handed back to be handed in again,
+losses, and what a model returns besides only if asked for (hidden states, attention weights) do not count: a language
+model returns two tensors of every layer beside its logits. Padding does not count either.
+
+The answer of a language model is a distribution of the next token, so its distance is the Kullback-Leibler divergence.
+All other answers are compared by their mean squared difference, relative to their variance.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nac_gpu.network.comparing import change, mean_change
+from nac_gpu.network.padding import padding_of, without_padding
+from nac_gpu.network.precision import floating
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import ExampleInputs, call, evaluating
+
+_MOST = 1 << 23  # values of an answer that are compared: of larger ones, evenly spaced positions
+_NO_ANSWERS = ("past_key_values", "cache", "mems", "state", "loss", "hidden_states", "attentions")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a network answers to a batch.
+
+    Attributes:
+        values: tensors.
+        words: they are logits of tokens, [positions, vocabulary].
+    """
+
+    values: tuple[Tensor, ...]
+    words: bool = False
+
+
+def answers(model: nn.Module, batch: ExampleInputs) -> Answers:
+    """What a network answers to a batch, without padding; a part of the positions where it is very large.
+
+    Args:
+        model: in eval mode.
+        batch: its inputs.
+    """
+    return answers_in(call(model, batch), batch)
+
+
+def answers_in(returned: Any, batch: ExampleInputs) -> Answers:
+    """The same, from what the network returned."""
+    mask = padding_of(batch)
+    logits = returned.get("logits") if isinstance(returned, Mapping) else None
+    if isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[2] > 1 and logits.is_floating_point():
+        found = without_padding(logits, mask)
+        return Answers((_part(found.flatten(0, -2)),), words=True)
+    values = [value for value in _counting(returned) if value.is_floating_point() or value.is_complex()]
+    return Answers(tuple(_part(without_padding(value, mask)) for value in values))
+
+
+def _counting(returned: Any) -> Iterator[Tensor]:
+    """The tensors among what a network returned that are answers; all of them if none is known to be."""
+    if isinstance(returned, Tensor):
+        yield returned
+        return
+    if isinstance(returned, Mapping):
+        named = {key: value for key, value in returned.items() if not any(word in str(key) for word in _NO_ANSWERS)}
+        returned = named or dict(returned)
+        parts = list(returned.values())
+    else:
+        parts = list(returned) if isinstance(returned, tuple | list) else [returned]
+    some = [part for part in parts if not type(part).__name__.endswith("Cache")]
+    found = [value for part in some or parts for value in tensors_in(part)]
+    yield from [value for value in found if value.ndim] or found
+
+
+def _part(values: Tensor) -> Tensor:
+    """Evenly spaced rows of a tensor with too many values."""
+    if values.numel() <= _MOST or values.ndim < 2:
+        return values
+    step = -(-values.numel() // _MOST)
+    return values[::step] if len(values) >= step else values
+
+
+def apart(found: Answers, expected: Answers) -> Tensor | None:
+    """How far answers are from the original's, a scalar: see the description of this module.
+
+    Returns:
+        None if they cannot be compared; -1 if there is nothing to compare.
+    """
+    if found.words and expected.words and found.values[0].shape == expected.values[0].shape:
+        return _divergence(found.values[0], expected.values[0])
+    return change(found.values, expected.values)
+
+
+def _divergence(found: Tensor, expected: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence of distributions given by logits [positions, vocabulary], in nats."""
+    total = found.new_zeros((), dtype=torch.float32)
+    for now, then in zip(found.split(256), expected.split(256), strict=True):
+        log_then = floating(then).log_softmax(1)
+        total = total + (log_then.exp() * (log_then - floating(now).log_softmax(1))).sum()
+    return total / max(1, len(found))
+
+
+def judged(model: nn.Module, batches: Sequence[ExampleInputs], expected: Sequence[Answers]) -> float | None:
+    """How far a network's answers are from the original's, on average over batches; None if they cannot be compared."""
+    with evaluating(model):
+        return mean_change(apart(answers(model, batch), then) for batch, then in zip(batches, expected, strict=True))

@@ -181,7 +181,8 @@ def test_misuse() -> None:
         nac.compress(model, inputs)
     with pytest.raises(ValueError, match="expected either a plan or width=, params=, flops= or latency=, got both"):
         nac.compress(model, inputs, plan, width=0.5)
-    with pytest.raises(ValueError, match="unknown method 'kmean', expected one of ward, kmeans, random, l1, or"):
+    methods = "auto, ward, removal, mixed, kmeans, random, l1, or a function"
+    with pytest.raises(ValueError, match=f"unknown method 'kmean', expected one of {methods}"):
         nac.compress(model, inputs, width=0.5, method="kmean")
     with pytest.raises(ValueError, match="unknown rule 'mean', expected one of compensated, restored, centroid"):
         nac.compress(model, inputs, width=0.5, rule="mean")  # type: ignore[arg-type]

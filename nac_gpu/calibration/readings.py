@@ -72,4 +72,5 @@ def row_weights(rows: Tensor) -> Tensor:
     Some tokens have a norm a thousand times that of others. A normalisation follows, so that they matter no more.
     """
     norms = rows.float().norm(dim=1)
-    return (4 * norms.mean().square() / norms.square().clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1)
+    most = 4 * norms.mean().square()
+    return torch.where(norms.square() > most, most / norms.square(), 1.0)

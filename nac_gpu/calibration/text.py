@@ -36,10 +36,11 @@ def text_batches(
         tokens: number of tokens to use, without padding; at least one row is made.
         length: tokens of a row.
         batch_size: rows of a batch.
-        join: documents are joined, with the tokenizer's end-of-sequence token between them if it has one, and cut into
-            rows of `length` tokens, as language models that predict the next token are trained; the rest is dropped.
-            Otherwise each document is a row of its own, with special tokens, of at most `length` tokens, padded to the
-            longest of its batch, as encoders of sentences read them.
+        join: a text is read on from document to document, with what stands between them, and cut into rows of `length`
+            tokens, as language models that predict the next token read it; the rest is dropped. The documents of a
+            sequence are joined by the tokenizer's end-of-sequence token, if it has one. Otherwise each document is a
+            row of its own, with special tokens, of at most `length` tokens, padded to the longest of its batch, as
+            encoders of sentences read them.
         seed: decides which parts of a longer text are used.
 
     Returns:
@@ -66,7 +67,9 @@ def text_batches(
     _check_numbers({"tokens": tokens, "length": length, "batch_size": batch_size}, seed)
     documents, generator, read = _documents(text), torch.Generator().manual_seed(seed), Reading(tokenizer)
     if join:
-        rows = _cut(read.joined(_thinned(documents, _PLENTY * tokens)), tokens, length, generator)
+        between = None if not isinstance(text, str | Path) else "\n\n" if _spaced(text) else "\n"
+        some = _thinned(documents, _PLENTY * tokens, _PLENTY * length)
+        rows = _cut(read.joined(some, between), tokens, length, generator)
     else:
         rows = read.apart(documents, tokens, length, generator)
     if not rows:
@@ -118,10 +121,21 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in (_BLANK_LINES.split(text) if _BLANK_LINES.search(text) else text.split("\n"))]
 
 
-def _thinned(documents: list[str], characters: int) -> list[str]:
-    """Evenly spaced ones of many documents, with about so many characters at least."""
+def _spaced(text: str | Path) -> bool:
+    """Whether documents are separated by blank lines."""
+    found = _read(text) if isinstance(text, Path) else text
+    return _BLANK_LINES.search(found.replace("\r\n", "\n").strip()) is not None
+
+
+def _thinned(documents: list[str], characters: int, run: int) -> list[str]:
+    """Evenly spaced runs of documents that follow each other, with about so many characters in all, and in a run."""
     step = sum(map(len, documents)) // characters
-    return documents[:: max(1, min(step, len(documents) // 64))]
+    runs: list[list[str]] = [[]]
+    for document in documents:
+        if sum(map(len, runs[-1])) >= run:
+            runs.append([])
+        runs[-1].append(document)
+    return [document for part in runs[:: max(1, step)] for document in part]
 
 
 def _cut(ids: list[int], tokens: int, length: int, generator: torch.Generator) -> list[Row]:
@@ -153,13 +167,13 @@ class Reading:
         self._takes = {parameter.name for parameter in parameters}
         self._takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
-    def joined(self, documents: Sequence[str]) -> list[int]:
-        """The tokens of all documents, with the end-of-sequence token between them."""
+    def joined(self, documents: Sequence[str], between: str | None) -> list[int]:
+        """The tokens of all documents, with this text between them; with the end-of-sequence token if it is None."""
         end = getattr(self._tokenizer, "eos_token_id", None)
         ids: list[int] = []
         for document in documents:
-            found = self._read(document, add_special_tokens=False)["input_ids"]
-            ids += [end] if ids and found and end is not None else []
+            found = self._read(document + (between or ""), add_special_tokens=False)["input_ids"]
+            ids += [end] if between is None and ids and found and end is not None else []
             ids += found
         return ids
 

@@ -111,15 +111,8 @@ def merge_experts(
     said = (*wrappers, *changes, *fewer.told(type(model).__name__), *source)
     remember(small, model, _plan(model, said, cost(model, example_inputs), cost(small, example_inputs)), seed)
     if fewer.changed and evidence is not None and batches:
-        learn(
-            small,
-            model,
-            fewer.touched(),
-            Divided(batches, evidence.judged),
-            refine,
-            synthetic=evidence.synthetic,
-            seed=seed,
-        )
+        inputs = Divided(batches, evidence.judged)
+        learn(small, model, fewer.touched(), inputs, refine, synthetic=evidence.synthetic, seed=seed)
     return small
 
 

@@ -56,8 +56,7 @@ def learn(
     """Train a merged network to reproduce the original's outputs, in place.
 
     Only the parameters that merging changed are trained, whether or not they require gradients. The result is kept
-    only if it reduces the error of the outputs on inputs that were kept aside. A failure is a warning: the network is
-    as it was.
+    only if it reduces the error on inputs that were kept aside. A failure is a warning: the network is as it was.
 
     Args:
         small: the merged network.

@@ -196,7 +196,7 @@ def test_consumers_that_cannot_be_compensated_keep_their_sums() -> None:
         small = nac.compress(model, VECTORS, plan, refine=0)
     origin = origin_of(small)
     assert origin is not None
-    assert origin.plan.changes[:-1] == plan.changes
+    assert origin.plan.changes[: len(plan.changes)] == plan.changes
     assert re.search(said, origin.plan.changes[-1])
     summed = nac.compress(model, VECTORS, plan, calibration="none")
     assert torch.allclose(small.last.bias, summed.last.bias)  # type: ignore[union-attr]

@@ -20,23 +20,26 @@ def numbers(text: str) -> list[int]:
 def test_documents_are_joined_and_cut_into_full_rows() -> None:
     text = "the cat sat\n\nthe dog\nsat\n \n\non the mat"
     (batch,) = nac.text_batches(words(), text, length=4)
-    joined = [*numbers("the cat sat"), END, *numbers("the dog sat"), END, *numbers("on the mat")]
+    joined = [*numbers("the cat sat"), *numbers("the dog sat"), *numbers("on the mat")]
     assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
     assert batch["input_ids"].tolist() == [joined[:4], joined[4:8]], "the rest is dropped"
     assert batch["attention_mask"].tolist() == [[1] * 4] * 2
     (short,) = nac.text_batches(words(), text, length=100)
     assert short["input_ids"].tolist() == [joined], "unless there is no full row"
-    (plain,) = nac.text_batches(words(eos_token=None), text, length=9)
-    assert plain["input_ids"].tolist() == [[number for number in joined if number != END]]
+    documents = ["the cat sat", "the dog sat", "on the mat"]
+    (ended,) = nac.text_batches(words(), documents, length=11)
+    assert ended["input_ids"].tolist() == [[*joined[:3], END, *joined[3:6], END, *joined[6:]]]
+    (plain,) = nac.text_batches(words(eos_token=None), documents, length=9)
+    assert plain["input_ids"].tolist() == [joined]
 
 
 def test_lines_are_documents_where_none_is_blank(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes("\ufeffthe cat\r\nthe dog\r\n".encode())
-    expected = [[*numbers("the cat"), END, *numbers("the dog")]]
     for text in (path, "the cat\nthe dog", ["the cat", "the dog"], ("the cat", " ", "the dog")):
         (batch,) = nac.text_batches(words(), text)
-        assert batch["input_ids"].tolist() == expected
+        between = [] if isinstance(text, str | Path) else [END]
+        assert batch["input_ids"].tolist() == [[*numbers("the cat"), *between, *numbers("the dog")]]
     (batch,) = nac.text_batches(words(), ["the cat\n\nthe dog"])
     assert END not in batch["input_ids"], "what is given as one document is one"
 

@@ -91,7 +91,9 @@ def test_texts_of_language_models_are_joined_and_those_of_encoders_are_not(text:
     assert {name: value.shape for name, value in batch.items()} == dict.fromkeys(
         ("input_ids", "attention_mask"), (5, 8)
     )
-    (batch,) = batches_of(model, "--calibration", text)
+    long = tmp_path / "long.txt"
+    long.write_text(f"{TEXT}\n\n{TEXT}")
+    (batch,) = batches_of(model, "--calibration", long)
     assert batch["input_ids"].shape == (1, 64), "no more than the model reads at once"
     first, second = batches_of(encoder(tmp_path / "encoder"), "--calibration", text)
     assert set(first) == {"input_ids", "attention_mask", "token_type_ids"}

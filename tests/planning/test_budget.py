@@ -14,7 +14,8 @@ from networks import NETWORKS, network
 from torch import Tensor, nn
 
 import nac_gpu as nac
-from nac_gpu.calibration.curves import error_curve, inertia_curve, widths_to_try
+from nac_gpu.calibration.activity import Activity
+from nac_gpu.calibration.curves import error_at, error_curve, inertia_curve, widths_to_try
 from nac_gpu.calibration.gathering import gather
 from nac_gpu.planning.allocation import Sizes, allocate
 from nac_gpu.planning.request import Limits, Request
@@ -255,18 +256,48 @@ def test_error_curves() -> None:
     group = graph.groups[3]
     activity = evidence.activities[group.name]
     labels = evidence.tree(group).cut(5)
-    (covariance,), (gain,) = activity.covariances, activity.gains
-    means = nn_means(labels, 5)
+    (halves,), (outgoing,) = activity.halves, activity.outgoing
+    gain, means = outgoing @ outgoing.T, nn_means(labels, 5)
+    least, summed = 0.0, 0.0
+    for fit, judge in ((halves[0].double(), halves[1].double()), (halves[1].double(), halves[0].double())):
 
-    def lost(back: torch.Tensor) -> float:
-        left = torch.eye(group.size, dtype=torch.float64) - back @ means.T
-        return float((left @ covariance @ left.T * gain).sum() / (covariance * gain).sum())
+        def lost(back: torch.Tensor, judge: torch.Tensor = judge) -> float:
+            left = torch.eye(group.size, dtype=torch.float64) - back @ means.T
+            return float((left @ judge @ left.T * gain).sum() / (judge * gain).sum())
 
-    least = lost(torch.linalg.lstsq(means.T @ covariance @ means, means.T @ covariance).solution.T)  # no ridge
-    summed = lost(torch.nn.functional.one_hot(labels, 5).double())
+        least += lost(torch.linalg.lstsq(means.T @ fit @ means, means.T @ fit).solution.T) / 2  # no ridge
+        summed += lost(torch.nn.functional.one_hot(labels, 5).double()) / 2
     found = error_curve(evidence.tree(group).cut, group.size, activity)[5]
-    assert least <= found <= summed
-    assert found < least + 0.1 * (summed - least)
+    assert found <= summed + 1e-6
+    assert abs(found - least) < 0.1 * abs(summed - least)
+
+
+def test_an_error_is_that_of_inputs_that_were_not_fitted() -> None:
+    """Half of the inputs say that the second neuron is the first, the other half that it is not."""
+    alike, unlike = torch.ones(2, 2), torch.eye(2)
+    weights = torch.eye(2, dtype=torch.float64)
+    activity = Activity(((alike + unlike).double() / 2,), (weights,), ((alike, unlike),))
+    seen = Activity((alike.double(),), (weights,))
+    removed = torch.tensor([0, -1])
+    assert error_at(removed, 1, seen) < 1e-3
+    # fitted to the first half, the removed neuron is taken for the other: twice as wrong as nothing on the second
+    assert error_at(removed, 1, activity) == pytest.approx((0.5 + 0.5) / 2, abs=0.02)
+
+
+def test_what_is_removed_contributes_least() -> None:
+    covariance = torch.diag(torch.tensor([4.0, 1.0, 9.0, 0.0], dtype=torch.float64))
+    weights = torch.tensor([[1.0], [3.0], [0.1], [50.0]], dtype=torch.float64)
+    activity = Activity((covariance,), (weights,))
+    assert activity.removal(2).tolist() == [0, 1, -1, -1]
+    assert activity.removal(1).tolist() == [-1, 0, -1, -1]
+    assert activity.removal(4).tolist() == [0, 1, 2, 3]
+
+
+def test_neurons_like_one_that_stays_are_merged_with_it_in_place_of_removed() -> None:
+    covariance = torch.eye(4, dtype=torch.float64)
+    covariance[0, 2] = covariance[2, 0] = 0.95
+    weights = torch.tensor([[2.0], [3.0], [1.0], [1.0]], dtype=torch.float64)
+    assert Activity((covariance,), (weights,)).mixed(2).tolist() == [0, 1, 0, -1]
 
 
 def nn_means(labels: torch.Tensor, k: int) -> torch.Tensor:

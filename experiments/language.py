@@ -82,7 +82,7 @@ METHODS: dict[Task, tuple[str, ...]] = {
     "embeddings": (*NAC, *PRUNING, DROPPED, LAST, BEST),
 }
 DEFAULT: dict[Task, tuple[str, ...]] = {
-    "perplexity": tuple(name for name in METHODS["perplexity"] if not name.startswith("Wanda") or "+" not in name),
+    "perplexity": METHODS["perplexity"],
     "embeddings": (*NAC, "Wanda", "Wanda + ridge", "magnitude", "random", LAST, BEST),
 }
 REMOVED: dict[Task, tuple[float, ...]] = {"perplexity": (0.1, 0.2, 0.3), "embeddings": (0.25,)}

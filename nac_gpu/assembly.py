@@ -41,6 +41,7 @@ Rule = Literal["compensated", "restored", "centroid"]
 Neurons = Literal["activations", "folded", "weights"]
 #: How a group is made smaller: see `nac_gpu.compress`.
 Method = Literal["auto", "ward", "removal", "mixed", "kmeans", "random", "l1"]
+Kind = Literal["ward", "removal", "auto"]
 _BY_ACTIVATIONS = ("auto", "removal", "mixed")  # methods that need more than points
 
 
@@ -180,9 +181,11 @@ class _Assembly:
         if not _compensates(self._evidence, self._settings):
             return self._network_of(self._by_weights())
         assert self._evidence is not None, "_compensates() checks this"
-        ways: list[Callable[[], _Made]] = [lambda: self._compensated(downstream=True)]
+        ways: list[Callable[[], _Made]] = [lambda: self._compensated("ward", downstream=True)]
         if self._answers() is not None:
-            ways += [lambda: self._compensated(downstream=False), self._by_weights]
+            if self._settings.method == "auto":
+                ways.append(lambda: self._compensated("removal", downstream=True))
+            ways += [lambda: self._compensated("auto", downstream=False), self._by_weights]
         best: tuple[float, _Made, nn.Module] | None = None
         for way in ways:
             found = way()
@@ -228,10 +231,11 @@ class _Assembly:
             return float("inf")
         return float("inf") if found is None else found
 
-    def _compensated(self, *, downstream: bool) -> _Made:
-        """Groups made smaller in the best way each, with their consumers refitted.
+    def _compensated(self, kind: Kind, *, downstream: bool) -> _Made:
+        """Groups made smaller, with their consumers refitted.
 
         Args:
+            kind: how groups are made smaller, if the method leaves that open.
             downstream: consumers are refitted to what they read in the network as it is by then, in place of what they
                 would read if their group alone was merged.
         """
@@ -250,7 +254,7 @@ class _Assembly:
             dtypes=dtypes,
         )
         counts: dict[str, int] = {}
-        for choice, ways in self._assignments.on(compensator):
+        for choice, ways in self._assignments.on(compensator, kind):
             taken = compensator.merge(choice.group, *ways.values())
             if choice.merges:
                 name = list(ways)[taken]
@@ -264,7 +268,7 @@ class _Assembly:
         own = self._assignments
         if self._settings.method == "auto" and _compensates(self._evidence, self._settings):
             own = _Assignments(self._prepared, None, self._settings)  # by weights, as without any inputs
-        for choice, ways in own.on(merger, several=False):
+        for choice, ways in own.on(merger, "ward"):
             merger.merge(choice.group, next(iter(ways.values())))
         return _Made("not refitted, which loses less", merger.finish(), (), {})
 
@@ -306,7 +310,7 @@ class _Assignments:
             found = _by_activations(acting, evidence, settings, prepared.subject.ranks)
             self._known = {c.group.name: labels for c, labels in zip(acting, found, strict=True)}
 
-    def on(self, merger: Merger | Compensator, *, several: bool = True) -> Iterator[tuple[Choice, dict[str, Tensor]]]:
+    def on(self, merger: Merger | Compensator, kind: Kind) -> Iterator[tuple[Choice, dict[str, Tensor]]]:
         """The ways for each group, by name, in the order of the plan; merge each before taking the next.
 
         Clusters by weights depend on the groups merged before, so every rank computes all of them. A function of the
@@ -314,7 +318,7 @@ class _Assignments:
 
         Args:
             merger: merges them.
-            several: more than one way, if the method is to choose among them.
+            kind: how groups are made smaller, if the method leaves that open: all in one way, or each in the best.
         """
         settings = self._settings
         for choice in self._prepared.choices:
@@ -330,12 +334,10 @@ class _Assignments:
                     self._known[group.name] = labels
             found = {settings.method if settings.method in METHODS else "ward": labels}
             activity = self._observed.get(group.name)
-            if settings.method in _BY_ACTIVATIONS and activity is not None and several:
+            method = kind if settings.method == "auto" else settings.method
+            if method in _BY_ACTIVATIONS and activity is not None:
                 found |= {"removal": activity.removal(choice.width), "mixed": activity.mixed(choice.width)}
-                if settings.method != "auto":
-                    found = {settings.method: found[settings.method]}
-                else:
-                    found = _promising(found, choice.width, activity)
+                found = _promising(found, choice.width, activity) if method == "auto" else {method: found[method]}
             yield choice, found
 
 

@@ -14,7 +14,7 @@ import nac_gpu
 import nac_gpu.testing
 
 #: Public names without code of their own: types of arguments, and modules whose functions are listed one by one.
-TYPES = set("Calibration ExampleInputs LimitsByLayer Names Neurons Rule Share Width methods testing".split())
+TYPES = set("Calibration ExampleInputs LimitsByLayer Method Names Neurons Rule Share Width methods testing".split())
 #: Records that the library returns and nobody has to make.
 RECORDS = set("Cost Epoch LeftAlone AssignmentMethod".split())
 

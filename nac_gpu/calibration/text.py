@@ -48,8 +48,7 @@ def text_batches(
         of their own, if the tokenizer makes them.
 
     Raises:
-        ValueError: there is no text or no token in it, a number is not positive, the seed is no integer, the file is
-            not UTF-8, or the text is the name of a file.
+        ValueError: no token in the text, a number that is not positive, a file that is not UTF-8 or is named by a str.
         TypeError: the tokenizer cannot be called or returns something else, or the text is of another type.
         FileNotFoundError: no such file.
 
@@ -57,7 +56,7 @@ def text_batches(
     ...     return {"input_ids": [ord(letter) for letter in text]}
     >>> (batch,) = nac_gpu.text_batches(tokenizer, "the cat\nthe dog", length=4)
     >>> batch["input_ids"].shape, batch["attention_mask"].shape
-    (torch.Size([3, 4]), torch.Size([3, 4]))
+    (torch.Size([4, 4]), torch.Size([4, 4]))
     """
     if not callable(tokenizer):
         raise TypeError(

@@ -103,17 +103,20 @@ def merge_experts(
     fewer = _Fewer.found(model, example_inputs, experts)
     evidence = gather(model, example_inputs, (), calibration, seed) if refine and calibration != "none" else None
     batches = list(evidence.batches) if evidence is not None and not evidence.float32 else []  # else for a copy
-    generator = torch.Generator().manual_seed(seed)
-    # inputs of zeros would not show how the router normalises its scores
-    tried_on = batches[0] if batches else pytree.tree_map(lambda value: lively(value, generator), example_inputs)
-    small = fewer.network(model, tried_on)
-    source = () if evidence is None else (f"{'not refined: ' * evidence.float32}{evidence.source}",)
+    small = fewer.network(model, batches[0] if batches else _lively(example_inputs, seed))
+    source = [] if evidence is None else ["not refined: " * evidence.float32 + evidence.source]
     said = (*wrappers, *changes, *fewer.told(type(model).__name__), *source)
     remember(small, model, _plan(model, said, cost(model, example_inputs), cost(small, example_inputs)), seed)
     if fewer.changed and evidence is not None and batches:
-        inputs = Divided(batches, evidence.judged)
-        learn(small, model, fewer.touched(), inputs, refine, synthetic=evidence.synthetic, seed=seed)
+        inputs, synthetic = Divided(batches, evidence.judged), evidence.synthetic
+        learn(small, model, fewer.touched(), inputs, refine, synthetic=synthetic, seed=seed)
     return small
+
+
+def _lively(example_inputs: ExampleInputs, seed: int) -> ExampleInputs:
+    """Random inputs: those of zeros would not show how the router normalises its scores."""
+    generator = torch.Generator().manual_seed(seed)
+    return pytree.tree_map(lambda value: lively(value, generator), example_inputs)
 
 
 def _kept(found: Sequence[Mixture], others: Sequence[Lookalike], experts: Experts) -> list[int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from nac_gpu.assembly import MergeSettings, Method, Neurons, Rule, made
+from nac_gpu.assembly import MergeSettings, Neurons, Rule, made
 from nac_gpu.calibration.batches import Calibration
 from nac_gpu.clustering.methods import AssignmentMethod
 from nac_gpu.distributed.consistency import check_arguments, without_values
@@ -103,7 +103,7 @@ def compress(
     multiple_of: int | None = None,
     only: Names = None,
     skip: Names = (),
-    method: Method | AssignmentMethod = "auto",
+    method: str | AssignmentMethod = "auto",
     rule: Rule = "compensated",
     neurons: Neurons | None = None,
     refine: int = PASSES,

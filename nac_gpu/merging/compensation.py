@@ -150,7 +150,8 @@ class Compensator:
         if not self._merged and keeps_all(labels[0]):
             return 0
         self._merged = True
-        done = [self._carried_out(group, own, self.merger if len(ways) == 1 else self.merger.copy()) for own in labels]
+        start = self.merger
+        done = [self._carried_out(group, own, start.copy()) for own in labels]
         known = [(way.lost, number) for number, way in enumerate(done) if way.lost is not None]
         best = min(known)[1] if known else 0
         self.merger = done[best].merger

@@ -80,7 +80,7 @@ def _part(values: Tensor) -> Tensor:
     if values.numel() <= _MOST or values.ndim < 2:
         return values
     step = -(-values.numel() // _MOST)
-    return values[::step] if len(values) >= step else values
+    return values[::step].clone() if len(values) >= step else values  # a view would keep all of them
 
 
 def apart(found: Answers, expected: Answers) -> Tensor | None:

@@ -67,6 +67,28 @@ def test_what_is_kept_between_repeated_merges_changes_nothing(name: str) -> None
             assert all(torch.equal(value, alone.state[tensor]) for tensor, value in together.state.items())
 
 
+def test_the_best_of_several_ways_is_taken_as_if_it_was_the_only_one() -> None:
+    """Whatever was tried before it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)).double()
+    with torch.no_grad():
+        model[0].weight[6:] = model[0].weight[:6]
+        model[0].bias[6:] = model[0].bias[:6]
+    batches = [torch.randn(32, 8, dtype=torch.float64) for _ in range(4)]
+    graph = record(model, batches[0])
+    activities = gather(model, batches[0], graph.groups, batches).activities
+    first, second = graph.groups
+    copies, wrong = torch.arange(12) % 6, torch.arange(12) // 2
+    removal = activities[second.name].removal(5)
+    several = Compensator(model, graph, batches, activities)
+    assert several.merge(first, wrong, copies, wrong) == 1
+    taken = several.merge(second, torch.arange(10) // 2, removal)
+    alone = Compensator(model, graph, batches, activities)
+    alone.merge(first, copies)
+    alone.merge(second, (torch.arange(10) // 2, removal)[taken])
+    assert all(torch.equal(value, alone.finish()[name]) for name, value in several.finish().items())
+
+
 def test_a_neuron_counts_in_its_centroid_as_much_as_its_readers_make_of_it() -> None:
     """One that next to nobody hears leaves the other of its cluster as it is."""
     torch.manual_seed(2)

@@ -305,10 +305,12 @@ class _Assignments:
         self._observed = {} if evidence is None else evidence.activities
         comparable = _compensates(evidence, settings) and evidence is not None and evidence.comparable
         self._known: dict[str, Tensor] = {}
+        acting: list[Choice] = []
+        self._found: Iterator[Tensor] = iter(())
         if evidence is not None and (settings.neurons == "activations" or (settings.neurons is None and comparable)):
             acting = [c for c in prepared.choices if c.merges and c.group.name in self._observed]
-            found = _by_activations(acting, evidence, settings, prepared.subject.ranks)
-            self._known = {c.group.name: labels for c, labels in zip(acting, found, strict=True)}
+            self._found = _by_activations(acting, evidence, settings, prepared.subject.ranks)
+        self._acting = {choice.group.name for choice in acting}
 
     def on(self, merger: Merger | Compensator, kind: Kind) -> Iterator[tuple[Choice, dict[str, Tensor]]]:
         """The ways for each group, by name, in the order of the plan; merge each before taking the next.
@@ -327,6 +329,8 @@ class _Assignments:
                 yield choice, {"none": torch.arange(choice.width)}
                 continue
             labels = self._known.get(group.name)
+            if labels is None and group.name in self._acting:
+                labels = self._known[group.name] = next(self._found)
             if labels is None:
                 points = neuron_vectors(merger.state, group, fold=settings.neurons != "weights")
                 labels = settings.assign(points, choice.width, seed=settings.seed)

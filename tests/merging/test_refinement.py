@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import nac_gpu as nac
+from nac_gpu.calibration.batches import Divided
 from nac_gpu.merging import refinement
 from nac_gpu.merging.refinement import BATCH, augmented, rebatched
 from nac_gpu.network.state import tensors
@@ -213,5 +214,5 @@ def test_inputs_that_are_few_or_large_are_seen_less_often(
 ) -> None:
     monkeypatch.setattr(refinement, "STEPS", 12 if build().ndim > 2 else 1280)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(build()[0].numel(), 3))
-    learning = refinement._Learning(flat, flat, dict(flat.named_parameters()), [build()])
+    learning = refinement._Learning(flat, flat, dict(flat.named_parameters()), Divided([build()]))
     assert learning._steps(3) == expected

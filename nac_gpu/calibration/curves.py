@@ -76,15 +76,14 @@ class _Consumer:
 
     def left(self, labels: Tensor, kept: int) -> Tensor:
         """The share of the variance of the outputs that is lost, a scalar."""
-        inside = labels >= 0
-        at = labels[inside]
-        counts = torch.bincount(at, minlength=kept).to(self._weights.dtype)[:, None]
+        at = torch.where(labels < 0, kept, labels)  # removed ones go to a cluster of their own, which is dropped
 
         def summed(values: Tensor) -> Tensor:
             """Sums over the neurons of each cluster: [k, ...] for [n, ...]."""
-            zeros = values.new_zeros(kept, values.shape[1])
-            return zeros.index_put_((at,), values[inside], accumulate=True)  # the same bits on every run
+            zeros = values.new_zeros(kept + 1, values.shape[1])
+            return zeros.index_put_((at,), values, accumulate=True)[:kept]  # the same bits on every run
 
+        counts = summed(torch.ones_like(self._weights[:, :1]))
         start = summed(self._weights)  # Eq. (9)
         grams = [summed(summed(half).div_(counts).T).div_(counts) for half in self._halves]
         crossed = [summed(values).div_(counts) for values in self._crossed]

@@ -1,6 +1,7 @@
 """The activations of a group and the outgoing weights that read them, as matrices."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,10 +77,14 @@ class Activity:
         Returns:
             int64 [n], on the CPU: 0 to kept - 1, in order; -1 for removed ones.
         """
-        energies = self.energies().cpu()
-        labels = torch.full((len(energies),), -1, dtype=torch.int64)
-        labels[energies.argsort(descending=True, stable=True)[:kept].sort().values] = torch.arange(kept)
+        labels = torch.full((len(self._ranking),), -1, dtype=torch.int64)
+        labels[self._ranking[:kept].sort().values] = torch.arange(kept)
         return labels
+
+    @cached_property
+    def _ranking(self) -> Tensor:
+        """The neurons in the order of their energies, on the CPU: the host waits for the device once."""
+        return self.energies().cpu().argsort(descending=True, stable=True)
 
     def mixed(self, kept: int) -> Tensor:
         """Labels as of `removal`, but neurons much like one that is kept are merged with it in place of removed."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from nac_gpu.calibration.activity import Activity
 from nac_gpu.calibration.moments import RIDGE_NEURONS, damped
 from nac_gpu.clustering.dendrogram import Dendrogram
+from nac_gpu.network.moving import sent
 
 _MOST = 1 - 1e-6  # upper bound of an error, so that -log(1 - error) stays finite
 Curve = Mapping[int, float]
@@ -38,7 +39,7 @@ def error_curve(cut: Callable[[int], Tensor], size: int, activity: Activity) -> 
         if kept == size:
             curve[kept] = 0.0
             continue
-        labels = cut(kept).to(activity.covariances[0].device)
+        labels = sent(cut(kept), activity.covariances[0].device)
         found[kept] = torch.stack([consumer.left(labels, kept) for consumer in consumers])
     if found:  # a single transfer, so that the host waits for the GPU only once
         rows = torch.stack([*found.values()]).tolist()

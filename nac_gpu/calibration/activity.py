@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nac_gpu.network.moving import sent
+
 
 @dataclass(frozen=True)
 class Activity:
@@ -90,7 +92,9 @@ class Activity:
         """Labels as of `removal`, but neurons much like one that is kept are merged with it in place of removed."""
         labels = self.removal(kept)
         stays, goes = (labels >= 0).nonzero().flatten(), (labels < 0).nonzero().flatten()
-        likest, which = self._similarities().cpu()[goes][:, stays].max(1)
+        similar = self._similarities()
+        rows, columns = (sent(places, similar.device) for places in (goes, stays))
+        likest, which = (found.cpu() for found in similar[rows][:, columns].max(1))
         alike = likest > _ALIKE
         labels[goes[alike]] = which[alike]
         return labels

@@ -226,7 +226,8 @@ class _Assembly:
         assert self._expected, "_answers() found them"
         batches, expected, run = self._evidence.judged, self._expected, copied(network)
         try:
-            found = attempt(lambda _: judged(run, batches, expected), self._ranks)
+            # one rank's figure for all: they have to take the same way
+            (found,) = attempt(lambda r: [*r.share([None], lambda _: judged(run, batches, expected))], self._ranks)
         except StepError:
             return float("inf")
         return float("inf") if found is None else found

@@ -143,7 +143,8 @@ def compress(
             that were left out. Without inputs these are all `"ward"`. Also `"kmeans"`, `"random"`, `"l1"` (filter
             pruning by bare weights), or a function (see `nac_gpu.AssignmentMethod`); a label of -1 removes a neuron
             instead of merging it.
-        rule: how merged neurons and their consumers are computed: `"compensated"` (consumers are refitted);
+        rule: how merged neurons and their consumers are computed: `"compensated"` (consumers are refitted,
+            unless the answers to inputs that are kept aside are nearer to the original's without that);
             `"restored"` (no compensation; a merged channel with BatchNorm gets the mean standard deviation of its
             members); or `"centroid"` (the paper's rule; it gets the smaller standard deviation of their mean).
         neurons: how they are compared: by `"activations"` (the default with compensation), by weights with BatchNorm

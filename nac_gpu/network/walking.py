@@ -288,8 +288,11 @@ class Walk:
         for number, (place, _) in list(self._values.items()):
             if before is None or place.chain != before.chain or before.at < place.at:
                 del self._values[number]
-        if before is None:
-            self._others.clear()
+        for key in list(
+            self._others
+        ):  # what a chain is called with may come from another, as a decoder's from an encoder
+            if before is None or key[1] != before.chain:
+                del self._others[key]
 
     def look(
         self,

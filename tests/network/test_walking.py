@@ -63,6 +63,17 @@ def test_a_chain_ends_where_something_else_comes_in_or_is_written() -> None:
     assert skips.together(["blocks.2", "blocks.3"]) is None
     writes = chains(Blocks("writes"), torch.randn(5, 6))
     assert writes.together(["blocks.1", "blocks.2"]) is None
+    assert writes.together(["blocks.0", "blocks.1"])
+    assert writes.together(["blocks.2", "blocks.3"])
+
+
+def test_what_a_chain_is_called_with_may_come_from_another() -> None:
+    walk = Walk(Chains((("a",), ("b",))), [])
+    walk._others |= {(0, 0): [], (0, 1): []}
+    walk.forget(Place(0, 0))
+    assert list(walk._others) == [(0, 0)]
+    walk.forget(None)
+    assert not walk._others
 
 
 @pytest.mark.parametrize("name", ["cnn", "vgg16", "residual"])

@@ -1,6 +1,7 @@
 """One consumer of a merged group: what it reads in the original and in the merged network."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from nac_gpu.network.moving import sent
 from nac_gpu.network.padding import counted, padding_of
 from nac_gpu.network.precision import floating
 from nac_gpu.tracing.graph import Group
+
+_ALL_ROWS = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ class Consumer:
             return
         original, merged = (counted(self._module, given, sample.mask) for given in (original, merged))
         part = _convolved if isinstance(self._module, nn.modules.conv._ConvNd) else _multiplied
-        most = rows_of(self._first.numel() * self._whole[0, 0, 0].numel(), most) if self._several else len(merged) ** 9
+        # Of a consumer that reads one value a neuron all samples are used: its regression is small.
+        most = rows_of(self._first.numel() * self._whole[0, 0, 0].numel(), most) if self._several else _ALL_ROWS
         read, whole = part(self._module, original, self._index, self._outputs(self._whole), most)
         values, made = part(self._module, merged, self._first, self._outputs(self._merged), most)
         weights = row_weights(read)
@@ -147,7 +151,7 @@ class Consumer:
 def _multiplied(module: nn.Module, inputs: Tensor, index: Tensor, weight: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """A linear layer's inputs from some neurons, [rows, values], and its outputs, [rows, out]; weight [out, n, m]."""
     values = floating(by_channel(module, inputs).flatten(0, -2))[:, index.flatten()]
-    values = values[:: max(1, len(values) // most)]
+    values = values[:: max(1, len(values) // most)]  # there may be none: an expert that gets no tokens
     return values, values @ weight.flatten(1).T.to(values.dtype)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.calibration.activity import Activity
-from nac_gpu.calibration.batches import Divided
+from nac_gpu.calibration.batches import Divided, first_batches, size_of
 from nac_gpu.calibration.curves import error_at
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.calibration.neurons import neuron_vectors
@@ -25,7 +25,7 @@ from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.files.origin import remember
 from nac_gpu.merging.attributes import attributes
 from nac_gpu.merging.centroids import Deviation, Merger
-from nac_gpu.merging.compensation import Compensator
+from nac_gpu.merging.compensation import Compensator, Refit
 from nac_gpu.merging.refinement import learn
 from nac_gpu.network.copying import copied, in_float32, rebuild
 from nac_gpu.network.judging import Answers, answers, judged
@@ -42,6 +42,14 @@ Neurons = Literal["activations", "folded", "weights"]
 #: How a group is made smaller: see `nac_gpu.compress`.
 Method = Literal["auto", "ward", "removal", "mixed", "kmeans", "random", "l1"]
 Kind = Literal["ward", "removal", "auto"]
+# Operations of all passes; some minutes on two cores.
+_DOWNSTREAM = 1e13 / 4  # each group needs about four passes of its own part of the network
+_REFINEMENT = 1e14 / 4  # two forward passes, and a backward one that is twice as dear
+_HOW: dict[Refit, str] = {
+    "through": "refitted in the smaller network to the original",
+    "along": "refitted in the smaller network",
+    "alone": "refitted in the original",
+}
 _BY_ACTIVATIONS = ("auto", "removal", "mixed")  # methods that need more than points
 
 
@@ -181,11 +189,11 @@ class _Assembly:
         if not _compensates(self._evidence, self._settings):
             return self._network_of(self._by_weights())
         assert self._evidence is not None, "_compensates() checks this"
-        ways: list[Callable[[], _Made]] = [lambda: self._compensated("ward", downstream=True)]
+        ways: list[Callable[[], _Made]] = [lambda: self._compensated("ward", refit="through")]
         if self._answers() is not None:
             if self._settings.method == "auto":
-                ways.append(lambda: self._compensated("removal", downstream=True))
-            ways += [lambda: self._compensated("auto", downstream=False), self._by_weights]
+                ways.append(lambda: self._compensated("removal", refit="through"))
+            ways += [lambda: self._compensated("auto", refit="alone"), self._by_weights]
         best: tuple[float, _Made, nn.Module] | None = None
         for way in ways:
             found = way()
@@ -232,13 +240,12 @@ class _Assembly:
             return float("inf")
         return float("inf") if found is None else found
 
-    def _compensated(self, kind: Kind, *, downstream: bool) -> _Made:
+    def _compensated(self, kind: Kind, *, refit: Refit) -> _Made:
         """Groups made smaller, with their consumers refitted.
 
         Args:
             kind: how groups are made smaller, if the method leaves that open.
-            downstream: consumers are refitted to what they read in the network as it is by then, in place of what they
-                would read if their group alone was merged.
+            refit: to what consumers are refitted.
         """
         evidence, subject = self._evidence, self._prepared.subject
         assert evidence is not None, "_compensates() checks this"
@@ -248,10 +255,10 @@ class _Assembly:
         compensator = Compensator(
             self._network,
             subject.graph,
-            evidence.batches,
+            first_batches(evidence.batches, self._inputs_within(_DOWNSTREAM)) if refit != "alone" else evidence.batches,
             evidence.activities,
             ranks,
-            downstream=downstream,
+            refit=refit,
             dtypes=dtypes,
         )
         counts: dict[str, int] = {}
@@ -260,8 +267,12 @@ class _Assembly:
             if choice.merges:
                 name = list(ways)[taken]
                 counts[name] = counts.get(name, 0) + 1
-        how = "the smaller network" if downstream else "the original"
-        return _Made(f"refitted in {how}", compensator.finish(), tuple(compensator.failures), counts)
+        return _Made(_HOW[refit], compensator.finish(), tuple(compensator.failures), counts)
+
+    def _inputs_within(self, operations: float) -> int:
+        """How many inputs, or tokens, pass through the network with so many operations; at least one."""
+        subject = self._prepared.subject
+        return max(1, int(operations / max(1.0, subject.graph.flops / size_of(subject.inputs))))
 
     def _by_weights(self) -> _Made:
         """Groups merged without compensation."""
@@ -285,6 +296,7 @@ class _Assembly:
             touched,
             Divided(evidence.batches, evidence.judged),
             settings.refine,
+            most=self._inputs_within(_REFINEMENT),
             synthetic=evidence.synthetic,
             seed=settings.seed,
             ranks=prepared.subject.ranks,

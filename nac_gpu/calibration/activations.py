@@ -4,21 +4,26 @@ Only linear layers and convolutions without groups are observed, because compens
 weights. Other consumers (recurrent layers, parameters used directly in products) are skipped.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nac_gpu.calibration.activity import Activity, condensed
 from nac_gpu.calibration.batches import Batches
-from nac_gpu.calibration.moments import Moments, folds_of
+from nac_gpu.calibration.moments import Moments, Part, folds_of
 from nac_gpu.calibration.readings import Reading, outgoing, readings, row_weights, samples
 from nac_gpu.distributed.ranks import ALONE, Ranks
+from nac_gpu.network.moving import sent
 from nac_gpu.network.padding import counted, padding_of
 from nac_gpu.network.precision import floating
 from nac_gpu.network.running import evaluating
 from nac_gpu.network.watching import count_calls, look
 from nac_gpu.tracing.graph import Group
+
+_MOST_VALUES = 2048  # of a consumer with several values of each neuron, whose moments are kept
 
 
 class NotFiniteError(Exception):
@@ -50,22 +55,22 @@ def observe(
     if not layers:
         return {}
     modules = dict(model.named_modules())
-    keys = [(name, reading.layer) for name, found in read.items() for reading in found]
-    moments = {key: (Moments(), Moments()) for key in keys}  # of each half
+    moments: dict[_Key, _Halves] = {}
 
-    def observed(number: int) -> dict[tuple[str, str], tuple[Moments, Moments]]:
-        own = {key: (Moments(), Moments()) for key in keys}
+    def observed(number: int) -> dict[_Key, _Halves]:
+        own: dict[_Key, _Halves] = {}
         mask = padding_of(batches[number])
 
         def take(layer: str, inputs: Tensor) -> None:
             inputs = counted(modules[layer], inputs, mask)
             for name, found in read.items():
-                for reading in found:
+                for at, reading in enumerate(found):
                     if reading.layer == layer:
-                        values = floating(samples(modules[layer], inputs, reading.member.index))
-                        weights = row_weights(values)
-                        for fold, rows in folds_of(number, len(batches), len(values)):
-                            own[name, layer][fold % 2].add(values[rows], values[rows], weights[rows])
+                        for several, values in _seen(modules[layer], inputs, reading):
+                            halves = own.setdefault(_Key(name, at, several), (Moments(), Moments()))
+                            weights = row_weights(values)
+                            for fold, rows in folds_of(number, len(batches), len(values)):
+                                halves[fold % 2].add(values[rows], values[rows], weights[rows])
 
         look(model, batches[number], calls, take)
         return own
@@ -74,34 +79,74 @@ def observe(
         (calls,) = ranks.share([None], lambda _: count_calls(model, batches[0], layers))
         for own in ranks.share(range(len(batches)), observed):
             for key, parts in own.items():
-                for half, part in zip(moments[key], parts, strict=True):
+                for half, part in zip(moments.setdefault(key, (Moments(), Moments())), parts, strict=True):
                     half.take(part)
     constant = _constants(state, groups)
     result = {name: _activity(name, found, moments, state, constant) for name, found in read.items()}
     return {name: activity for name, activity in result.items() if activity is not None}
 
 
+class _Key(NamedTuple):
+    """What moments are of: the neurons that a consumer of a group reads, or the several values of each neuron."""
+
+    group: str
+    consumer: int
+    several: bool
+
+
+_Halves = tuple[Moments, Moments]  # of each half of the inputs
+
+
+def _seen(module: nn.Module, inputs: Tensor, reading: Reading) -> Iterator[tuple[bool, Tensor]]:
+    """The samples of neurons, [samples, n]; and of their values if they have several, but not too many."""
+    index = reading.member.index
+    yield False, floating(samples(module, inputs, index))
+    linear = not isinstance(module, nn.modules.conv._ConvNd)
+    if linear and index.shape[1] > 1 and index.numel() <= _MOST_VALUES:
+        yield True, floating(inputs.flatten(0, -2)[:, sent(index.flatten(), inputs.device)])
+
+
 def _activity(
     name: str,
     found: Sequence[Reading],
-    moments: Mapping[tuple[str, str], tuple[Moments, Moments]],
+    moments: MutableMapping[_Key, _Halves],
     state: Mapping[str, Tensor],
     constant: Callable[[str], bool],
 ) -> Activity | None:
-    """What was observed of one group; None if none of its consumers was called."""
-    known = [(reading, *_covariances(moments[name, reading.layer], reading, constant)) for reading in found]
-    for reading, whole, _ in known:
-        if not bool(torch.isfinite(whole).all()):
+    """What was observed of one group, whose moments are used up; None if none of its consumers was called."""
+    covariances, weights, halves, constants = [], [], [], []
+    values: dict[str, tuple[Part, ...]] = {}
+    for at, reading in enumerate(found):
+        own = moments.pop(_Key(name, at, False), None)
+        total = Moments.total(own) if own is not None else Moments()
+        if not total.count or own is None:
+            continue
+        mean, weight = constant(reading.layer), state[reading.member.tensor]
+        covariances.append(total.about(mean))
+        if not bool(torch.isfinite(covariances[-1]).all()):
             raise NotFiniteError(f"{reading.layer} reads activations that are not finite")
-    called = [(reading, whole, halves) for reading, whole, halves in known if len(whole)]
-    if not called:
+        weights.append(condensed(outgoing(weight, reading.member).flatten(1).double()))
+        constants.append(mean)
+        halves.append(_parts(own))
+        if reading.member.index.shape[1] * math.prod(weight.shape[2:]) == 1:
+            values[reading.layer] = halves[-1]
+        several = moments.pop(_Key(name, at, True), None)
+        if several is not None:
+            values[reading.layer] = _parts(several)
+    if not covariances:
         return None
-    weights = (outgoing(state[reading.member.tensor], reading.member) for reading, _, _ in called)
+    divided = all(len(parts) == 2 for parts in halves)
     return Activity(
-        tuple(whole for _, whole, _ in called),
-        tuple(condensed(own.flatten(1).double()) for own in weights),
-        tuple(halves for _, _, halves in called) if all(halves for _, _, halves in called) else (),
+        tuple(covariances),
+        tuple(weights),
+        tuple(halves) if divided else (),
+        tuple(constants),
+        values if divided else {},
     )
+
+
+def _parts(halves: _Halves) -> tuple[Part, ...]:
+    return tuple(half.part() for half in halves if half.count)
 
 
 def _constants(state: Mapping[str, Tensor], groups: Sequence[Group]) -> Callable[[str], bool]:
@@ -113,15 +158,3 @@ def _constants(state: Mapping[str, Tensor], groups: Sequence[Group]) -> Callable
         if producer.norm is not None and producer.norm.mean is not None
     }
     return lambda layer: f"{layer}.bias" in state or f"{layer}.weight" in normed
-
-
-def _covariances(
-    halves: tuple[Moments, Moments], reading: Reading, constant: Callable[[str], bool]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What a consumer reads, over all inputs, [n, n]; and over each half, none if one is empty. Empty if not called."""
-    total = Moments.total(halves)
-    if not total.count:
-        return torch.empty(0, 0, dtype=torch.float64), ()
-    mean = constant(reading.layer)
-    parts = tuple(half.about(mean).float() for half in halves) if all(half.count for half in halves) else ()
-    return total.about(mean), parts

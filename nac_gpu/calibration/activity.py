@@ -1,11 +1,13 @@
 """The activations of a group and the outgoing weights that read them, as matrices."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from nac_gpu.calibration.moments import Part
 from nac_gpu.network.moving import sent
 
 
@@ -17,13 +19,28 @@ class Activity:
         covariances: of the neurons' activations, float64 [n, n] each. Where the consumer's outputs can get no
             constant, their mean products: what is constant is then not free.
         outgoing: the neurons' outgoing weights, or others with the same inner products, float64 [n, q] each.
-        halves: for each consumer the covariances on one half of the inputs and on the other, float32 [n, n]; none if
-            the inputs are too few to be divided.
+        halves: for each consumer the moments of the neurons' activations on one half of the inputs and on the other;
+            none if the inputs are too few to be divided.
+        constants: for each consumer, whether its outputs can get a constant.
+        values: by the name of a consumer, the same as halves for all values that it reads, of which a neuron may have
+            several: [n * m]. Only of layers whose outputs at a position read one position, and not of too many values.
     """
 
     covariances: tuple[Tensor, ...]
     outgoing: tuple[Tensor, ...]
-    halves: tuple[tuple[Tensor, ...], ...] = ()
+    halves: tuple[tuple[Part, ...], ...] = ()
+    constants: tuple[bool, ...] = ()
+    values: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
+
+    def parts(self) -> list[tuple[Tensor, ...]]:
+        """For each consumer the moments to fit to and to judge by, [n, n] each; the same ones if there are no halves.
+
+        They are about the mean where the consumer's outputs can get a constant, like `covariances`.
+        """
+        if not self.halves:
+            return [(covariance, covariance) for covariance in self.covariances]
+        pairs = zip(self.halves, self.constants, strict=True)
+        return [tuple(half.about(constant) for half in halves) for halves, constant in pairs]
 
     def contributions(self) -> tuple[Tensor, ...]:
         """Each neuron's share of the variance of each consumer's outputs, as if they were uncorrelated: float64 [n]."""

@@ -88,6 +88,20 @@ def first_of(batch: ExampleInputs, most: int) -> ExampleInputs:
     return _part(batch, slice(0, max(1, most * length // size_of(batch)))) if length else batch
 
 
+def first_batches(batches: Batches, most: int) -> Batches:
+    """The first batches, until they have so many inputs or tokens; the last one cut."""
+    chosen: list[Any] = []
+    for batch in batches:
+        size = size_of(batch)
+        if size > most and chosen:
+            break
+        chosen.append(first_of(batch, most) if size > most else batch)
+        most -= size
+        if most <= 0:
+            break
+    return chosen
+
+
 def _aside(count: int) -> int:
     return max(1, count // _EVERY)
 

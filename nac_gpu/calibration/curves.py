@@ -58,8 +58,7 @@ def error_at(labels: Tensor, kept: int, activity: Activity) -> float:
 
 
 def _consumers(activity: Activity) -> "list[_Consumer]":
-    halves = activity.halves or tuple((covariance, covariance) for covariance in activity.covariances)
-    return [_Consumer(parts, weights) for parts, weights in zip(halves, activity.outgoing, strict=True)]
+    return [_Consumer(parts, weights) for parts, weights in zip(activity.parts(), activity.outgoing, strict=True)]
 
 
 class _Consumer:

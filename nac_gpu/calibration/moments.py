@@ -1,6 +1,7 @@
 """Second moments of samples, accumulated batch by batch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -102,6 +103,14 @@ class Moments:
         return made
 
     @staticmethod
+    def known(count: float, means: Sequence[Tensor], covariance: Tensor) -> "Moments":
+        """From the number of samples, the means of a [p] and b [q], and their covariance [p, q], in float64."""
+        made = Moments()
+        made.count, made._centres, made._product = count, list(means), covariance * count
+        made._sums = [torch.zeros_like(mean) for mean in means]
+        return made
+
+    @staticmethod
     def total(parts: Sequence["Moments"]) -> "Moments":
         """The moments of the samples of all parts, which stay as they are."""
         made = Moments()
@@ -128,3 +137,59 @@ class Moments:
     def about(self, mean: bool) -> Tensor:
         """The moments about the mean, or about zero: `covariance` or `second`."""
         return self.covariance if mean else self.second
+
+    def part(self) -> "Part":
+        """The moments of samples `a`, where `b` are the same; there must be samples."""
+        return Part(self.count, self.means[0], self.covariance.float())
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is kept of the moments of a part of the samples.
+
+    Attributes:
+        count: of the samples, by weight.
+        mean: float64 [p].
+        covariance: float32 [p, p].
+    """
+
+    count: float
+    mean: Tensor
+    covariance: Tensor
+
+    def about(self, mean: bool) -> Tensor:
+        """The moments about the mean, or about zero: float32 [p, p]."""
+        return self.covariance if mean else self.covariance + torch.outer(self.mean, self.mean).float()
+
+    def moments(self, kept: Tensor, weights: Tensor) -> tuple[Moments, Moments]:
+        """The moments of some of the values, with each other and with linear functions of all.
+
+        Args:
+            kept: int64 [k], places of values.
+            weights: float64 [q, p], of the functions.
+        """
+        rows = self.covariance[kept].double()
+        mean = self.mean[kept]
+        own = Moments.known(self.count, (mean, mean), rows[:, kept])
+        return own, Moments.known(self.count, (mean, weights @ self.mean), rows @ weights.T)
+
+    def pooled(self, size: int) -> "Part":
+        """The moments of neurons with m values each, [n * m], where each of these is a sample of its own.
+
+        Args:
+            size: number n of neurons.
+        """
+        blocks = self.about(mean=False).view(size, -1, size, len(self.mean) // size)
+        mean = self.mean.view(size, -1).mean(1)
+        second = blocks.diagonal(dim1=1, dim2=3).mean(-1)
+        return Part(self.count, mean, second - torch.outer(mean, mean).float())
+
+    def energy(self, weights: Tensor, *, centred: bool) -> float:
+        """The sum of squares of linear functions, over samples and functions.
+
+        Args:
+            weights: float64 [q, p].
+            centred: of their deviations from the mean.
+        """
+        found = float(((weights @ self.covariance.double()) * weights).sum())
+        return self.count * (found + (0.0 if centred else float((weights @ self.mean).square().sum())))

@@ -19,6 +19,7 @@ outputs, on inputs that were left out, is kept.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,15 @@ from nac_gpu.network.state import tensors
 from nac_gpu.network.walking import Chains, Place, Walk, find_chains
 from nac_gpu.network.watching import captured, count_calls, look
 from nac_gpu.tracing.graph import Graph, Group
+
+#: To what consumers are refitted, and from what.
+#:
+#: - "through": to their outputs in the original, from what they read in the network as it is by then. So they also
+#:   correct what earlier groups have lost. Where that is much, they become small: their inputs are noise.
+#: - "along": to what their outputs in that network would be if their group was not merged. Errors are not corrected,
+#:   but consumers fit the inputs that they will get.
+#: - "alone": to their outputs in the original, from what they would read if their group alone was merged.
+Refit = Literal["through", "along", "alone"]
 
 _KEPT_BYTES = 1 << 28  # of what the consumers of one group read in the original network
 _FEW = 256  # inputs or tokens on which chains are found
@@ -72,9 +82,7 @@ class Compensator:
         batches: inputs of the model.
         activities: activations and outgoing weights on these inputs, by the name of the group.
         ranks: the processes that divide the batches among them.
-        downstream: consumers are refitted to what they read in the network as it is by then; else to what they would
-            read if their group alone was merged. The former also corrects what earlier groups have lost. Where that
-            is much, the latter is better: what is refitted to noisy inputs becomes small.
+        refit: see `Refit`.
         dtypes: in which the tensors will be used in the end, by name, if not in the model's own; they must fit.
     """
 
@@ -86,10 +94,10 @@ class Compensator:
         activities: Mapping[str, Activity],
         ranks: Ranks = ALONE,
         *,
-        downstream: bool = True,
+        refit: Refit = "through",
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        self._dtypes, self._downstream = dtypes or {}, downstream
+        self._dtypes, self._refit = dtypes or {}, refit
         self.failures: list[str] = []
         self._original, self._graph, self._batches, self._ranks = model, graph, batches, ranks
         self._model = copied(model)  # to be run
@@ -98,6 +106,7 @@ class Compensator:
         self._modules = dict(model.named_modules())
         self._calls: dict[str, int] | None = None
         self._kept: tuple[str, dict[int, dict[str, list[Tensor]]]] = ("", {})
+        self._reference: nn.Module | None = None
         self._chains = self._found_chains()
         self._before = Walk(self._chains, batches)
         self.start()
@@ -117,6 +126,9 @@ class Compensator:
         self.merger = Merger(self._state)
         self._merged = False
         self._after = Walk(self._chains, self._batches)
+        self._start, self._reference = self.merger, None
+        if self._refit == "along":
+            self._kept = ("", {})
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -147,10 +159,11 @@ class Compensator:
             RankError: another rank failed or was lost.
         """
         labels = [way.cpu() for way in ways]
-        if not self._merged and keeps_all(labels[0]):
+        if keeps_all(labels[0]) and not (self._merged and self._refit == "through"):
             return 0
         self._merged = True
-        start = self.merger
+        start = self._start = self.merger
+        self._reference = None
         done = [self._carried_out(group, own, start.copy()) for own in labels]
         known = [(way.lost, number) for number, way in enumerate(done) if way.lost is not None]
         best = min(known)[1] if known else 0
@@ -176,14 +189,16 @@ class Compensator:
         merger.merge_made(group, labels, None if activity is None else activity.masses())
         whole = dict(merger.state)  # consumers not merged yet
         merger.merge_read(group, labels)
-        if not self._downstream:
+        if self._refit == "alone":
             self.merger = Merger(self._state)
             self.merger.merge_made(group, labels, None if activity is None else activity.masses())
             whole = dict(self.merger.state)
             self.merger.merge_read(group, labels)
         found = {reading.layer: reading for reading in readings(self._model, group)}
         try:
-            consumers = attempt(lambda ranks: self._summed(assigned, found, whole, ranks), self._ranks)
+            consumers = self._known(assigned, found, whole) or attempt(
+                lambda ranks: self._summed(assigned, found, whole, ranks), self._ranks
+            )
         except StepError as error:  # the merged network may not run on some inputs
             way.failures.append(_told(found, error))
             return way
@@ -198,6 +213,24 @@ class Compensator:
                     way.lost = (way.lost or 0.0) + (0.0 if fit is None else fit.lost)
         return way
 
+    def _known(
+        self, assigned: Assigned, found: Mapping[str, Reading], whole: Mapping[str, Tensor]
+    ) -> dict[str, Consumer]:
+        """The same as `_summed`, from what was observed of the original; none if that does not tell.
+
+        Where neurons are only removed, the others are what they were.
+        """
+        activity = self._activities.get(assigned.group.name)
+        if self._refit != "alone" or activity is None or not assigned.only_removes or not activity.values:
+            return {}
+        if any(layer not in activity.values for layer in found):
+            return {}
+        made = {}
+        for layer, reading in found.items():
+            one = made[layer] = Consumer(reading, self._modules[layer], assigned, whole, self.merger.state)
+            one.know(activity.values[layer])
+        return made
+
     def _summed(
         self, assigned: Assigned, found: Mapping[str, Reading], whole: Mapping[str, Tensor], ranks: Ranks
     ) -> dict[str, Consumer]:
@@ -209,8 +242,11 @@ class Compensator:
             whole: tensors of the network with consumers not merged yet.
             ranks: the processes that divide the batches among them.
         """
-        work = self.network()
-        with evaluating(self._model), evaluating(work):
+        # What stays of a group where neurons are only removed is what the original computes: nothing has to be run.
+        same = self._refit != "through" and assigned.only_removes
+        work = self._model if same else self.network()
+        source = self._source()
+        with evaluating(self._model), evaluating(work), evaluating(source):
             calls = self._calls_of(found, ranks)
             consumers = {
                 layer: Consumer(reading, self._modules[layer], assigned, whole, self.merger.state)
@@ -220,7 +256,7 @@ class Compensator:
             places = self._chains.together([*_modules_of(assigned.group), *calls])
 
             def observed(number: int) -> dict[str, list[Terms]]:
-                before = self._originally(assigned.group, number, calls, places)
+                before = self._originally(source, assigned.group, number, calls, places)
                 rows = _MOST_ROWS // len(self._batches)
                 most = {layer: max(1, rows // max(1, len(values))) for layer, values in before.items()}
                 terms = {layer: empty_folds() for layer in consumers}
@@ -230,8 +266,12 @@ class Compensator:
                     original = before[layer].pop(0) if before[layer] else None  # pop frees its memory
                     consumers[layer].add(terms[layer], original, merged, most[layer], sample)
 
-                walk = self._after if self._downstream else self._before
-                if places is None or not walk.look(work, number, places, calls, take):
+                walk = self._before if self._refit == "alone" else self._after
+                if same:
+                    for layer, values in before.items():
+                        for value in list(values):
+                            take(layer, value)
+                elif places is None or not walk.look(work, number, places, calls, take):
                     look(work, self._batches[number], calls, take)
                 for layer, left in before.items():
                     terms[layer][0].comparable &= not left
@@ -253,10 +293,23 @@ class Compensator:
             (self._calls,) = ranks.share([None], lambda _: count_calls(self._model, self._batches[0], plain))
         return {layer: self._calls[layer] for layer in layers if layer in self._calls}
 
+    def _source(self) -> nn.Module:
+        """The network whose outputs are reproduced."""
+        if self._refit != "along":
+            return self._model
+        if self._reference is None:
+            self._reference = rebuild(self._original, self._start.state, clone=True)
+        return self._reference
+
     def _originally(
-        self, group: Group, number: int, calls: Mapping[str, int], places: tuple[Place, Place] | None
+        self,
+        source: nn.Module,
+        group: Group,
+        number: int,
+        calls: Mapping[str, int],
+        places: tuple[Place, Place] | None,
     ) -> dict[str, list[Tensor]]:
-        """What the consumers of a group are called with in the original network, on one of the batches."""
+        """What the consumers of a group are called with before it is merged, on one of the batches."""
         if self._kept[0] != group.name:
             self._kept = group.name, {}
         kept = self._kept[1]
@@ -267,8 +320,10 @@ class Compensator:
         def take(layer: str, value: Tensor) -> None:
             found[layer].append(value.clone())
 
-        if places is None or not self._before.look(self._model, number, places, calls, take):
-            found = captured(self._model, self._batches[number], calls)
+        own = source is self._model
+        walk = self._before if own else self._after
+        if places is None or not walk.look(source, number, places, calls, take, onward=own):
+            found = captured(source, self._batches[number], calls)
         size = sum(value.numel() * value.element_size() for values in found.values() for value in values)
         if size * len(self._batches) <= _KEPT_BYTES:
             kept[number] = {layer: list(values) for layer, values in found.items()}

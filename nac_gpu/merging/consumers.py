@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.calibration.batches import Batches
-from nac_gpu.calibration.moments import folds_of
+from nac_gpu.calibration.moments import Part, folds_of
 from nac_gpu.calibration.readings import Reading, by_channel, outgoing, row_weights, samples
 from nac_gpu.clustering.labels import first_of_each
 from nac_gpu.merging.regression import Fit, Terms, empty_folds, fitted, rows_of
@@ -37,6 +37,11 @@ class Assigned:
     def first(self) -> Tensor:
         """The first neuron of each cluster, at whose position the cluster is stored: int64 [k]."""
         return first_of_each(self.labels)
+
+    @property
+    def only_removes(self) -> bool:
+        """Whether no neurons are merged: each cluster is one of them."""
+        return int((self.labels >= 0).sum()) == self.first.numel()
 
     @property
     def summing(self) -> Tensor:
@@ -128,6 +133,27 @@ class Consumer:
             for fold, rows in sample.folds(len(b)):
                 terms[fold].neurons.add(b[rows], b[rows], weights[rows])
                 terms[fold].missing.add(b[rows], missing[rows], weights[rows])
+
+    def know(self, parts: Sequence[Part]) -> None:
+        """Take the samples from their moments, where neurons are only removed and all others are as in the original.
+
+        Args:
+            parts: moments of all values that the consumer reads, [n * m] each: of one half of the inputs and of the
+                other.
+        """
+        first = sent(self.assigned.first, self._index.device)
+        kept = torch.arange(self._index.numel(), device=self._index.device).view_as(self._index)[first].flatten()
+        whole = self._outputs(self._whole).flatten(1).double()
+        missing = whole.clone()
+        missing[:, kept] -= self._outputs(self._merged).flatten(1).double()
+        for terms, part in zip(self.total, parts, strict=False):
+            terms.values, terms.errors = part.moments(kept, missing)
+            terms.energy = part.energy(missing, centred=False)
+            terms.variance = part.energy(whole, centred=True)
+            if self._several:
+                absent = torch.eye(len(self._index), dtype=torch.float64, device=kept.device)
+                absent[first] = 0
+                terms.neurons, terms.missing = part.pooled(len(self._index)).moments(first, absent)
 
     def solved(self, *, intercept: bool) -> Fit | None:
         """The best correction of the merged columns, see `spread`, and of the outputs; None without samples.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from nac_gpu.calibration.batches import Batches, Divided
+from nac_gpu.calibration.batches import Batches, Divided, size_of
 from nac_gpu.calibration.dream import COUNT, usual_count
 from nac_gpu.distributed.fallbacks import StepError, attempt
 from nac_gpu.distributed.ranks import ALONE, Ranks
@@ -49,6 +49,7 @@ def learn(
     inputs: Divided,
     passes: int = PASSES,
     *,
+    most: int | None = None,
     synthetic: bool = False,
     seed: int = 0,
     ranks: Ranks = ALONE,
@@ -65,6 +66,7 @@ def learn(
         inputs: of both; tensors are joined and divided into batches of 64, if the networks take those. The result is
             judged by those kept aside; by those trained on if there are none.
         passes: passes over the inputs; at most 1280 steps are made, fewer for large images.
+        most: how many inputs, or tokens, are trained on over all passes; None for no limit.
         synthetic: the inputs are synthetic.
         seed: of the augmentation; the global random state is not touched.
         ranks: the processes; rank 0 does the work.
@@ -82,7 +84,7 @@ def learn(
     def learnt(_: None) -> Learnt | None:
         _check_memory(weights)
         rate = _RATE_SYNTHETIC if synthetic else _RATE
-        return _Learning(copied(small), copied(model), weights, inputs).found(passes, rate, seed)
+        return _Learning(copied(small), copied(model), weights, inputs).found(passes, most, rate, seed)
 
     try:
         (found,) = attempt(lambda ranks: [*ranks.share([None], learnt)], ranks, survives_memory=True)
@@ -162,7 +164,7 @@ class _Learning:
         self._batches, self._judged = inputs.fit, inputs.judged
         self._kept: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 
-    def found(self, passes: int, rate: float, seed: int) -> Learnt | None:
+    def found(self, passes: int, most: int | None, rate: float, seed: int) -> Learnt | None:
         """What training brought; None if no outputs are comparable."""
         with evaluating(self._small), evaluating(self._model), self._recurrent():
             try:
@@ -174,7 +176,7 @@ class _Learning:
                 return None
             if before < _NEAR:
                 return Learnt({}, before, before)
-            steps = self._steps(passes)
+            steps = self._steps(passes, most)
             self._autocast = self._fitting_autocast()
             with torch.enable_grad():
                 self._descend(steps, rate, torch.Generator().manual_seed(seed))
@@ -199,10 +201,12 @@ class _Learning:
         recurrent = any(isinstance(module, nn.RNNBase) for module in self._small.modules())
         return in_small_operations(self._small) if recurrent else contextlib.nullcontext()
 
-    def _steps(self, passes: int) -> int:
+    def _steps(self, passes: int, most: int | None) -> int:
         leaf = next((leaf for leaf in pytree.tree_leaves(self._inputs[0]) if isinstance(leaf, Tensor)), None)
-        most = STEPS if leaf is None else STEPS * usual_count(leaf) // COUNT
-        return max(1, min(most, passes * len(self._inputs)))
+        steps = STEPS if leaf is None else STEPS * usual_count(leaf) // COUNT
+        if most is not None:
+            steps = min(steps, most * len(self._inputs) // sum(size_of(batch) for batch in self._inputs))
+        return max(1, min(steps, passes * len(self._inputs)))
 
     def _descend(self, steps: int, rate: float, generator: torch.Generator) -> None:
         optimizer = torch.optim.Adam(self._weights.values(), lr=rate)

@@ -10,6 +10,7 @@ does not hold, there is no chain, and networks are run as a whole.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -280,19 +281,18 @@ class Walk:
 
     def __init__(self, chains: Chains, batches: Sequence[ExampleInputs]) -> None:
         self._chains, self._batches = chains, batches
-        self._values: dict[int, tuple[Place, Tensor]] = {}
+        self._values: dict[int, dict[Place, Tensor]] = {}
         self._others: dict[tuple[int, int], list[tuple[Any, ...]]] = {}
 
     def forget(self, before: Place | None) -> None:
         """Forget all values that a change of the network at this place has changed; None for a change anywhere."""
-        for number, (place, _) in list(self._values.items()):
-            if before is None or place.chain != before.chain or before.at < place.at:
-                del self._values[number]
-        for key in list(
-            self._others
-        ):  # what a chain is called with may come from another, as a decoder's from an encoder
-            if before is None or key[1] != before.chain:
-                del self._others[key]
+        for values in self._values.values():
+            for place in list(values):
+                if before is None or place.chain != before.chain or before.at < place.at:
+                    del values[place]
+        # what a chain is called with may come from another, as a decoder's from an encoder
+        for key in [key for key in self._others if before is None or key[1] != before.chain]:
+            del self._others[key]
 
     def look(
         self,
@@ -301,6 +301,8 @@ class Walk:
         places: tuple[Place, Place],
         calls: Mapping[str, int],
         take: Callable[[str, Tensor], None],
+        *,
+        onward: bool = False,
     ) -> bool:
         """Pass the inputs of layers to a function, as `nac_gpu.network.watching.look`.
 
@@ -310,6 +312,7 @@ class Walk:
             places: the first and last place at which these layers are.
             calls: how many times each layer is called.
             take: is called with a layer's name and its input.
+            onward: the network stays as it is, so that later places are reached from behind these modules.
 
         Returns:
             Whether all of these calls were seen.
@@ -319,31 +322,42 @@ class Walk:
         if value is None:
             return False
         names, others = self._chains.modules[places[0].chain], self._others[number, places[0].chain]
-        with watching(modules, calls, take) as watched:
+        asked = dict.fromkeys(calls, sys.maxsize) if onward else calls  # they end with the last call that is asked for
+        with watching(modules, asked, take) as watched:
             for at in range(places[0].at, places[1].at + 1):
                 found = _run(modules[names[at]], value, others[at])
                 assert found is not None, "tested by find_chains()"
                 value = found
-        return not watched.missing
+        if onward:
+            self._keep(number, Place(places[1].chain, places[1].at + 1), value)
+        return sum(asked.values()) - watched.missing == sum(calls.values())
 
     def _at(self, modules: Mapping[str, nn.Module], model: nn.Module, number: int, place: Place) -> Tensor | None:
         """The value at a place, which is kept."""
         names = self._chains.modules[place.chain]
-        kept = self._values.get(number)
         key = number, place.chain
-        if kept is None or kept[0].chain != place.chain or kept[0].at > place.at or key not in self._others:
+        kept = self._values.setdefault(number, {})
+        before = [known for known in kept if known.chain == place.chain and known.at <= place.at]
+        if not before or key not in self._others:
             passed = _passed(model, self._batches[number], names, 1.0)
             if passed is None:
                 return None
             self._others[key] = self._others.get(key, passed[1])
-            kept = Place(place.chain, 0), passed[0]
-        value = kept[1]
-        for at in range(kept[0].at, place.at):
+            start, value = Place(place.chain, 0), passed[0]
+        else:
+            start = max(before, key=lambda known: known.at)
+            value = kept[start]
+        for at in range(start.at, place.at):
             found = _run(modules[names[at]], value, self._others[key][at])
             if found is None:
                 return None
             value = found
-        size = value.numel() * value.element_size() * len(self._batches)
-        if size <= _MOST_BYTES:
-            self._values[number] = place, value
+        for known in list(kept):
+            if known.chain != place.chain or known.at < place.at:
+                del kept[known]
+        self._keep(number, place, value)
         return value
+
+    def _keep(self, number: int, place: Place, value: Tensor) -> None:
+        if value.numel() * value.element_size() * len(self._batches) <= _MOST_BYTES:
+            self._values.setdefault(number, {})[place] = value

@@ -8,11 +8,10 @@ over the inputs. Between these points the change is interpolated as a power of e
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from nac_gpu.calibration.batches import Batches, first_of, length_of, size_of
+from nac_gpu.calibration.batches import Batches, first_batches, length_of, size_of
 from nac_gpu.calibration.curves import Curve
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.distributed.fallbacks import StepError, attempt
@@ -88,8 +87,8 @@ def _measured(
     """By group, changes of the outputs by the error of the group; None if the outputs cannot be compared."""
     model = in_float32(model) if evidence.float32 else model
     amount = _amount(graph.flops, inputs, evidence.batches, len(groups))
-    batches = _some(evidence.batches, amount.inputs)
-    compensator = Compensator(model, graph, batches, evidence.activities)
+    batches = first_batches(evidence.batches, amount.inputs)
+    compensator = Compensator(model, graph, batches, evidence.activities, refit="alone")  # each group alone
     run = copied(model)
 
     def expected(_: Ranks) -> list[Answers]:
@@ -147,20 +146,6 @@ def _amount(flops: int, inputs: ExampleInputs, batches: Batches, groups: int) ->
     most = {errors: _MOST_FLOPS / max(1.0, one * groups * len(errors)) for errors in (_TRIED, _TRIED_ONCE)}
     errors = _TRIED if most[_TRIED] >= whole / 4 else _TRIED_ONCE
     return _Amount(max(1, min(whole, int(most[errors]))), errors)
-
-
-def _some(batches: Batches, most: int) -> Batches:
-    """The first batches, until they have so many inputs or tokens; the last one cut."""
-    chosen: list[Any] = []
-    for batch in batches:
-        size = size_of(batch)
-        if size > most and chosen:
-            break
-        chosen.append(first_of(batch, most) if size > most else batch)
-        most -= size
-        if most <= 0:
-            break
-    return chosen
 
 
 def _through(points: dict[float, float], curve: Curve) -> Curve:

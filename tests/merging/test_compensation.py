@@ -13,8 +13,9 @@ from nac_gpu.calibration.batches import as_batches
 from nac_gpu.calibration.gathering import gather
 from nac_gpu.calibration.moments import Moments
 from nac_gpu.calibration.readings import readings
+from nac_gpu.distributed.ranks import ALONE
 from nac_gpu.merging.compensation import Compensator
-from nac_gpu.merging.consumers import _convolved
+from nac_gpu.merging.consumers import Assigned, _convolved
 from nac_gpu.merging.copies import copy_neurons, random_labels
 from nac_gpu.network.comparing import outputs, relative_error
 from nac_gpu.network.copying import rebuild
@@ -87,6 +88,43 @@ def test_the_best_of_several_ways_is_taken_as_if_it_was_the_only_one() -> None:
     alone.merge(first, copies)
     alone.merge(second, (torch.arange(10) // 2, removal)[taken])
     assert all(torch.equal(value, alone.finish()[name]) for name, value in several.finish().items())
+
+
+def test_where_neurons_are_only_removed_what_was_observed_tells_as_much_as_passes() -> None:
+    """Consumers with one value a neuron and with several, with a bias and without; no sample is of a huge norm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *[nn.Conv2d(1, 6, 3), nn.Sigmoid(), nn.Conv2d(6, 7, 1), nn.Sigmoid(), nn.Flatten()],
+        *[nn.Linear(28, 9, bias=False), nn.Sigmoid(), nn.Linear(9, 3)],
+    ).double()
+    batches = [torch.randn(16, 1, 4, 4, dtype=torch.float64) for _ in range(4)]
+    graph = record(model, batches[0])
+    evidence = gather(model, batches[0], graph.groups, batches)
+    compensator = Compensator(model, graph, evidence.batches, evidence.activities, refit="alone")
+    for group in graph.groups:
+        activity = evidence.activities[group.name]
+        assert activity.values
+        assigned = Assigned(group, activity.removal(group.size // 2))
+        compensator.start()
+        compensator.merger.merge_made(group, assigned.labels, activity.masses())
+        whole = dict(compensator.state)
+        compensator.merger.merge_read(group, assigned.labels)
+        found = {reading.layer: reading for reading in readings(model, group)}
+        known = compensator._known(assigned, found, whole)
+        passes = compensator._summed(assigned, found, whole, ALONE)
+        for layer, one in known.items():
+            for name in ("values", "errors", "neurons", "missing"):
+                mine, theirs = (
+                    Moments.total([getattr(terms, name) for terms in c[layer].total]) for c in (known, passes)
+                )
+                assert (mine.count > 0) == (theirs.count > 0)
+                if mine.count:
+                    tolerance = 1e-5 * float(theirs.second.abs().max())
+                    assert torch.allclose(mine.second, theirs.second, rtol=0, atol=tolerance)
+                    assert torch.allclose(mine.covariance, theirs.covariance, rtol=0, atol=tolerance)
+            assert sum(terms.energy for terms in one.total) == pytest.approx(
+                sum(terms.energy for terms in passes[layer].total), rel=1e-5
+            )
 
 
 def test_a_neuron_counts_in_its_centroid_as_much_as_its_readers_make_of_it() -> None:

@@ -76,8 +76,9 @@ def test_what_a_chain_is_called_with_may_come_from_another() -> None:
     assert not walk._others
 
 
+@pytest.mark.parametrize("onward", [False, True])
 @pytest.mark.parametrize("name", ["cnn", "vgg16", "residual"])
-def test_a_walk_sees_what_whole_passes_see(name: str) -> None:
+def test_a_walk_sees_what_whole_passes_see(name: str, onward: bool) -> None:
     model, inputs = network(name)
     batches = [inputs, inputs + 0.5]
     found = chains(model, inputs)
@@ -92,7 +93,11 @@ def test_a_walk_sees_what_whole_passes_see(name: str) -> None:
                 continue
             for number, batch in enumerate(batches):
                 seen: list[Tensor] = []
-                if walk.look(model, number, (place, place), {layer: 1}, lambda _, x, seen=seen: seen.append(x.clone())):
+
+                def take(_: str, x: Tensor, seen: list[Tensor] = seen) -> None:
+                    seen.append(x.clone())
+
+                if walk.look(model, number, (place, place), {layer: 1}, take, onward=onward):
                     seen_any = True
                     (expected,) = captured(model, batch, {layer: 1})[layer]
                     assert torch.allclose(seen[0], expected, rtol=1e-4, atol=1e-5)

@@ -17,6 +17,7 @@ import nac_gpu as nac
 from nac_gpu.calibration.activity import Activity
 from nac_gpu.calibration.curves import error_at, error_curve, inertia_curve, widths_to_try
 from nac_gpu.calibration.gathering import gather
+from nac_gpu.calibration.moments import Part
 from nac_gpu.planning.allocation import Sizes, allocate
 from nac_gpu.planning.request import Limits, Request
 from nac_gpu.planning.sensitivity import _through
@@ -256,7 +257,7 @@ def test_error_curves() -> None:
     group = graph.groups[3]
     activity = evidence.activities[group.name]
     labels = evidence.tree(group).cut(5)
-    (halves,), (outgoing,) = activity.halves, activity.outgoing
+    (halves,), (outgoing,) = activity.parts(), activity.outgoing
     gain, means = outgoing @ outgoing.T, nn_means(labels, 5)
     least, summed = 0.0, 0.0
     for fit, judge in ((halves[0].double(), halves[1].double()), (halves[1].double(), halves[0].double())):
@@ -276,7 +277,8 @@ def test_an_error_is_that_of_inputs_that_were_not_fitted() -> None:
     """Half of the inputs say that the second neuron is the first, the other half that it is not."""
     alike, unlike = torch.ones(2, 2), torch.eye(2)
     weights = torch.eye(2, dtype=torch.float64)
-    activity = Activity(((alike + unlike).double() / 2,), (weights,), ((alike, unlike),))
+    halves = tuple(Part(10.0, torch.zeros(2, dtype=torch.float64), covariance) for covariance in (alike, unlike))
+    activity = Activity(((alike + unlike).double() / 2,), (weights,), (halves,), (True,))
     seen = Activity((alike.double(),), (weights,))
     removed = torch.tensor([0, -1])
     assert error_at(removed, 1, seen) < 1e-3

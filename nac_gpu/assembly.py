@@ -9,13 +9,14 @@ nothing is fitted to it, and the way whose answers there are nearest to the orig
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from nac_gpu.calibration.activity import Activity
-from nac_gpu.calibration.batches import Divided, first_batches, size_of
+from nac_gpu.calibration.batches import Batches, Divided, first_batches, size_of
 from nac_gpu.calibration.curves import error_at
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.calibration.neurons import neuron_vectors
@@ -28,8 +29,8 @@ from nac_gpu.merging.centroids import Deviation, Merger
 from nac_gpu.merging.compensation import Compensator, Refit
 from nac_gpu.merging.refinement import learn
 from nac_gpu.network.copying import copied, in_float32, rebuild
-from nac_gpu.network.judging import Answers, answers, judged
-from nac_gpu.network.running import evaluating, set_mode_again
+from nac_gpu.network.judging import Answers, all_answers, judged
+from nac_gpu.network.running import set_mode_again
 from nac_gpu.network.state import tensors
 from nac_gpu.planning.prepare import Prepared
 from nac_gpu.planning.request import checked_passes
@@ -43,7 +44,7 @@ Neurons = Literal["activations", "folded", "weights"]
 Method = Literal["auto", "ward", "removal", "mixed", "kmeans", "random", "l1"]
 Kind = Literal["ward", "removal", "auto"]
 # Operations of all passes; some minutes on two cores.
-_DOWNSTREAM = 1e13 / 4  # each group needs about four passes of its own part of the network
+_PASSES = 1e13 / 4  # each group needs about four passes of its own part of the network
 _REFINEMENT = 1e14 / 4  # two forward passes, and a backward one that is twice as dear
 _HOW: dict[Refit, str] = {
     "through": "refitted in the smaller network to the original",
@@ -189,11 +190,12 @@ class _Assembly:
         if not _compensates(self._evidence, self._settings):
             return self._network_of(self._by_weights())
         assert self._evidence is not None, "_compensates() checks this"
-        ways: list[Callable[[], _Made]] = [lambda: self._compensated("ward", refit="through")]
+        kinds: tuple[Kind, ...] = ("ward",)
+        if self._answers() is not None and self._settings.method == "auto":
+            kinds = ("auto",) if len(self._for_passes()) < len(self._evidence.batches) else ("ward", "removal")
+        ways: list[Callable[[], _Made]] = [partial(self._compensated, kind, refit="through") for kind in kinds]
         if self._answers() is not None:
-            if self._settings.method == "auto":
-                ways.append(lambda: self._compensated("removal", refit="through"))
-            ways += [lambda: self._compensated("auto", refit="alone"), self._by_weights]
+            ways += [partial(self._compensated, "auto", refit="alone"), self._by_weights]
         best: tuple[float, _Made, nn.Module] | None = None
         for way in ways:
             found = way()
@@ -217,13 +219,8 @@ class _Assembly:
         evidence = self._evidence
         if self._expected is None and evidence is not None and evidence.judged:
             run = copied(self._network)
-
-            def found(_: Ranks) -> list[Answers]:
-                with evaluating(run):
-                    return [answers(run, batch) for batch in evidence.judged]
-
             try:
-                self._expected = attempt(found, self._ranks)
+                self._expected = attempt(lambda _: all_answers(run, evidence.judged), self._ranks)
             except StepError:
                 self._expected = []
         return self._expected or None
@@ -255,7 +252,7 @@ class _Assembly:
         compensator = Compensator(
             self._network,
             subject.graph,
-            first_batches(evidence.batches, self._inputs_within(_DOWNSTREAM)) if refit != "alone" else evidence.batches,
+            evidence.batches if refit == "alone" else self._for_passes(),
             evidence.activities,
             ranks,
             refit=refit,
@@ -268,6 +265,11 @@ class _Assembly:
                 name = list(ways)[taken]
                 counts[name] = counts.get(name, 0) + 1
         return _Made(_HOW[refit], compensator.finish(), tuple(compensator.failures), counts)
+
+    def _for_passes(self) -> Batches:
+        """The inputs that smaller networks are run on, group by group: not all of them where that takes long."""
+        assert self._evidence is not None, "_compensates() checks this"
+        return first_batches(self._evidence.batches, self._inputs_within(_PASSES))
 
     def _inputs_within(self, operations: float) -> int:
         """How many inputs, or tokens, pass through the network with so many operations; at least one."""

@@ -78,8 +78,8 @@ def observe(
     with evaluating(model):
         (calls,) = ranks.share([None], lambda _: count_calls(model, batches[0], layers))
         for own in ranks.share(range(len(batches)), observed):
-            for key, parts in own.items():
-                for half, part in zip(moments.setdefault(key, (Moments(), Moments())), parts, strict=True):
+            for key in list(own):  # their memory is free for the next batch
+                for half, part in zip(moments.setdefault(key, (Moments(), Moments())), own.pop(key), strict=True):
                     half.take(part)
     constant = _constants(state, groups)
     result = {name: _activity(name, found, moments, state, constant) for name, found in read.items()}

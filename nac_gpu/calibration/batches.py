@@ -102,6 +102,15 @@ def first_batches(batches: Batches, most: int) -> Batches:
     return chosen
 
 
+def parts_of(batch: ExampleInputs, most: int) -> list[ExampleInputs]:
+    """A batch as smaller ones, with no more inputs or tokens than that; whole if that cannot be told."""
+    length, size = length_of(batch), size_of(batch)
+    if size <= most or not length:
+        return [batch]
+    rows = max(1, most * length // size)
+    return [_part(batch, slice(at, at + rows)) for at in range(0, length, rows)]
+
+
 def _aside(count: int) -> int:
     return max(1, count // _EVERY)
 

@@ -75,7 +75,9 @@ class Moments:
         a, b = a - self._centres[0], b - self._centres[1]
         weighted, other = (a, b) if weights is None else (a * weights[:, None], b * weights[:, None])
         self.count += len(a) if weights is None else float(weights.sum(dtype=torch.float64))
-        self._product = self._product + (weighted.T @ b).double()
+        product = weighted.T @ b
+        # in its own type while it is the only one: the sums of a batch wait to be added to others
+        self._product = self._product.double().add_(product) if isinstance(self._product, Tensor) else product
         parts = (weighted, other)
         self._sums = [total + part.sum(0, dtype=torch.float64) for total, part in zip(self._sums, parts, strict=True)]
 
@@ -87,7 +89,7 @@ class Moments:
             return
         a, b = (new.double() - old.double() for new, old in zip(other._centres, self._centres, strict=True))
         assert isinstance(other._product, Tensor), "it has samples"
-        moved = other._product.addr_(other._sums[0], b).addr_(a, other._sums[1] + other.count * b)
+        moved = other._product.double().addr_(other._sums[0], b).addr_(a, other._sums[1] + other.count * b)
         self._product = moved.add_(self._product)
         self._sums = [
             total + part + other.count * shift
@@ -99,7 +101,8 @@ class Moments:
         """Sums of their own, to which others may be added."""
         made = Moments()
         vars(made).update(vars(self))
-        made._product = self._product.clone() if isinstance(self._product, Tensor) else self._product
+        if isinstance(self._product, Tensor):
+            made._product = self._product.to(torch.float64, copy=True)
         return made
 
     @staticmethod
@@ -127,7 +130,8 @@ class Moments:
     @property
     def covariance(self) -> Tensor:
         """The covariance of a and b, float64 [p, q]."""
-        return self._product / self.count - torch.outer(self._sums[0], self._sums[1]) / self.count**2
+        product = torch.as_tensor(self._product, dtype=torch.float64)
+        return product / self.count - torch.outer(self._sums[0], self._sums[1]) / self.count**2
 
     @property
     def second(self) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from nac_gpu.calibration.batches import Batches, Divided, size_of
+from nac_gpu.calibration.batches import Batches, Divided, length_of, parts_of, size_of
 from nac_gpu.calibration.dream import COUNT, usual_count
 from nac_gpu.distributed.fallbacks import StepError, attempt
 from nac_gpu.distributed.ranks import ALONE, Ranks
@@ -33,11 +33,12 @@ from nac_gpu.network.precision import multiplies_bfloat16
 from nac_gpu.network.running import ExampleInputs, arguments, evaluating, in_small_operations, set_mode_again
 
 BATCH = 64  # inputs
+TOKENS = 1024  # of a batch
 PASSES = 80  # over the inputs
 STEPS = 1280  # upper limit for small inputs; lower for large ones
 _RATE = 6e-4  # learning rate of Adam
-_RATE_SYNTHETIC = 3e-4  # lower, because synthetic inputs resemble real ones only partly
-_WARMUP = 20  # steps
+_RATE_CAREFUL = 3e-4  # of synthetic inputs, which resemble real ones only partly, and of text
+_WARMUP = 20  # steps; at most a fifth of all
 _NEAR = 1e-6  # an error below this share of the outputs' variance needs no refinement
 _SHIFT = 8  # images are shifted by up to 1/8 of their side
 
@@ -83,7 +84,7 @@ def learn(
 
     def learnt(_: None) -> Learnt | None:
         _check_memory(weights)
-        rate = _RATE_SYNTHETIC if synthetic else _RATE
+        rate = _RATE_CAREFUL if synthetic or any(_of_tokens(batch) for batch in inputs.fit) else _RATE
         return _Learning(copied(small), copied(model), weights, inputs).found(passes, most, rate, seed)
 
     try:
@@ -201,7 +202,7 @@ class _Learning:
         recurrent = any(isinstance(module, nn.RNNBase) for module in self._small.modules())
         return in_small_operations(self._small) if recurrent else contextlib.nullcontext()
 
-    def _steps(self, passes: int, most: int | None) -> int:
+    def _steps(self, passes: int, most: int | None = None) -> int:
         leaf = next((leaf for leaf in pytree.tree_leaves(self._inputs[0]) if isinstance(leaf, Tensor)), None)
         steps = STEPS if leaf is None else STEPS * usual_count(leaf) // COUNT
         if most is not None:
@@ -210,8 +211,9 @@ class _Learning:
 
     def _descend(self, steps: int, rate: float, generator: torch.Generator) -> None:
         optimizer = torch.optim.Adam(self._weights.values(), lr=rate)
+        warmup = min(_WARMUP, max(1, steps // 5))
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1, (step + 1) / _WARMUP) * (1 - step / steps)
+            optimizer, lambda step: min(1, (step + 1) / warmup) * (1 - step / steps)
         )
         for step, batch in zip(range(steps), augmented(self._inputs, generator), strict=False):
             with self._autocast:
@@ -246,9 +248,9 @@ class _Learning:
 
 
 def rebatched(batches: Batches) -> list[ExampleInputs]:
-    """Batches of 64 if all leaves are floating tensors [batch, ...] of equal batch size; else the batches unchanged."""
+    """Batches of 64 if all leaves are floating tensors [batch, ...] of one batch size; else smaller ones of tokens."""
     if not all(_divisible(batch) for batch in batches):
-        return list(batches)
+        return [part for batch in batches for part in _smaller(batch)]
     leaves, structures = zip(*(pytree.tree_flatten(batch) for batch in batches), strict=True)
     if any(structure != structures[0] for structure in structures):
         return list(batches)
@@ -256,6 +258,15 @@ def rebatched(batches: Batches) -> list[ExampleInputs]:
         return list(batches)
     parts = zip(*(torch.cat(alike).split(BATCH) for alike in zip(*leaves, strict=True)), strict=True)
     return [pytree.tree_unflatten(list(part), structures[0]) for part in parts]
+
+
+def _smaller(batch: ExampleInputs) -> list[ExampleInputs]:
+    """Parts of a batch of tokens: many small steps are better than a few large ones, and logits need much memory."""
+    return parts_of(batch, TOKENS) if _of_tokens(batch) else [batch]
+
+
+def _of_tokens(batch: ExampleInputs) -> bool:
+    return size_of(batch) > length_of(batch) > 0
 
 
 def _divisible(batch: ExampleInputs) -> bool:

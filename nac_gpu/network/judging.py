@@ -21,7 +21,8 @@ from nac_gpu.network.precision import floating
 from nac_gpu.network.reaching import tensors_in
 from nac_gpu.network.running import ExampleInputs, call, evaluating
 
-_MOST = 1 << 23  # values of an answer that are compared: of larger ones, evenly spaced positions
+#: Values of answers that are compared: of larger ones, evenly spaced positions.
+MOST = 1 << 26
 _NO_ANSWERS = ("past_key_values", "cache", "mems", "state", "loss", "hidden_states", "attentions")
 
 
@@ -38,25 +39,26 @@ class Answers:
     words: bool = False
 
 
-def answers(model: nn.Module, batch: ExampleInputs) -> Answers:
+def answers(model: nn.Module, batch: ExampleInputs, most: int = MOST) -> Answers:
     """What a network answers to a batch, without padding; a part of the positions where it is very large.
 
     Args:
         model: in eval mode.
         batch: its inputs.
+        most: values of an answer.
     """
-    return answers_in(call(model, batch), batch)
+    return answers_in(call(model, batch), batch, most)
 
 
-def answers_in(returned: Any, batch: ExampleInputs) -> Answers:
+def answers_in(returned: Any, batch: ExampleInputs, most: int = MOST) -> Answers:
     """The same, from what the network returned."""
     mask = padding_of(batch)
     logits = returned.get("logits") if isinstance(returned, Mapping) else None
     if isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[2] > 1 and logits.is_floating_point():
         found = without_padding(logits, mask)
-        return Answers((_part(found.flatten(0, -2)),), words=True)
+        return Answers((_part(found.flatten(0, -2), most),), words=True)
     values = [value for value in _counting(returned) if value.is_floating_point() or value.is_complex()]
-    return Answers(tuple(_part(without_padding(value, mask)) for value in values))
+    return Answers(tuple(_part(without_padding(value, mask), most) for value in values))
 
 
 def _counting(returned: Any) -> Iterator[Tensor]:
@@ -75,11 +77,11 @@ def _counting(returned: Any) -> Iterator[Tensor]:
     yield from [value for value in found if value.ndim] or found
 
 
-def _part(values: Tensor) -> Tensor:
+def _part(values: Tensor, most: int) -> Tensor:
     """Evenly spaced rows of a tensor with too many values."""
-    if values.numel() <= _MOST or values.ndim < 2:
+    if values.numel() <= most or values.ndim < 2:
         return values
-    step = -(-values.numel() // _MOST)
+    step = -(-values.numel() // most)
     return values[::step].clone() if len(values) >= step else values  # a view would keep all of them
 
 
@@ -103,7 +105,25 @@ def _divergence(found: Tensor, expected: Tensor) -> Tensor:
     return total / max(1, len(found))
 
 
-def judged(model: nn.Module, batches: Sequence[ExampleInputs], expected: Sequence[Answers]) -> float | None:
-    """How far a network's answers are from the original's, on average over batches; None if they cannot be compared."""
+def all_answers(model: nn.Module, batches: Sequence[ExampleInputs]) -> list[Answers]:
+    """What a network answers to several batches, in the form that `judged` takes."""
     with evaluating(model):
-        return mean_change(apart(answers(model, batch), then) for batch, then in zip(batches, expected, strict=True))
+        return [answers(model, batch, _each(batches)) for batch in batches]
+
+
+def judged(model: nn.Module, batches: Sequence[ExampleInputs], expected: Sequence[Answers]) -> float | None:
+    """How far a network's answers are from the original's, on average over batches; None if they cannot be compared.
+
+    Args:
+        model: the network.
+        batches: inputs.
+        expected: `all_answers` of the original.
+    """
+    pairs, most = zip(batches, expected, strict=True), _each(batches)
+    with evaluating(model):
+        return mean_change(apart(answers(model, batch, most), then) for batch, then in pairs)
+
+
+def _each(batches: Sequence[ExampleInputs]) -> int:
+    """Values of the answer to one batch, so that those to all of them fit in memory."""
+    return max(1, MOST // max(1, len(batches)))

@@ -8,6 +8,7 @@ groups. The search is greedy: it starts from the full widths and repeatedly shri
 loss per saved cost, until the budget is met.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from nac_gpu.calibration.curves import Curve, loss_at
 from nac_gpu.planning.request import Limits
 from nac_gpu.tracing.graph import Group
+
+_FAR = 1.2  # ratio of widths with none between them
 
 
 class Sizes:
@@ -93,7 +96,7 @@ def allocate(losses: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, mo
         A width for each group; the narrowest ones if even those exceed the budget.
     """
     target = torch.tensor(most, dtype=torch.float64)
-    steps = [limit.allowed(list(curve)) for curve, limit in zip(losses, limits, strict=True)]
+    steps = [limit.allowed(_finer(list(curve))) for curve, limit in zip(losses, limits, strict=True)]
     deepest = max(len(widths) for widths in steps)
     widths = torch.full((len(steps), deepest), float("inf"), dtype=torch.float64)  # of each group, ascending
     lost = torch.full_like(widths, float("inf"))
@@ -119,6 +122,18 @@ def allocate(losses: Sequence[Curve], limits: Sequence[Limits], sizes: Sizes, mo
             now[group] = _widest(sizes, now, group, wider, limits[group].step, target)
             break
     return _filled(sizes, now, limits, losses, target)
+
+
+def _finer(widths: Sequence[int]) -> list[int]:
+    """Widths, with others between those that are far apart: a curve is known at a few, and smooth."""
+    known = sorted(widths)
+    between = [
+        round(low * (high / low) ** (part / parts))
+        for low, high in itertools.pairwise(known)
+        for parts in [math.ceil(math.log(high / low) / math.log(_FAR))]
+        for part in range(1, parts)
+    ]
+    return sorted({*known, *between})
 
 
 def _widest(sizes: Sizes, now: Tensor, group: int, wider: int, step: int, target: Tensor) -> int:

@@ -18,8 +18,8 @@ from nac_gpu.distributed.fallbacks import StepError, attempt
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.merging.compensation import Compensator
 from nac_gpu.network.copying import copied, in_float32
-from nac_gpu.network.judging import Answers, answers, judged
-from nac_gpu.network.running import ExampleInputs, evaluating
+from nac_gpu.network.judging import all_answers, judged
+from nac_gpu.network.running import ExampleInputs
 from nac_gpu.tracing.graph import Graph, Group
 
 _TRIED = (0.03, 0.1, 0.3)  # errors at which the change of the outputs is measured
@@ -91,11 +91,7 @@ def _measured(
     compensator = Compensator(model, graph, batches, evidence.activities, refit="alone")  # each group alone
     run = copied(model)
 
-    def expected(_: Ranks) -> list[Answers]:
-        with evaluating(run):
-            return [answers(run, batch) for batch in batches]
-
-    known = attempt(expected, ranks)
+    known = attempt(lambda _: all_answers(run, batches), ranks)
 
     def measured(group: Group) -> dict[float, float] | None:
         curve = curves[group.name]

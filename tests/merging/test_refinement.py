@@ -58,7 +58,7 @@ def test_the_original_the_random_state_and_the_flags_are_left_alone() -> None:
 def test_only_what_merging_touched_is_trained() -> None:
     model = network()
     plain, refined = (
-        nac.compress(model, inputs(1, 0), width=0.5, only=["0"], calibration=[inputs(128, 1)], refine=n) for n in (0, 9)
+        nac.compress(model, inputs(1, 0), width=0.5, only=["0"], calibration=[inputs(128, 1)], refine=n) for n in (0, 80)
     )
     same = {
         name
@@ -80,7 +80,7 @@ def test_what_makes_it_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_synthetic_inputs_have_a_rate_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network(), inputs(1, 0)
     plain = nac.compress(model, x, width=0.5, refine=0)
-    monkeypatch.setattr(refinement, "_RATE_SYNTHETIC", float("inf"))
+    monkeypatch.setattr(refinement, "_RATE_CAREFUL", float("inf"))
     refined = nac.compress(model, x, width=0.5)
     assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(refined).values(), strict=True))
 
@@ -184,6 +184,16 @@ def test_batches_are_joined_and_divided_anew_where_they_are_alike() -> None:
     assert torch.equal(pairs[1]["b"], x[64:128, :2])
     for other in ([x, x[:, :2]], [x, {"a": x}], [x.long()], [(x, x[:3])]):
         assert rebatched(other) == other
+
+
+def test_batches_of_tokens_are_divided_and_tokens_can_be_limited() -> None:
+    tokens = torch.arange(8 * 400).view(8, 400)
+    parts = rebatched([{"input_ids": tokens, "use_cache": False}])
+    assert [part["input_ids"].shape for part in parts if isinstance(part, dict)] == [(2, 400)] * 4
+    assert torch.equal(torch.cat([part["input_ids"] for part in parts if isinstance(part, dict)]), tokens)
+    flat = nn.Linear(400, 3)
+    learning = refinement._Learning(flat, flat, dict(flat.named_parameters()), Divided([{"input_ids": tokens}]))
+    assert [learning._steps(9, most) for most in (None, 1600, 1, 10**9)] == [36, 2, 1, 36]
 
 
 def test_images_are_shifted_mirrored_and_mixed() -> None:

@@ -47,8 +47,7 @@ Kind = Literal["ward", "removal", "auto"]
 _PASSES = 1e13 / 4  # each group needs about four passes of its own part of the network
 _REFINEMENT = 1e14 / 4  # two forward passes, and a backward one that is twice as dear
 _HOW: dict[Refit, str] = {
-    "through": "refitted in the smaller network to the original",
-    "along": "refitted in the smaller network",
+    "through": "refitted in the smaller network",
     "alone": "refitted in the original",
 }
 _BY_ACTIVATIONS = ("auto", "removal", "mixed")  # methods that need more than points

@@ -16,6 +16,7 @@ from nac_gpu.calibration.batches import Batches
 from nac_gpu.calibration.moments import Moments, Part, folds_of
 from nac_gpu.calibration.readings import Reading, outgoing, readings, row_weights, samples
 from nac_gpu.distributed.ranks import ALONE, Ranks
+from nac_gpu.network.memory import trim
 from nac_gpu.network.moving import sent
 from nac_gpu.network.padding import counted, padding_of
 from nac_gpu.network.precision import floating
@@ -81,9 +82,15 @@ def observe(
             for key in list(own):  # their memory is free for the next batch
                 for half, part in zip(moments.setdefault(key, (Moments(), Moments())), own.pop(key), strict=True):
                     half.take(part)
+            trim()
     constant = _constants(state, groups)
-    result = {name: _activity(name, found, moments, state, constant) for name, found in read.items()}
-    return {name: activity for name, activity in result.items() if activity is not None}
+    result = {}
+    for name, found in read.items():
+        activity = _activity(name, found, moments, state, constant)
+        if activity is not None:
+            result[name] = activity
+        trim()
+    return result
 
 
 class _Key(NamedTuple):

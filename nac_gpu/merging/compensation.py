@@ -33,6 +33,7 @@ from nac_gpu.merging.centroids import Merger, keeps_all
 from nac_gpu.merging.consumers import Assigned, Consumer, Sample
 from nac_gpu.merging.regression import Fit, Terms, empty_folds
 from nac_gpu.network.copying import copied, rebuild
+from nac_gpu.network.memory import trim
 from nac_gpu.network.moving import sent
 from nac_gpu.network.running import evaluating
 from nac_gpu.network.state import tensors
@@ -40,14 +41,12 @@ from nac_gpu.network.walking import Chains, Place, Walk, find_chains
 from nac_gpu.network.watching import captured, count_calls, look
 from nac_gpu.tracing.graph import Graph, Group
 
-#: To what consumers are refitted, and from what.
+#: From what consumers are refitted to their outputs in the original.
 #:
-#: - "through": to their outputs in the original, from what they read in the network as it is by then. So they also
-#:   correct what earlier groups have lost. Where that is much, they become small: their inputs are noise.
-#: - "along": to what their outputs in that network would be if their group was not merged. Errors are not corrected,
-#:   but consumers fit the inputs that they will get.
-#: - "alone": to their outputs in the original, from what they would read if their group alone was merged.
-Refit = Literal["through", "along", "alone"]
+#: - "through": from what they read in the network as it is by then. So they also correct what earlier groups have lost.
+#:   Where that is much, they become small: their inputs are noise.
+#: - "alone": from what they would read if their group alone was merged.
+Refit = Literal["through", "alone"]
 
 _KEPT_BYTES = 1 << 28  # of what the consumers of one group read in the original network
 _FEW = 256  # inputs or tokens on which chains are found
@@ -106,7 +105,6 @@ class Compensator:
         self._modules = dict(model.named_modules())
         self._calls: dict[str, int] | None = None
         self._kept: tuple[str, dict[int, dict[str, list[Tensor]]]] = ("", {})
-        self._reference: nn.Module | None = None
         self._chains = self._found_chains()
         self._before = Walk(self._chains, batches)
         self.start()
@@ -126,9 +124,6 @@ class Compensator:
         self.merger = Merger(self._state)
         self._merged = False
         self._after = Walk(self._chains, self._batches)
-        self._start, self._reference = self.merger, None
-        if self._refit == "along":
-            self._kept = ("", {})
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -162,8 +157,7 @@ class Compensator:
         if keeps_all(labels[0]) and not (self._merged and self._refit == "through"):
             return 0
         self._merged = True
-        start = self._start = self.merger
-        self._reference = None
+        start = self.merger
         done = [self._carried_out(group, own, start.copy()) for own in labels]
         known = [(way.lost, number) for number, way in enumerate(done) if way.lost is not None]
         best = min(known)[1] if known else 0
@@ -172,6 +166,7 @@ class Compensator:
         places = [self._chains.place(name) for name in _modules_of(group)]
         first = min((place for place in places if place is not None), key=lambda place: place.at, default=None)
         self._after.forget(None if None in places else first)
+        trim()
         return best
 
     def _carried_out(self, group: Group, labels: Tensor, merger: Merger) -> _Way:
@@ -243,10 +238,9 @@ class Compensator:
             ranks: the processes that divide the batches among them.
         """
         # What stays of a group where neurons are only removed is what the original computes: nothing has to be run.
-        same = self._refit != "through" and assigned.only_removes
+        same = self._refit == "alone" and assigned.only_removes
         work = self._model if same else self.network()
-        source = self._source()
-        with evaluating(self._model), evaluating(work), evaluating(source):
+        with evaluating(self._model), evaluating(work):
             calls = self._calls_of(found, ranks)
             consumers = {
                 layer: Consumer(reading, self._modules[layer], assigned, whole, self.merger.state)
@@ -256,7 +250,7 @@ class Compensator:
             places = self._chains.together([*_modules_of(assigned.group), *calls])
 
             def observed(number: int) -> dict[str, list[Terms]]:
-                before = self._originally(source, assigned.group, number, calls, places)
+                before = self._originally(assigned.group, number, calls, places)
                 rows = _MOST_ROWS // len(self._batches)
                 most = {layer: max(1, rows // max(1, len(values))) for layer, values in before.items()}
                 terms = {layer: empty_folds() for layer in consumers}
@@ -293,23 +287,10 @@ class Compensator:
             (self._calls,) = ranks.share([None], lambda _: count_calls(self._model, self._batches[0], plain))
         return {layer: self._calls[layer] for layer in layers if layer in self._calls}
 
-    def _source(self) -> nn.Module:
-        """The network whose outputs are reproduced."""
-        if self._refit != "along":
-            return self._model
-        if self._reference is None:
-            self._reference = rebuild(self._original, self._start.state, clone=True)
-        return self._reference
-
     def _originally(
-        self,
-        source: nn.Module,
-        group: Group,
-        number: int,
-        calls: Mapping[str, int],
-        places: tuple[Place, Place] | None,
+        self, group: Group, number: int, calls: Mapping[str, int], places: tuple[Place, Place] | None
     ) -> dict[str, list[Tensor]]:
-        """What the consumers of a group are called with before it is merged, on one of the batches."""
+        """What the consumers of a group are called with in the original network, on one of the batches."""
         if self._kept[0] != group.name:
             self._kept = group.name, {}
         kept = self._kept[1]
@@ -320,10 +301,8 @@ class Compensator:
         def take(layer: str, value: Tensor) -> None:
             found[layer].append(value.clone())
 
-        own = source is self._model
-        walk = self._before if own else self._after
-        if places is None or not walk.look(source, number, places, calls, take, onward=own):
-            found = captured(source, self._batches[number], calls)
+        if places is None or not self._before.look(self._model, number, places, calls, take, onward=True):
+            found = captured(self._model, self._batches[number], calls)
         size = sum(value.numel() * value.element_size() for values in found.values() for value in values)
         if size * len(self._batches) <= _KEPT_BYTES:
             kept[number] = {layer: list(values) for layer, values in found.items()}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nac_gpu.network.comparing import change, mean_change
+from nac_gpu.network.memory import trim
 from nac_gpu.network.padding import padding_of, without_padding
 from nac_gpu.network.precision import floating
 from nac_gpu.network.reaching import tensors_in
@@ -121,7 +122,9 @@ def judged(model: nn.Module, batches: Sequence[ExampleInputs], expected: Sequenc
     """
     pairs, most = zip(batches, expected, strict=True), _each(batches)
     with evaluating(model):
-        return mean_change(apart(answers(model, batch, most), then) for batch, then in pairs)
+        found = mean_change(apart(answers(model, batch, most), then) for batch, then in pairs)
+    trim()
+    return found
 
 
 def _each(batches: Sequence[ExampleInputs]) -> int:

@@ -26,6 +26,7 @@ _TRIED = (0.03, 0.1, 0.3)  # errors at which the change of the outputs is measur
 _TRIED_ONCE = (0.1,)  # the same where a pass is dear
 _INPUTS, _TOKENS = 256, 4096  # enough for a measurement
 _MOST_FLOPS = 2e13  # of all passes of smaller networks: some minutes on two cores
+_NARROWEST = 4  # of so many neurons one is kept at least
 _STEEPEST, _FLATTEST = 4.0, 0.5  # bounds of the exponent of e
 _MOST = 12.0  # upper bound of a loss
 
@@ -97,7 +98,7 @@ def _measured(
         curve = curves[group.name]
         points: dict[float, float] = {}
         for error in amount.errors if group.name in evidence.activities else ():
-            kept = min(curve, key=lambda k: abs(math.log(max(curve[k], 1e-9) / error)))
+            kept = min(_near(curve, group), key=lambda k: abs(math.log(max(curve[k], 1e-9) / error)))
             if kept < group.size and curve[kept] > 0 and curve[kept] not in points:
                 compensator.start()
                 compensator.merge(group, evidence.likely(group, kept))
@@ -113,6 +114,11 @@ def _measured(
             return None
         result[group.name] = points
     return result
+
+
+def _near(curve: Curve, group: Group) -> list[int]:
+    """Widths that a budget may ask for: a few neurons may hold most of the variance, but not most of what is said."""
+    return [kept for kept in curve if kept >= group.size / _NARROWEST] or list(curve)
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def _through(points: dict[float, float], curve: Curve) -> Curve:
             return 0.0
         x = math.log(error)
         left = max(0, min(sum(e <= x for e in errors) - 1, len(known) - 2))
-        slope = 1.5
+        slope = 1.0  # the error is a variance, and so is the change
         if len(known) > 1:
             slope = (changes[left + 1] - changes[left]) / (errors[left + 1] - errors[left])
             slope = min(max(slope, _FLATTEST), _STEEPEST)

@@ -57,8 +57,9 @@ def test_the_original_the_random_state_and_the_flags_are_left_alone() -> None:
 
 def test_only_what_merging_touched_is_trained() -> None:
     model = network()
+    x = [inputs(128, 1)]
     plain, refined = (
-        nac.compress(model, inputs(1, 0), width=0.5, only=["0"], calibration=[inputs(128, 1)], refine=n) for n in (0, 80)
+        nac.compress(model, inputs(1, 0), width=0.5, only=["0"], calibration=x, refine=passes) for passes in (0, 80)
     )
     same = {
         name

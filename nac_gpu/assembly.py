@@ -42,7 +42,8 @@ Rule = Literal["compensated", "restored", "centroid"]
 Neurons = Literal["activations", "folded", "weights"]
 #: How a group is made smaller: see `nac_gpu.compress`.
 Method = Literal["auto", "ward", "removal", "mixed", "kmeans", "random", "l1"]
-Kind = Literal["ward", "removal", "auto"]
+#: All groups in one way, each in the way that is likely to be the best, or each in the best of those tried.
+Kind = Literal["ward", "removal", "likely", "auto"]
 # Operations of all passes; some minutes on two cores.
 _PASSES = 1e13 / 4  # each group needs about four passes of its own part of the network
 _REFINEMENT = 1e14 / 4  # two forward passes, and a backward one that is twice as dear
@@ -50,7 +51,7 @@ _HOW: dict[Refit, str] = {
     "through": "refitted in the smaller network",
     "alone": "refitted in the original",
 }
-_BY_ACTIVATIONS = ("auto", "removal", "mixed")  # methods that need more than points
+_BY_ACTIVATIONS = ("auto", "likely", "removal", "mixed")  # methods that need more than points
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class _Assembly:
         assert self._evidence is not None, "_compensates() checks this"
         kinds: tuple[Kind, ...] = ("ward",)
         if self._answers() is not None and self._settings.method == "auto":
-            kinds = ("auto",) if len(self._for_passes()) < len(self._evidence.batches) else ("ward", "removal")
+            kinds = ("likely",) if len(self._for_passes()) < len(self._evidence.batches) else ("ward", "removal")
         ways: list[Callable[[], _Made]] = [partial(self._compensated, kind, refit="through") for kind in kinds]
         if self._answers() is not None:
             ways += [partial(self._compensated, "auto", refit="alone"), self._by_weights]
@@ -319,6 +320,7 @@ class _Assignments:
         self._observed = {} if evidence is None else evidence.activities
         comparable = _compensates(evidence, settings) and evidence is not None and evidence.comparable
         self._known: dict[str, Tensor] = {}
+        self._errors: dict[str, dict[str, float]] = {}  # of the ways, by group
         acting: list[Choice] = []
         self._found: Iterator[Tensor] = iter(())
         if evidence is not None and (settings.neurons == "activations" or (settings.neurons is None and comparable)):
@@ -353,16 +355,28 @@ class _Assignments:
             found = {settings.method if settings.method in METHODS else "ward": labels}
             activity = self._observed.get(group.name)
             method = kind if settings.method == "auto" else settings.method
-            if method in _BY_ACTIVATIONS and activity is not None:
+            if method is not None and method in _BY_ACTIVATIONS and activity is not None:
                 found |= {"removal": activity.removal(choice.width), "mixed": activity.mixed(choice.width)}
-                found = _promising(found, choice.width, activity) if method == "auto" else {method: found[method]}
+                found = self._promising(choice, found, activity, method)
             yield choice, found
 
+    def _promising(self, choice: Choice, ways: dict[str, Tensor], activity: Activity, method: str) -> dict[str, Tensor]:
+        """The way that a method names; or removal, and the ways to merge that may lose less; or the likeliest of them.
 
-def _promising(ways: dict[str, Tensor], kept: int, activity: Activity) -> dict[str, Tensor]:
-    """Removal, and the ways to merge that may lose less: their errors are estimates of the best case."""
-    errors = {way: error_at(labels, kept, activity) for way, labels in ways.items()}
-    return {way: labels for way, labels in ways.items() if way == "removal" or errors[way] < errors["removal"]}
+        The errors of the ways to merge are estimates of the best case.
+        """
+        if method in ways:
+            return {method: ways[method]}
+        name = choice.group.name
+        errors = self._errors.get(name)
+        if errors is None:
+            errors = {way: error_at(labels, choice.width, activity) for way, labels in ways.items()}
+            if name in self._known:  # else the clusters are other ones each time
+                self._errors[name] = errors
+        if method == "likely":
+            best = min(errors, key=errors.__getitem__)
+            return {best: ways[best]}
+        return {way: labels for way, labels in ways.items() if way == "removal" or errors[way] < errors["removal"]}
 
 
 def _by_activations(

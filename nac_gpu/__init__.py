@@ -5,7 +5,7 @@ labels = nac_gpu.ward_linkage(points).cut(10)
 """
 
 from nac_gpu import moved, testing
-from nac_gpu.assembly import Method, Neurons, Rule
+from nac_gpu.assembly.settings import Method, Neurons, Rule
 from nac_gpu.calibration.batches import Calibration
 from nac_gpu.calibration.text import text_batches
 from nac_gpu.clustering import methods

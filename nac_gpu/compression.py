@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from nac_gpu.assembly import MergeSettings, Neurons, Rule, made
+from nac_gpu.assembly.making import made
+from nac_gpu.assembly.settings import MergeSettings, Neurons, Rule
 from nac_gpu.calibration.batches import Calibration
 from nac_gpu.clustering.methods import AssignmentMethod
 from nac_gpu.distributed.consistency import check_arguments, without_values

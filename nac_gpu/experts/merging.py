@@ -29,7 +29,7 @@ from nac_gpu.clustering.linkage import ward_linkage
 from nac_gpu.experts.counts import Entry, attributes, entries, set_configs
 from nac_gpu.experts.mixtures import Lookalike, Mixture, find_mixtures
 from nac_gpu.files.origin import origin_of, remember, shorten
-from nac_gpu.merging.refinement import PASSES, learn
+from nac_gpu.merging.refinement import PASSES, Amount, learn
 from nac_gpu.network.ambient import ordinary, undisturbed
 from nac_gpu.network.checking import check_model, check_weights
 from nac_gpu.network.comparing import change, mean_change, outputs
@@ -109,7 +109,7 @@ def merge_experts(
     remember(small, model, _plan(model, said, cost(model, example_inputs), cost(small, example_inputs)), seed)
     if fewer.changed and evidence is not None and batches:
         inputs, synthetic = Divided(batches, evidence.judged), evidence.synthetic
-        learn(small, model, fewer.touched(), inputs, refine, synthetic=synthetic, seed=seed)
+        learn(small, model, fewer.touched(), inputs, Amount(refine), synthetic=synthetic, seed=seed)
     return small
 
 

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +44,25 @@ _NEAR = 1e-6  # an error below this share of the outputs' variance needs no refi
 _SHIFT = 8  # images are shifted by up to 1/8 of their side
 
 
+class Amount(NamedTuple):
+    """How much is trained.
+
+    Attributes:
+        passes: over the inputs.
+        most: inputs, or tokens, over all passes; None for no limit.
+    """
+
+    passes: int = PASSES
+    most: int | None = None
+
+
 def learn(
     small: nn.Module,
     model: nn.Module,
     touched: Collection[str],
     inputs: Divided,
-    passes: int = PASSES,
+    amount: Amount,
     *,
-    most: int | None = None,
     synthetic: bool = False,
     seed: int = 0,
     ranks: Ranks = ALONE,
@@ -66,8 +78,7 @@ def learn(
         touched: names of the tensors that merging changed.
         inputs: of both; tensors are joined and divided into batches of 64, if the networks take those. The result is
             judged by those kept aside; by those trained on if there are none.
-        passes: passes over the inputs; at most 1280 steps are made, fewer for large images.
-        most: how many inputs, or tokens, are trained on over all passes; None for no limit.
+        amount: how much is trained; at most 1280 steps are made, fewer for large images.
         synthetic: the inputs are synthetic.
         seed: of the augmentation; the global random state is not touched.
         ranks: the processes; rank 0 does the work.
@@ -79,13 +90,13 @@ def learn(
         RankError: another rank failed or was lost.
     """
     weights = {name: value for name, value in small.named_parameters() if name in touched}
-    if not weights or not passes:
+    if not weights or not amount.passes:
         return ""
 
     def learnt(_: None) -> Learnt | None:
         _check_memory(weights)
         rate = _RATE_CAREFUL if synthetic or any(_of_tokens(batch) for batch in inputs.fit) else _RATE
-        return _Learning(copied(small), copied(model), weights, inputs).found(passes, most, rate, seed)
+        return _Learning(copied(small), copied(model), weights, inputs).found(amount, rate, seed)
 
     try:
         (found,) = attempt(lambda ranks: [*ranks.share([None], learnt)], ranks, survives_memory=True)
@@ -165,7 +176,7 @@ class _Learning:
         self._batches, self._judged = inputs.fit, inputs.judged
         self._kept: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 
-    def found(self, passes: int, most: int | None, rate: float, seed: int) -> Learnt | None:
+    def found(self, amount: Amount, rate: float, seed: int) -> Learnt | None:
         """What training brought; None if no outputs are comparable."""
         with evaluating(self._small), evaluating(self._model), self._recurrent():
             try:
@@ -177,7 +188,7 @@ class _Learning:
                 return None
             if before < _NEAR:
                 return Learnt({}, before, before)
-            steps = self._steps(passes, most)
+            steps = self._steps(amount)
             self._autocast = self._fitting_autocast()
             with torch.enable_grad():
                 self._descend(steps, rate, torch.Generator().manual_seed(seed))
@@ -202,12 +213,12 @@ class _Learning:
         recurrent = any(isinstance(module, nn.RNNBase) for module in self._small.modules())
         return in_small_operations(self._small) if recurrent else contextlib.nullcontext()
 
-    def _steps(self, passes: int, most: int | None = None) -> int:
+    def _steps(self, amount: Amount) -> int:
         leaf = next((leaf for leaf in pytree.tree_leaves(self._inputs[0]) if isinstance(leaf, Tensor)), None)
         steps = STEPS if leaf is None else STEPS * usual_count(leaf) // COUNT
-        if most is not None:
-            steps = min(steps, most * len(self._inputs) // sum(size_of(batch) for batch in self._inputs))
-        return max(1, min(steps, passes * len(self._inputs)))
+        if amount.most is not None:
+            steps = min(steps, amount.most * len(self._inputs) // sum(size_of(batch) for batch in self._inputs))
+        return max(1, min(steps, amount.passes * len(self._inputs)))
 
     def _descend(self, steps: int, rate: float, generator: torch.Generator) -> None:
         optimizer = torch.optim.Adam(self._weights.values(), lr=rate)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import nac_gpu as nac
 from nac_gpu.calibration.batches import Divided
 from nac_gpu.merging import refinement
-from nac_gpu.merging.refinement import BATCH, augmented, rebatched
+from nac_gpu.merging.refinement import BATCH, Amount, augmented, rebatched
 from nac_gpu.network.state import tensors
 
 
@@ -194,7 +194,7 @@ def test_batches_of_tokens_are_divided_and_tokens_can_be_limited() -> None:
     assert torch.equal(torch.cat([part["input_ids"] for part in parts if isinstance(part, dict)]), tokens)
     flat = nn.Linear(400, 3)
     learning = refinement._Learning(flat, flat, dict(flat.named_parameters()), Divided([{"input_ids": tokens}]))
-    assert [learning._steps(9, most) for most in (None, 1600, 1, 10**9)] == [36, 2, 1, 36]
+    assert [learning._steps(Amount(9, most)) for most in (None, 1600, 1, 10**9)] == [36, 2, 1, 36]
 
 
 def test_images_are_shifted_mirrored_and_mixed() -> None:
@@ -226,4 +226,4 @@ def test_inputs_that_are_few_or_large_are_seen_less_often(
     monkeypatch.setattr(refinement, "STEPS", 12 if build().ndim > 2 else 1280)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(build()[0].numel(), 3))
     learning = refinement._Learning(flat, flat, dict(flat.named_parameters()), Divided([build()]))
-    assert learning._steps(3) == expected
+    assert learning._steps(Amount(3)) == expected

@@ -1,0 +1,1 @@
+"""Merging groups of neurons, and reducing the error that it causes."""

@@ -82,6 +82,11 @@ def size_of(batch: ExampleInputs) -> int:
     return max(1, first.numel() if tokens else len(first))
 
 
+def of_tokens(batches: Batches) -> bool:
+    """Whether all batches are tokens, [batch, length], of sequences that can be told apart."""
+    return all(size_of(batch) > length_of(batch) > 0 for batch in batches)
+
+
 def first_of(batch: ExampleInputs, most: int) -> ExampleInputs:
     """The first inputs of a batch, at least one, with no more inputs or tokens than that; all if they are not told."""
     length = length_of(batch)

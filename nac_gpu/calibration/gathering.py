@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from nac_gpu.calibration.activations import NotFiniteError, observe
-from nac_gpu.calibration.batches import Batches, Calibration, Divided, divided
+from nac_gpu.calibration.batches import Batches, Calibration, Divided, divided, of_tokens, parts_of
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.calibration.inputs import Inputs, Way, ways
 from nac_gpu.calibration.readings import readings
@@ -16,6 +16,8 @@ from nac_gpu.network.copying import copied, in_float32
 from nac_gpu.network.running import ExampleInputs, call, evaluating, without_cache
 from nac_gpu.network.state import tensors
 from nac_gpu.tracing.graph import Group
+
+_TOKENS = 2048  # of a batch
 
 
 def gather(
@@ -97,11 +99,15 @@ def _observed(model: nn.Module, groups: Sequence[Group], inputs: Inputs, ranks: 
 
 
 def _divided(network: nn.Module, batches: Batches, ranks: Ranks) -> Divided:
-    """Inputs to fit to and inputs to judge by, if the network takes batches of these sizes; else all, and none."""
-    found = divided(batches)
+    """Inputs to fit to and inputs to judge by, if the network takes batches of these sizes; else all, and none.
+
+    Large batches of tokens become smaller ones: the logits of many tokens take more memory than all else.
+    """
+    smaller = [part for batch in batches for part in parts_of(batch, _TOKENS)] if of_tokens(batches) else batches
+    found = divided(smaller)
 
     def run(_: Ranks) -> None:
-        if len(found.fit) == len(batches):  # batches were divided
+        if len(found.fit) == len(batches) or len(smaller) > len(batches):  # batches were divided
             with evaluating(network):
                 for part in (found.fit[0], found.judged[0]):
                     call(network, part)

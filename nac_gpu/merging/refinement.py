@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from nac_gpu.calibration.batches import Batches, Divided, length_of, parts_of, size_of
+from nac_gpu.calibration.batches import Batches, Divided, of_tokens, parts_of, size_of
 from nac_gpu.calibration.dream import COUNT, usual_count
 from nac_gpu.distributed.fallbacks import StepError, attempt
 from nac_gpu.distributed.ranks import ALONE, Ranks
@@ -95,7 +95,7 @@ def learn(
 
     def learnt(_: None) -> Learnt | None:
         _check_memory(weights)
-        rate = _RATE_CAREFUL if synthetic or any(_of_tokens(batch) for batch in inputs.fit) else _RATE
+        rate = _RATE_CAREFUL if synthetic or of_tokens(inputs.fit) else _RATE
         return _Learning(copied(small), copied(model), weights, inputs).found(amount, rate, seed)
 
     try:
@@ -273,11 +273,7 @@ def rebatched(batches: Batches) -> list[ExampleInputs]:
 
 def _smaller(batch: ExampleInputs) -> list[ExampleInputs]:
     """Parts of a batch of tokens: many small steps are better than a few large ones, and logits need much memory."""
-    return parts_of(batch, TOKENS) if _of_tokens(batch) else [batch]
-
-
-def _of_tokens(batch: ExampleInputs) -> bool:
-    return size_of(batch) > length_of(batch) > 0
+    return parts_of(batch, TOKENS) if of_tokens([batch]) else [batch]
 
 
 def _divisible(batch: ExampleInputs) -> bool:

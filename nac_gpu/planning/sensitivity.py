@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from nac_gpu.calibration.batches import Batches, first_batches, length_of, size_of
+from nac_gpu.calibration.batches import Batches, first_batches, of_tokens, size_of
 from nac_gpu.calibration.curves import Curve
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.distributed.fallbacks import StepError, attempt
@@ -144,7 +144,7 @@ def _amount(flops: int, inputs: ExampleInputs, batches: Batches, groups: int) ->
         groups: how many groups are measured.
     """
     one = flops / size_of(inputs)  # of an input, or of a token
-    whole = _TOKENS if any(size_of(batch) > length_of(batch) for batch in batches) else _INPUTS
+    whole = _TOKENS if of_tokens(batches) else _INPUTS
     most = {errors: _MOST_FLOPS / max(1.0, one * groups * len(errors)) for errors in (_TRIED, _TRIED_ONCE)}
     errors = _TRIED if most[_TRIED] >= whole / 4 else _TRIED_ONCE
     return _Amount(max(1, min(whole, int(most[errors]))), errors)

@@ -15,6 +15,7 @@ from torch import nn
 
 from nac_gpu.merging.attributes import Following, guesses, not_configured, stale
 from nac_gpu.merging.centroids import Deviation
+from nac_gpu.network.memory import trim
 from nac_gpu.network.probes import probes
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.planning.bench import Bench, Failure, Measured, suspects
@@ -99,6 +100,9 @@ class Trial:
         if lines and measured is not None:  # numbers that nothing reads in eval mode may matter in training
             good, measured, why = self._searches[-1].trained(good, measured)
             lines = stale(self._modules[""], good) + why
+        for search in self._searches:
+            search.release()
+        trim()
         return Outcome(tuple(good), measured, tuple(refused), tuple(lines))
 
     def _settled(
@@ -177,6 +181,10 @@ class _Search:
                 self._were.add(_key(active))
                 active, found = self._without_cause(active, found, failed)
         return [], failed, None
+
+    def release(self) -> None:
+        """Free the networks of the latest run: they take the memory of several models."""
+        vars(self).pop("_bench", None)
 
     def trained(self, choices: list[Choice], measured: Measured) -> tuple[list[Choice], Measured, list[str]]:
         """Attributes with which the smaller network runs in training mode, too, if it does not already.

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import nac_gpu as nac
+from nac_gpu.calibration.gathering import gather
 from nac_gpu.calibration.tokens import POSITIONS, Speaker
+from nac_gpu.tracing.trace import record
 
 
 class Counting(nn.Module):
@@ -160,3 +162,23 @@ def test_tokens_that_the_model_does_not_take_are_not_made(accepts: Callable[[Ten
     torch.manual_seed(0)
     plan = nac.plan(Strict(accepts), SENTENCES, params=0.7)
     assert re.search(source, plan.changes[0]), plan.changes
+
+
+def test_large_batches_of_tokens_become_smaller_ones_if_the_model_takes_them() -> None:
+    class Reader(nn.Module):
+        def __init__(self, rows: int | None) -> None:
+            super().__init__()
+            self.embed, self.one, self.two = nn.Embedding(9, 4), nn.Linear(4, 6), nn.Linear(6, 3)
+            self.rows = rows
+
+        def forward(self, ids: Tensor) -> Tensor:
+            assert self.rows in (None, len(ids)), "another number of rows"
+            return self.two(self.one(self.embed(ids)).relu())
+
+    batches = [torch.randint(9, (10, 500)) for _ in range(9)]
+    for rows, sizes in ((None, {4, 2}), (10, {10})):
+        model = Reader(rows)
+        graph = record(model, batches[0])
+        evidence = gather(model, batches[0], graph.groups, batches)
+        assert {len(batch) for batch in evidence.batches if isinstance(batch, Tensor)} == sizes
+        assert sum(len(batch) for batch in (*evidence.batches, *evidence.judged) if isinstance(batch, Tensor)) == 90

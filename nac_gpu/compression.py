@@ -185,7 +185,5 @@ def compress(
             else replay(network, plan, request, settings.deviation)
         )
         evidence = prepared.known(request) if settings.looks_at_activations else prepared.evidence
-        small = made(prepared, evidence, settings)
-        if plan is not None:
-            forget(plan)
+        small = made(prepared, evidence, settings, lambda: None if plan is None else forget(plan))
         return same_result(small, ranks)

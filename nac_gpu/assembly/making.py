@@ -26,6 +26,7 @@ from nac_gpu.merging.compensation import Compensator, Refit
 from nac_gpu.merging.refinement import Amount, learn
 from nac_gpu.network.copying import copied, in_float32, rebuild
 from nac_gpu.network.judging import Answers, all_answers, judged
+from nac_gpu.network.memory import trim
 from nac_gpu.network.running import set_mode_again
 from nac_gpu.network.state import tensors
 from nac_gpu.planning.prepare import Prepared
@@ -39,10 +40,18 @@ _HOW: dict[Refit, str] = {
 }
 
 
-def made(prepared: Prepared, evidence: Evidence | None, settings: MergeSettings) -> nn.Module:
+def made(
+    prepared: Prepared, evidence: Evidence | None, settings: MergeSettings, merged: Callable[[], None]
+) -> nn.Module:
     """The smaller model of a plan, which remembers the plan with a line about each step that failed.
 
     If activations were observed in a copy of the model in float32, the smaller network is made of that copy first.
+
+    Args:
+        prepared: the plan.
+        evidence: about its neurons, which is released.
+        settings: how they are merged.
+        merged: is called before the evidence is released.
     """
     model = prepared.model
     wide = evidence is not None and evidence.float32 and compensates(evidence, settings)
@@ -52,6 +61,10 @@ def made(prepared: Prepared, evidence: Evidence | None, settings: MergeSettings)
     lines = [line for line in assembly.failures if line not in prepared.plan.changes]
     if lines:
         warnings.warn("; ".join(lines), stacklevel=3)
+    merged()
+    if evidence is not None:
+        evidence.release()
+        trim()
     lines += assembly.refined(small)
     if network is not model:
         dtypes = {name: tensor.dtype for name, tensor in tensors(model).items()}

@@ -35,7 +35,7 @@ class Evidence:
     state: Mapping[str, Tensor]
     batches: Batches = ()
     judged: Batches = ()
-    activities: Mapping[str, Activity] = field(default_factory=dict)
+    activities: dict[str, Activity] = field(default_factory=dict)
     source: str = ""
     comparable: bool = True
     synthetic: bool = False
@@ -43,6 +43,11 @@ class Evidence:
     failures: tuple[str, ...] = ()
     _trees: dict[str, Dendrogram] = field(default_factory=dict)
     _removed: dict[str, set[int]] = field(default_factory=dict)  # widths at which removal loses less
+
+    def release(self) -> None:
+        """Free what is known of the neurons, which takes more memory than a model: the inputs stay."""
+        self.activities.clear()
+        self._trees.clear()
 
     def points(self, group: Group) -> tuple[Tensor, Tensor | None]:
         """The group's neurons for clustering: points [n, d], and masses [n] or None."""

@@ -101,9 +101,7 @@ def test_linkages_have_the_same_bits(algorithm: Any) -> None:
 
 
 # Budgets take multiples of 8 on CUDA by default, so here both sides are told the same.
-@pytest.mark.parametrize(
-    "wanted", [{"width": 0.5, "calibration": "none"}, {"params": 0.5, "multiple_of": 1, "refine": 5}], ids=str
-)
+@pytest.mark.parametrize("wanted", [{"width": 0.5, "calibration": "none"}, {"params": 0.5, "multiple_of": 1}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_compressions_are_the_cpus(name: str, wanted: dict[str, Any]) -> None:
     model, inputs = made(name)
@@ -114,6 +112,9 @@ def test_compressions_are_the_cpus(name: str, wanted: dict[str, Any]) -> None:
         # CUDA adds this cell's biases in an operation of its own: it is clustered without them, for other widths, too
         if name != "gru_cell" or "width" in wanted:
             assert {key: value.shape for key, value in found.items()} == {k: v.shape for k, v in expected.items()}
+        else:
+            most = 0.5 * sum(value.numel() for value in model.state_dict().values())
+            assert sum(value.numel() for value in found.values()) <= most
         if name != "gru_cell":
             for key, value in found.items():
                 torch.testing.assert_close(to_host(value), expected[key], rtol=1e-5, atol=1e-5)

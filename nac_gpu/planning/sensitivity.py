@@ -117,7 +117,7 @@ def _measured(
 
 
 def _near(curve: Curve, group: Group) -> list[int]:
-    """Widths that a budget is likely to ask for: what is lost at a few neurons says little about half of them."""
+    """Widths that a budget is likely to ask for: what a few neurons lose says little about half of them."""
     return [kept for kept in curve if kept >= group.size / _NARROWEST] or list(curve)
 
 

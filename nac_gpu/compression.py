@@ -1,7 +1,8 @@
 """`plan` and `compress`, from the user's model to a smaller one.
 
 The steps of a compression: `take` the network; make a plan with `plan_for`, or prepare an existing one with `replay`;
-make the smaller network in several ways, take the best and train it (`nac_gpu.assembly.making.made`). Where a step fails that the result can do without, the next best is done, and the plan says so: see
+make the smaller network in several ways, take the best and train it (`nac_gpu.assembly.making.made`). Where a step
+fails that the result can do without, the next best is done, and the plan says so: see
 `nac_gpu.distributed.fallbacks`.
 """
 

@@ -12,6 +12,7 @@ samples could be kept as moments of, the samples themselves are kept, and the re
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ _MOST_SPLITS = 512  # values, with which each fold is left out in turn; with mor
 _MOST_OUTPUTS = 64  # penalties are compared on so many random combinations of the outputs, if there are twice as many
 
 Spread = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 
 @dataclass
@@ -151,22 +153,23 @@ def fitted(folds: Sequence[Terms], spread: Spread | None, *, intercept: bool) ->
     before, variance = (sum(getattr(part, name) for part in parts) / count for name in ("energy", "variance"))
     nothing = _Penalties(None, None, False)
     if len(parts) < 2:  # nothing to judge by
-        return Fit(*problem.fit([0], nothing), before, before, variance, str(nothing))
+        return Fit(*problem.fit((0,), nothing), before, before, variance, str(nothing))
     splits = range(len(parts) if problem.size <= _MOST_SPLITS else 2)
     lost: dict[_Penalties, float] = {}
 
-    def loss(one: _Penalties, *, roughly: bool) -> float:
+    def losses(candidates: Iterable[_Penalties], *, roughly: bool) -> dict[_Penalties, float]:
         """The squared errors that are left on folds that were left out."""
-        total = 0.0
+        found = dict.fromkeys(candidates, 0.0)
         for split in splits:
-            others = [number for number in range(len(parts)) if number != split]
-            total += problem.loss(split, *problem.fit(others, one, roughly=roughly), roughly=roughly)
-        return total if math.isfinite(total) else math.inf
+            others = tuple(number for number in range(len(parts)) if number != split)
+            for one in found:
+                found[one] += problem.loss(split, *problem.fit(others, one, roughly=roughly), roughly=roughly)
+        return {one: total if math.isfinite(total) else math.inf for one, total in found.items()}
 
     def judge(candidates: Iterable[_Penalties]) -> _Penalties:
         """The best so far."""
         asked = [one for one in candidates if one not in lost]
-        lost.update((one, loss(one, roughly=True)) for one in asked)
+        lost.update(losses(asked, roughly=True))
         found = min(lost, key=lost.__getitem__)
         usual = next((one for one in asked if one in usually), found)
         return usual if lost[usual] <= _CLEARLY * lost[found] else found
@@ -178,8 +181,8 @@ def fitted(folds: Sequence[Terms], spread: Spread | None, *, intercept: bool) ->
         best = judge(_Penalties(one, None, intercept) for one in tried if one is not None)
     usually.append(_Penalties(best.neurons, USUAL_VALUES, intercept))
     best = judge(_Penalties(best.neurons, one, intercept) for one in tried if one is not None)
-    weight, constant = problem.fit(list(range(len(parts))), best)
-    after = loss(best, roughly=False) / sum(parts[split].count for split in splits)
+    after = losses([best], roughly=False)[best] / sum(parts[split].count for split in splits)
+    weight, constant = problem.fit(tuple(range(len(parts))), best)
     return Fit(weight, constant, before, after, variance, str(best))
 
 
@@ -193,45 +196,66 @@ class _Sums:
 
     def __init__(self, parts: Sequence[Terms], spread: Spread | None) -> None:
         self._parts, self._spread = parts, spread
-        self._known: dict[tuple[int, ...], Terms] = {}
+        self._latest: dict[str, tuple[object, Any]] = {}
         self.size, outputs = parts[0].errors.covariance.shape
         self._sketch: Tensor | None = None
         if outputs > 2 * _MOST_OUTPUTS:
             signs = torch.randint(2, (outputs, _MOST_OUTPUTS), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
             self._sketch = (signs / _MOST_OUTPUTS**0.5).to(parts[0].errors.covariance)
 
+    def _latest_of(self, name: str, key: object, make: Callable[[], T]) -> T:
+        """What was made for this key, if that was the last one asked for: these are large, and made in turn."""
+        if name not in self._latest or self._latest[name][0] != key:
+            self._latest.pop(name, None)
+            self._latest[name] = key, make()
+        return self._latest[name][1]
+
     def _roughly(self, values: Tensor, roughly: bool) -> Tensor:
         """Values [..., out], or as many random combinations of them as are enough to compare penalties."""
         return values @ self._sketch if roughly and self._sketch is not None else values
 
-    def _total(self, numbers: Sequence[int]) -> Terms:
-        key = tuple(numbers)
-        if key not in self._known:
-            self._known.clear()  # one at a time: they are large
-            self._known[key] = total = Terms()
-            for name in ("values", "errors", "neurons", "missing"):
-                setattr(total, name, Moments.total([getattr(self._parts[number], name) for number in numbers]))
-        return self._known[key]
+    def _total(self, name: str, numbers: tuple[int, ...]) -> Moments:
+        def make() -> Moments:
+            return Moments.total([getattr(self._parts[number], name) for number in numbers])
 
-    def fit(self, numbers: Sequence[int], penalties: _Penalties, *, roughly: bool = False) -> tuple[Tensor, Tensor]:
+        return self._latest_of(name, numbers, make)
+
+    def _about(self, name: str, numbers: tuple[int, ...], mean: bool) -> Tensor:
+        return self._latest_of(f"{name} about", (numbers, mean), lambda: self._total(name, numbers).about(mean))
+
+    def _by_neurons(self, numbers: tuple[int, ...], penalties: _Penalties) -> Tensor:
+        """The coefficients of the regression on merged neurons, [p, out]."""
+        assert self._spread is not None, "there are merged neurons"
+        assert penalties.neurons is not None, "asked by fit()"
+        neurons, missing = (self._about(name, numbers, penalties.constant) for name in ("neurons", "missing"))
+        return self._spread(_ridge(neurons, missing, penalties.neurons))
+
+    def fit(self, numbers: tuple[int, ...], penalties: _Penalties, *, roughly: bool = False) -> tuple[Tensor, Tensor]:
         """Coefficients [p, out] and constants [out], fitted to these folds."""
-        total, mean = self._total(numbers), penalties.constant
-        errors = self._roughly(total.errors.about(mean), roughly)
+        mean = penalties.constant
+        errors = self._latest_of(
+            "rough", (numbers, mean, roughly), lambda: self._roughly(self._about("errors", numbers, mean), roughly)
+        )
         weight = torch.zeros_like(errors)
         if penalties.neurons is not None:
-            assert self._spread is not None, "there are merged neurons"
-            extra = _ridge(total.neurons.about(mean), total.missing.about(mean), penalties.neurons)
-            weight = self._roughly(self._spread(extra), roughly)
+            key = numbers, penalties.neurons, mean, roughly
+            weight = self._latest_of(
+                "by neurons", key, lambda: self._roughly(self._by_neurons(numbers, penalties), roughly)
+            )
         if penalties.values is not None:
-            values = total.values.about(mean)
+            values = self._about("values", numbers, mean)
             weight = weight + _ridge(values, errors - values @ weight, penalties.values)
-        means = total.errors.means[0], self._roughly(total.errors.means[1], roughly)
-        return weight, (means[1] - means[0] @ weight) if mean else torch.zeros_like(means[1])
+        a, b = self._total("errors", numbers).means
+        b = self._roughly(b, roughly)
+        return weight, (b - a @ weight) if mean else torch.zeros_like(b)
 
     def loss(self, number: int, weight: Tensor, constant: Tensor, *, roughly: bool = False) -> float:
         """The squared errors that are left in a fold, summed over samples and outputs."""
         part = self._parts[number]
-        values, errors = part.values.second, self._roughly(part.errors.second, roughly)
+        values = self._latest_of("left out", number, lambda: part.values.second)
+        errors = self._latest_of(
+            "left out, errors", (number, roughly), lambda: self._roughly(part.errors.second, roughly)
+        )
         means = part.errors.means[0], self._roughly(part.errors.means[1], roughly)
         crossed = 2 * (weight * errors).sum() - (weight * (values @ weight)).sum()
         shifted = 2 * constant @ (means[1] - means[0] @ weight) - constant @ constant
@@ -250,7 +274,7 @@ class _Samples:
         values, errors, weights = (torch.cat(alike) for alike in zip(*rows, strict=True))
         return values, errors.double(), weights.double()
 
-    def fit(self, numbers: Sequence[int], penalties: _Penalties, *, roughly: bool = False) -> tuple[Tensor, Tensor]:
+    def fit(self, numbers: tuple[int, ...], penalties: _Penalties, *, roughly: bool = False) -> tuple[Tensor, Tensor]:
         """See `_Sums.fit`; always for all outputs."""
         values, errors, weights = self._joined(numbers)
         mean = penalties.constant

@@ -6,9 +6,10 @@ CVPR 2020). The result does not look like an image, but its activations are corr
 
 A network without stored statistics (no normalisation, or LayerNorm, which computes them from the input) still tells
 something about its inputs. Gradients of the first layer are sums of inputs, so its weights span the directions in which
-the inputs vary. Inputs are drawn as random linear combinations of these weights. They are centred on the small input
-whose pre-activations best cancel the biases, because trained neurons tend to be balanced where the data lie. Such
-inputs are good enough for compensation, but not for comparing neurons.
+the inputs vary. A third of the inputs are random linear combinations of these weights. They are centred on the small
+input whose pre-activations best cancel the biases, because trained neurons tend to be balanced where the data lie. What
+is fitted to such inputs alone need not hold on images, so the others are dead leaves and pink noise of their mean and
+deviation.
 
 Both ways run the model with gradients and in batches of their own, which its code may not expect. The careful variants
 avoid that as far as possible: see `dream` and `draw`.
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nac_gpu.calibration.noise import image_noise, pink
+from nac_gpu.calibration.noise import dead_leaves, image_noise, pink
 from nac_gpu.distributed.ranks import ALONE, Ranks
 from nac_gpu.network.gradients import GradientsKept
 from nac_gpu.network.precision import multiplies_bfloat16
@@ -67,7 +68,7 @@ def dream(
 ) -> list[Tensor]:
     """Synthetic inputs whose channel statistics match the running statistics of BatchNorm.
 
-    Without BatchNorm: random linear combinations of the first layer's weights, see `draw`.
+    Without BatchNorm: inputs like the first layer's weights, see `draw`.
 
     Args:
         model: one for which `why_not` returns None; not changed.
@@ -110,7 +111,7 @@ def draw(
     seed: int = 0,
     careful: int | None = None,
 ) -> list[Tensor]:
-    """Random linear combinations of the first layer's weights, centred where its biases cancel.
+    """Random linear combinations of the first layer's weights, and in turn with them dead leaves and pink noise.
 
     Args:
         model: not changed.
@@ -127,8 +128,15 @@ def draw(
         RuntimeError: no gradient reaches the inputs.
         ValueError: no layer reads the inputs as they are, or those that were made are not finite.
     """
+    generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
-        batches = _drawn(model, inputs, count, torch.Generator().manual_seed(seed), careful is not None)
+        batches = _drawn(model, inputs, count, generator, careful is not None)
+    for batch in batches:
+        over = [dim for dim in range(batch.ndim) if dim != 1]
+        deviation, mean = torch.std_mean(batch.float(), over, keepdim=True)
+        for place, noise in enumerate((dead_leaves, image_noise), 1):
+            rows = batch[place::3]
+            rows.copy_(mean + deviation * noise(tuple(rows.shape), generator).to(mean))
     return _divided(batches, careful)
 
 

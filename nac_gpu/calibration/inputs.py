@@ -126,7 +126,7 @@ def _synthetic(model: nn.Module, example_inputs: ExampleInputs, seed: int, ranks
 _SOURCES = {
     "dream": "dreamed up from the statistics of BatchNorm",
     "noise": "of noise, scaled to fit the statistics of BatchNorm",
-    "draw": "dreamed up from the weights of the first layer",
+    "draw": "drawn from the weights of the first layer, and of noise",
 }
 
 
@@ -140,7 +140,9 @@ def _dreamed(model: nn.Module, example_inputs: Tensor, seed: int, kind: str, car
     else:
         steps = 0 if kind == "noise" else None  # without statistics, it draws
         batches = dream(run, example, seed=seed, ranks=ranks, careful=size, steps=steps)
-    return Inputs([*batches], _SOURCES[kind] + _IN_FLOAT32 * float32, kind == "dream", True, float32)
+    return Inputs(
+        [*batches], _SOURCES[kind] + _IN_FLOAT32 * float32, kind == "dream" or not has_statistics(model), True, float32
+    )
 
 
 def _spoken(

@@ -1,4 +1,4 @@
-"""Dreamed inputs have the statistics that BatchNorm remembers; drawn ones are sums of the first layer's weights."""
+"""Dreamed inputs have the statistics that BatchNorm keeps; drawn ones are sums of the first weights, or noise."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_draws_are_sums_of_the_first_weights(name: str) -> None:
     drawn = torch.cat(batches)
     assert drawn.shape == (40, *inputs.shape[1:])
     if name == "dbn":
-        weight = model[1].weight.detach()
+        weight, drawn = model[1].weight.detach(), drawn[::3]  # the others are noise
         onto = torch.linalg.lstsq(weight.T, drawn.flatten(1).T).solution
         assert torch.allclose(weight.T @ onto, drawn.flatten(1).T, atol=1e-4)
         made = (drawn.flatten(1) @ weight.T).std(0).mean()
@@ -94,6 +94,9 @@ def test_draws_lie_about_what_cancels_the_biases() -> None:
     expected = -weight.T @ torch.linalg.solve(weight @ weight.T + 0.3 * square * torch.eye(30).double(), bias)
     drawn = torch.cat(dream(model, torch.zeros(1, 40)))
     assert drawn.shape == (4096, 40)
+    for noise in (drawn[1::3], drawn[2::3]):
+        assert torch.allclose(noise.mean(0), drawn[::3].mean(0), atol=0.1)
+    drawn = drawn[::3]
     error = (drawn.mean(0).double() - expected).norm() / expected.norm()
     assert error < 0.02
     assert torch.cosine_similarity(drawn.mean(0), data_mean, 0) > 0.8
@@ -106,6 +109,18 @@ def test_draws_of_images_are_smooth() -> None:
     frequency = torch.fft.fftfreq(waves.shape[0]).abs()
     slow = (frequency[:, None] < 0.125) & (frequency < 0.125)
     assert waves[slow].mean() > 5 * waves[~slow].mean()
+
+
+def test_a_third_of_drawn_images_have_edges_and_even_surfaces() -> None:
+    """What is fitted to smooth inputs alone does not hold on images."""
+    model, inputs = network("cnn")
+    drawn = torch.cat(dream(model, inputs, count=63))
+    even = [float((images.diff(dim=3) == 0).float().mean()) for images in (drawn[::3], drawn[1::3], drawn[2::3])]
+    assert even[1] > 0.5 > 0.1 > max(even[0], even[2])
+    smooth, leaves, pink = drawn[::3], drawn[1::3], drawn[2::3]
+    for noise in (leaves, pink):
+        assert torch.allclose(noise.mean((0, 2, 3)), smooth.mean((0, 2, 3)), atol=0.3 * float(smooth.std()))
+        assert torch.allclose(noise.std((0, 2, 3)), smooth.std((0, 2, 3)), rtol=0.3)
 
 
 def test_large_images_are_drawn_in_small_numbers() -> None:

@@ -19,7 +19,7 @@ from nac_gpu.network.state import tensors
 from nac_gpu.tracing.trace import record
 
 IMAGES, VECTORS = torch.randn(2, 3, 9, 9), torch.randn(4, 6)
-NORMS, NOISE, DRAWN = "dreamed up from the statistics", "of noise, scaled to fit", "dreamed up from the weights"
+NORMS, NOISE, DRAWN = "dreamed up from the statistics", "of noise, scaled to fit", "drawn from the weights"
 WEIGHTS = "neurons are compared by their weights, without compensation"
 pytestmark = pytest.mark.usefixtures("short_dreams")
 
@@ -144,7 +144,11 @@ AWKWARD: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "unused": (lambda: Unused(*vectors(), nn.BatchNorm1d(3)), VECTORS, f"{DRAWN}.*no BatchNorm with statistics is run"),
     "inference tensors": (in_inference_mode, IMAGES, NORMS),
     "float16": (lambda: convolutions().half(), IMAGES.half(), f"{NORMS} of BatchNorm, in float32"),
-    "float16, overflowing": (lambda: changed(3e4).half(), VECTORS.half(), f"{DRAWN} of the first layer, in float32"),
+    "float16, overflowing": (
+        lambda: changed(3e4).half(),
+        VECTORS.half(),
+        f"{DRAWN} of the first layer, and of noise, in float32",
+    ),
     "bfloat16": (lambda: convolutions().bfloat16(), IMAGES.bfloat16(), NORMS),
 }
 

@@ -21,7 +21,6 @@ from standins import write_mnist, write_tree
 import nac_gpu as nac
 
 FOUND = sorted({command.removeprefix("python ") for page in PAGES for command in commands(page)})
-EXPERIMENTS = [command for command in FOUND if re.match(r"experiments/\w+\.py", command)]
 INSTALLATIONS = [command for command in FOUND if command.startswith("pip install ")]
 #: What .ci/run calls from a fresh clone.
 CI = ("make lint", "make test")
@@ -35,11 +34,17 @@ TESTS = {
     "nac compress --open": "test_cli.py::test_weights_that_stay_in_their_files",
     "nac compress --experts 0.5": "test_cli.py::test_fewer_experts_and_fewer_neurons",
     "torchrun --nproc-per-node 8": "test_experiments.py::test_two_processes_measure_what_one_does",
+    # They need texts, and a folder of weights.
+    "experiments/language.py --model FOLDER "
+    "--calibration valid.txt --test test.txt more.txt --windows 12": "test_language.py::test_every_method_is_measured_once",
+    "experiments/mixtures.py --folder FOLDER "
+    "--train valid.txt test.txt --test test.txt more.txt --minutes 25": "test_mixtures_compared.py::test_every_method_is_measured_once",
     # On a CPU: its steps, by an interpreter that only pretends.
     "experiments/gpu_check.sh": "test_gpu_check.py::test_every_step_is_run_and_what_failed_is_told",
     "DEVICE=cpu experiments/gpu_check.sh OUTPUT_FOLDER": "test_gpu_check.py::test_packages_that_are_missing",
     "experiments/gpu_sanitise.sh": "test_gpu_check.py::test_compressions_and_the_second_script_are_rehearsed",
 }
+EXPERIMENTS = [command for command in FOUND if re.match(r"experiments/\w+\.py", command) and command not in TESTS]
 HERE = ("make demo", "make docs", "docs/figures.py")
 
 #: What stands at the end of an experiment's command: less of everything, and no file of the repository is written.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixtures import CLASSES, HIDDEN, Deep, X, made, with_copies
+from tinymixtures import CLASSES, HIDDEN, Deep, X, made, with_copies
 from torch import Tensor, nn
 
 import nac_gpu as nac

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mixtures import CLASSES, WIDTH, Listed, X, made
+from tinymixtures import CLASSES, WIDTH, Listed, X, made
 from torch import Tensor, nn
 
 import nac_gpu as nac

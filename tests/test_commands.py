@@ -35,10 +35,12 @@ TESTS = {
     "nac compress --experts 0.5": "test_cli.py::test_fewer_experts_and_fewer_neurons",
     "torchrun --nproc-per-node 8": "test_experiments.py::test_two_processes_measure_what_one_does",
     # They need texts, and a folder of weights.
-    "experiments/language.py --model FOLDER "
-    "--calibration valid.txt --test test.txt more.txt --windows 12": "test_language.py::test_every_method_is_measured_once",
-    "experiments/mixtures.py --folder FOLDER "
-    "--train valid.txt test.txt --test test.txt more.txt --minutes 25": "test_mixtures_compared.py::test_every_method_is_measured_once",
+    "experiments/language.py --model FOLDER --calibration valid.txt --test test.txt more.txt --windows 12": (
+        "test_language.py::test_every_method_is_measured_once"
+    ),
+    "experiments/mixtures.py --folder FOLDER --train valid.txt test.txt --test test.txt more.txt": (
+        "test_mixtures_compared.py::test_every_method_is_measured_once"
+    ),
     # On a CPU: its steps, by an interpreter that only pretends.
     "experiments/gpu_check.sh": "test_gpu_check.py::test_every_step_is_run_and_what_failed_is_told",
     "DEVICE=cpu experiments/gpu_check.sh OUTPUT_FOLDER": "test_gpu_check.py::test_packages_that_are_missing",

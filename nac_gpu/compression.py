@@ -141,7 +141,8 @@ def compress(
         method: how groups are made smaller: `"ward"` (neurons are merged by agglomerative clustering); `"removal"`
             (those that contribute least to the consumers' outputs are removed); `"mixed"` (the same, but merged where
             they are like one that stays); or `"auto"`, for each group that of the three which loses least on inputs
-            that were left out. Without inputs these are all `"ward"`. Also `"kmeans"`, `"random"`, `"l1"` (filter
+            that were left out. Without inputs, `"auto"` tries merging and removal on random tokens if the model reads
+            tokens, and the others are all `"ward"`. Also `"kmeans"`, `"random"`, `"l1"` (filter
             pruning by bare weights), or a function (see `nac_gpu.AssignmentMethod`); a label of -1 removes a neuron
             instead of merging it.
         rule: how merged neurons and their consumers are computed: `"compensated"` (consumers are refitted,

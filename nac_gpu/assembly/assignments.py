@@ -1,12 +1,13 @@
 """The ways to make each group smaller, as labels of its neurons."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from nac_gpu.assembly.settings import MergeSettings, compensates
+from nac_gpu.assembly.untaught import labels_of
 from nac_gpu.calibration.activity import Activity
 from nac_gpu.calibration.curves import error_at
 from nac_gpu.calibration.evidence import Evidence
@@ -47,7 +48,9 @@ class Assignments:
             self._found = _by_activations(acting, evidence, settings, prepared.subject.ranks)
         self._acting = {choice.group.name for choice in acting}
 
-    def on(self, merger: Merger | Compensator, kind: Kind) -> Iterator[tuple[Choice, dict[str, Tensor]]]:
+    def on(
+        self, merger: Merger | Compensator, kind: Kind, best: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[Choice, dict[str, Tensor]]]:
         """The ways for each group, by name, in the order of the plan; merge each before taking the next.
 
         Clusters by weights depend on the groups merged before, so every rank computes all of them. A function of the
@@ -56,12 +59,17 @@ class Assignments:
         Args:
             merger: merges them.
             kind: how groups are made smaller, if the method leaves that open: all in one way, or each in the best.
+            best: for some groups, by name, which of `WAYS` is the best.
         """
         settings = self._settings
         for choice in self._prepared.choices:
             group = choice.group
             if not choice.merges:
                 yield choice, {"none": torch.arange(choice.width)}
+                continue
+            if best and group.name in best:
+                way = best[group.name]
+                yield choice, {way: labels_of(merger.state, choice, way, settings)}
                 continue
             labels = self._known.get(group.name)
             if labels is None and group.name in self._acting:

@@ -7,6 +7,7 @@ nothing is fitted to it, and the way whose answers there are nearest to the orig
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from nac_gpu.assembly.assignments import Assignments, Kind
 from nac_gpu.assembly.settings import MergeSettings, compensates
+from nac_gpu.assembly.untaught import tried
 from nac_gpu.calibration.batches import Batches, Divided, first_batches, size_of
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.distributed.fallbacks import StepError, attempt
@@ -213,14 +215,26 @@ class _Assembly:
         return max(1, int(operations / max(1.0, subject.graph.flops / size_of(subject.inputs))))
 
     def _by_weights(self) -> _Made:
-        """Groups merged without compensation."""
+        """Groups made smaller without compensation."""
         merger = Merger(tensors(self._network), self._settings.deviation)
-        own = self._assignments
-        if self._settings.method == "auto" and compensates(self._evidence, self._settings):
+        own, evidence, best = self._assignments, self._evidence, dict[str, str]()
+        if self._settings.method == "auto" and compensates(evidence, self._settings):
             own = Assignments(self._prepared, None, self._settings)  # by weights, as without any inputs
-        for choice, ways in own.on(merger, "ward"):
+        elif self._settings.method == "auto" and (evidence is None or not evidence.batches):
+            best = self._tried()
+        for choice, ways in own.on(merger, "ward", best):
             merger.merge(choice.group, next(iter(ways.values())))
         return _Made("not refitted, which loses less", merger.finish(), (), {})
+
+    def _tried(self) -> Mapping[str, str]:
+        """The ways to make groups smaller that were tried, by group."""
+        best, failed = tried(self._prepared, self._network, self._settings, self._ranks)
+        if failed:
+            self.failures += (f"groups are merged by their weights, because trying other ways failed ({failed})",)
+        if best:
+            counts = ", ".join(f"{count} groups by {way}" for way, count in Counter(best.values()).items())
+            self.told = (f"tried on random tokens: {counts}",)
+        return best
 
     def refined(self, small: nn.Module) -> list[str]:
         """Refine the smaller network in place, if it was compensated; lines about that for the plan."""

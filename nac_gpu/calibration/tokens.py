@@ -97,10 +97,23 @@ class Speaker:
             RankError: another rank failed, or was lost.
         """
         with evaluating(self._model):
-            size = self._fitting()
+            size = self._fitting(max(1, min(_MOST // _FEWEST, _BATCH // self._length())))
             count = max(_FEWEST, min(_MOST, POSITIONS // self._length()))
             numbers = range(-(-count // size))
             return list(ranks.share(numbers, lambda number: self._made(size, seed * len(numbers) + number)))
+
+    def drawn(self, most: int, seed: int = 0) -> ExampleInputs:
+        """A batch of random tokens: as many sequences as have at most so many tokens together, at least one.
+
+        If the model accepts no other batch size, that of the example inputs.
+
+        Args:
+            most: tokens.
+            seed: as for `batches`.
+        """
+        with evaluating(self._model):
+            size = self._fitting(max(1, most // self._length()))
+            return self._with(self._random(size, torch.Generator().manual_seed(seed)))
 
     def _found(self) -> list[_Place]:
         """Integer tensors of the example inputs that embeddings read unchanged."""
@@ -208,9 +221,8 @@ class Speaker:
             return False
         return True
 
-    def _fitting(self) -> int:
-        """Batch size: the default, or that of the example inputs if the model accepts no other."""
-        size = max(1, min(_MOST // _FEWEST, _BATCH // self._length()))
+    def _fitting(self, size: int) -> int:
+        """A batch size, or that of the example inputs if the model does not accept it."""
         try:
             call(self._model, self._with(self._random(size, torch.Generator().manual_seed(0))))
         except Exception:  # the user's code may raise anything

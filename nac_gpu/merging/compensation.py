@@ -50,7 +50,6 @@ Refit = Literal["through", "alone"]
 
 _KEPT_BYTES = 1 << 28  # of what the consumers of one group read in the original network
 _FEW = 256  # inputs or tokens on which chains are found
-_MOST_ROWS = 32768  # output positions of a convolution, over all batches
 
 
 @dataclass
@@ -251,14 +250,13 @@ class Compensator:
 
             def observed(number: int) -> dict[str, list[Terms]]:
                 before = self._originally(assigned.group, number, calls, places)
-                rows = _MOST_ROWS // len(self._batches)
-                most = {layer: max(1, rows // max(1, len(values))) for layer, values in before.items()}
+                parts = {layer: len(self._batches) * max(1, len(values)) for layer, values in before.items()}
                 terms = {layer: empty_folds() for layer in consumers}
                 sample = Sample.of(self._batches, number)
 
                 def take(layer: str, merged: Tensor) -> None:
                     original = before[layer].pop(0) if before[layer] else None  # pop frees its memory
-                    consumers[layer].add(terms[layer], original, merged, most[layer], sample)
+                    consumers[layer].add(terms[layer], original, merged, parts[layer], sample)
 
                 walk = self._before if self._refit == "alone" else self._after
                 if same:

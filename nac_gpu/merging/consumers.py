@@ -104,14 +104,14 @@ class Consumer:
         """Columns [n, m, out, *kernel] or [n, m, out] as [out, n, m, *kernel]."""
         return columns.movedim(2, 0)
 
-    def add(self, terms: Sequence[Terms], original: Tensor | None, merged: Tensor, most: int, sample: Sample) -> None:
+    def add(self, terms: Sequence[Terms], original: Tensor | None, merged: Tensor, parts: int, sample: Sample) -> None:
         """Add the samples of one call of the consumer.
 
         Args:
             terms: sums of the batch, by fold.
             original: input of the consumer in the original network; None if it was not called.
             merged: its input in the merged network.
-            most: number of samples of output positions.
+            parts: how many calls the samples are divided among.
             sample: of which batch.
         """
         if original is None or original.shape != merged.shape:
@@ -120,7 +120,9 @@ class Consumer:
         original, merged = (counted(self._module, given, sample.mask) for given in (original, merged))
         part = _convolved if isinstance(self._module, nn.modules.conv._ConvNd) else _multiplied
         # Of a consumer that reads one value a neuron all samples are used: its regression is small.
-        most = rows_of(self._first.numel() * self._whole[0, 0, 0].numel(), most) if self._several else _ALL_ROWS
+        most = _ALL_ROWS
+        if self._several:
+            most = max(1, rows_of(self._first.numel() * self._whole[0, 0, 0].numel()) // parts)
         read, whole = part(self._module, original, self._index, self._outputs(self._whole), most)
         values, made = part(self._module, merged, self._first, self._outputs(self._merged), most)
         weights = row_weights(read)
@@ -194,7 +196,8 @@ def _convolved(module: nn.Module, inputs: Tensor, index: Tensor, weight: Tensor,
     ):
         windows = windows.unfold(at, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
     rows = len(x) * math.prod(windows.shape[2 : 2 + spatial])
-    step = max(1, math.ceil((rows / most) ** (1 / spatial)))
+    long = sum(size > 1 for size in windows.shape[2 : 2 + spatial])  # dimensions
+    step = max(1, math.ceil((rows / most) ** (1 / max(1, long))))
     for at in range(2, 2 + spatial):
         here = min(step, windows.shape[at])
         windows = windows[(slice(None),) * at + (slice((windows.shape[at] - 1) % here // 2, None, here),)]

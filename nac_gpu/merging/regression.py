@@ -25,6 +25,7 @@ USUAL_NEURONS, USUAL_VALUES = 1e-2, 5e-2  # chosen unless another is clearly bet
 _CLEARLY = 1.03  # times the error of the best: what was left out is a sample, too
 MOST_VALUES = 4096  # with more, samples are kept in place of moments
 _MOST_KEPT = 4096  # of those samples
+_MOST_ROWS = 32768  # of samples that only moments are kept of
 _MOST_SPLITS = 512  # values, with which each fold is left out in turn; with more, only two of them are
 _MOST_OUTPUTS = 64  # penalties are compared on so many random combinations of the outputs, if there are twice as many
 
@@ -83,9 +84,9 @@ class Terms:
         self.comparable = self.comparable and other.comparable
 
 
-def rows_of(values: int, rows: int) -> int:
-    """How many samples are used, if a consumer reads so many values and no more than so many rows are wanted."""
-    return rows if values <= MOST_VALUES else min(rows, _MOST_KEPT)
+def rows_of(values: int) -> int:
+    """How many samples are used of a consumer that reads so many values, over all inputs."""
+    return _MOST_ROWS if values <= MOST_VALUES else _MOST_KEPT
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def fitted(folds: Sequence[Terms], spread: Spread | None, *, intercept: bool) ->
         for split in splits:
             others = tuple(number for number in range(len(parts)) if number != split)
             for one in found:
-                found[one] += problem.loss(split, *problem.fit(others, one, roughly=roughly), roughly=roughly)
+                found[one] += problem.loss(split, others, one, roughly=roughly)
         return {one: total if math.isfinite(total) else math.inf for one, total in found.items()}
 
     def judge(candidates: Iterable[_Penalties]) -> _Penalties:
@@ -249,9 +250,9 @@ class _Sums:
         b = self._roughly(b, roughly)
         return weight, (b - a @ weight) if mean else torch.zeros_like(b)
 
-    def loss(self, number: int, weight: Tensor, constant: Tensor, *, roughly: bool = False) -> float:
-        """The squared errors that are left in a fold, summed over samples and outputs."""
-        part = self._parts[number]
+    def loss(self, number: int, others: tuple[int, ...], penalties: _Penalties, *, roughly: bool = False) -> float:
+        """The squared errors that are left in a fold by what is fitted to others, summed over samples and outputs."""
+        part, (weight, constant) = self._parts[number], self.fit(others, penalties, roughly=roughly)
         values = self._latest_of("left out", number, lambda: part.values.second)
         errors = self._latest_of(
             "left out, errors", (number, roughly), lambda: self._roughly(part.errors.second, roughly)
@@ -263,48 +264,101 @@ class _Sums:
 
 
 class _Samples:
-    """The same regressions on samples, of which there are fewer than values: in the dual form."""
+    """The same regressions on samples, of which there are fewer than values: in the dual form.
+
+    All that is judged follows from the products of the samples with each other, which are computed once. Of the
+    samples their common mean is subtracted first, because it may be much larger than what they differ in.
+
+    Args:
+        parts: as for `_Sums`.
+        spread: likewise.
+    """
 
     def __init__(self, parts: Sequence[Terms], spread: Spread | None) -> None:
         self._parts, self._spread = parts, spread
-        self.size = sum(len(values) for part in parts for values, _, _ in part.samples)
-
-    def _joined(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        rows = [sample for number in numbers for sample in self._parts[number].samples]
+        rows = [sample for part in parts for sample in part.samples]
         values, errors, weights = (torch.cat(alike) for alike in zip(*rows, strict=True))
-        return values, errors.double(), weights.double()
+        self._errors, self._weights = errors.double(), weights.double()
+        shares = self._weights / self._weights.sum()
+        self._mean = shares.to(values.dtype) @ values
+        self._values = values - self._mean
+        self._along = (self._values @ self._mean).double()  # products with the mean
+        self._products = (self._values @ self._values.T).double()
+        counts = [sum(len(weights) for _, _, weights in part.samples) for part in parts]
+        self._rows = torch.arange(len(values), device=values.device).split(counts)
+        self._neurons: tuple[object, Tensor | None] = None, None
+        self._gram: tuple[object, Tensor | None] = None, None
+        self.size = len(values)
 
-    def fit(self, numbers: tuple[int, ...], penalties: _Penalties, *, roughly: bool = False) -> tuple[Tensor, Tensor]:
-        """See `_Sums.fit`; always for all outputs."""
-        values, errors, weights = self._joined(numbers)
-        mean = penalties.constant
-        shares = (weights / weights.sum())[:, None]
-        centre = (shares.to(values.dtype) * values).sum(0) if mean else torch.zeros_like(values[0])
-        weight = torch.zeros(values.shape[1], errors.shape[1], dtype=torch.float64, device=values.device)
-        if penalties.neurons is not None:
+    def _by_neurons(self, numbers: tuple[int, ...], penalties: _Penalties) -> Tensor | None:
+        """The coefficients of the regression on merged neurons, [p, out]; None without it."""
+        key = numbers, penalties.neurons, penalties.constant
+        if penalties.neurons is None:
+            return None
+        if self._neurons[0] != key:
             assert self._spread is not None, "there are merged neurons"
             chosen = [self._parts[number] for number in numbers]
             neurons, missing = (Moments.total([getattr(t, name) for t in chosen]) for name in ("neurons", "missing"))
-            weight = self._spread(_ridge(neurons.about(mean), missing.about(mean), penalties.neurons))
-        if penalties.values is not None:
-            left = errors - values.double() @ weight if penalties.neurons is not None else errors
-            left = left - (shares * left).sum(0) if mean else left
-            scaled = (values - centre) * shares.sqrt().to(values.dtype)
-            gram = (scaled @ scaled.T).double()
-            share = penalties.values / values.shape[1] * len(gram)  # of the mean square of a value
-            factor = torch.linalg.cholesky(damped(gram, share))
-            dual = torch.cholesky_solve(shares.sqrt() * left, factor)
-            weight = weight + (scaled.T @ dual.to(scaled.dtype)).double()
-        constant = torch.zeros_like(errors[0])
-        if mean:
-            constant = (shares * errors).sum(0) - centre.double() @ weight
-        return weight, constant
+            mean = penalties.constant
+            self._neurons = key, self._spread(_ridge(neurons.about(mean), missing.about(mean), penalties.neurons))
+        return self._neurons[1]
 
-    def loss(self, number: int, weight: Tensor, constant: Tensor, *, roughly: bool = False) -> float:
+    def _seen(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The samples of some folds, and their shares, which sum to one."""
+        rows = torch.cat([self._rows[number] for number in numbers])
+        return rows, self._weights[rows] / self._weights[rows].sum()
+
+    def _kernel(self, left: Tensor, seen: Tensor, shares: Tensor, mean: bool) -> Tensor:
+        """Products of samples `left` with samples `seen`, about the mean of the latter or as they are."""
+        products = self._products[left][:, seen]
+        if not mean:
+            return products + self._along[left][:, None] + self._along[seen] + self._mean.double().square().sum()
+        own = self._products[seen][:, seen] @ shares
+        return products - (products @ shares)[:, None] - own + own @ shares
+
+    def _dual(self, numbers: tuple[int, ...], errors: Tensor, penalties: _Penalties) -> Tensor:
+        """Coefficients of the samples of some folds, [rows, out]: their weighted sum is the regression on values."""
+        assert penalties.values is not None, "asked by the caller"
+        seen, shares = self._seen(numbers)
+        scale, key = shares.sqrt()[:, None], (numbers, penalties.constant)
+        if self._gram[0] != key:
+            self._gram = key, self._kernel(seen, seen, shares, penalties.constant).mul_(scale).mul_(scale.T)
+        gram = self._gram[1]
+        assert gram is not None, "it was just made"
+        share = penalties.values / self._values.shape[1] * len(gram)  # of the mean square of a value
+        factor, failed = torch.linalg.cholesky_ex(damped(gram, share))
+        return scale * torch.cholesky_solve(scale * errors, factor) if not bool(failed) else errors * torch.nan
+
+    def _without_neurons(self, numbers: tuple[int, ...], penalties: _Penalties) -> Tensor:
+        """The errors that the regression on merged neurons leaves, [rows, out]."""
+        weight = self._by_neurons(numbers, penalties)
+        if weight is None:
+            return self._errors
+        return self._errors - (self._values @ weight.to(self._values.dtype)).double() - self._mean.double() @ weight
+
+    def fit(self, numbers: tuple[int, ...], penalties: _Penalties) -> tuple[Tensor, Tensor]:
+        """Coefficients [p, out] and constants [out], fitted to these folds."""
+        (seen, shares), weight = self._seen(numbers), self._by_neurons(numbers, penalties)
+        errors = self._without_neurons(numbers, penalties)[seen]
+        constant = shares @ errors if penalties.constant else torch.zeros_like(errors[0])
+        found = torch.zeros(self._values.shape[1], errors.shape[1], dtype=torch.float64, device=errors.device)
+        if penalties.values is not None:
+            dual, mean = self._dual(numbers, errors - constant, penalties), self._mean.double()
+            found = (self._values[seen].T @ dual.to(self._values.dtype)).double() + mean[:, None] * dual.sum(0)
+            if penalties.constant:
+                constant = constant - (mean + shares @ self._values[seen].double()) @ found
+        return found if weight is None else weight + found, constant
+
+    def loss(self, number: int, others: tuple[int, ...], penalties: _Penalties, *, roughly: bool = False) -> float:
         """See `_Sums.loss`; always for all outputs."""
-        values, errors, weights = self._joined([number])
-        left = errors - (values @ weight.to(values.dtype)).double() - constant
-        return float((left.square().sum(1) * weights).sum())
+        left, (seen, shares) = self._rows[number], self._seen(others)
+        errors = self._without_neurons(others, penalties)
+        mean = shares @ errors[seen] if penalties.constant else torch.zeros_like(errors[0])
+        found = errors[left] - mean
+        if penalties.values is not None:
+            dual = self._dual(others, errors[seen] - mean, penalties)
+            found = found - self._kernel(left, seen, shares, penalties.constant) @ dual
+        return float(found.square().sum(1) @ self._weights[left])
 
 
 def _ridge(inputs: Tensor, targets: Tensor, share: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 What counts are the answers: logits, embeddings, predictions. Caches, states that are handed back to be handed in again,
 losses, and what a model returns besides only if asked for (hidden states, attention weights) do not count: a language
-model returns two tensors of every layer beside its logits. Padding does not count either.
+model returns two tensors of every layer beside its logits. Padding does not count either. Of an encoder's last states
+their mean over the positions counts, too: it is what most encoders of sentences are read by.
 
 The answer of a language model is a distribution of the next token, so its distance is the Kullback-Leibler divergence.
 All other answers are compared by their mean squared difference, relative to their variance.
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from nac_gpu.network.comparing import change, mean_change
 from nac_gpu.network.memory import trim
-from nac_gpu.network.padding import padding_of, without_padding
+from nac_gpu.network.padding import mean_of_positions, padding_of, without_padding
 from nac_gpu.network.precision import floating
 from nac_gpu.network.reaching import tensors_in
 from nac_gpu.network.running import ExampleInputs, call, evaluating
 
 #: Values of answers that are compared: of larger ones, evenly spaced positions.
 MOST = 1 << 26
+_STATES = "last_hidden_state"  # of an encoder, by position
 _NO_ANSWERS = ("past_key_values", "cache", "mems", "state", "loss", "hidden_states", "attentions")
 
 
@@ -59,7 +61,9 @@ def answers_in(returned: Any, batch: ExampleInputs, most: int = MOST) -> Answers
         found = without_padding(logits, mask)
         return Answers((_part(found.flatten(0, -2), most),), words=True)
     values = [value for value in _counting(returned) if value.is_floating_point() or value.is_complex()]
-    return Answers(tuple(_part(without_padding(value, mask), most) for value in values))
+    states = returned.get(_STATES) if isinstance(returned, Mapping) else None
+    pooled = [mean_of_positions(states, mask)] if isinstance(states, Tensor) and states.ndim == 3 else []
+    return Answers((*(_part(without_padding(value, mask), most) for value in values), *pooled))
 
 
 def _counting(returned: Any) -> Iterator[Tensor]:
@@ -68,7 +72,7 @@ def _counting(returned: Any) -> Iterator[Tensor]:
         yield returned
         return
     if isinstance(returned, Mapping):
-        named = {key: value for key, value in returned.items() if not any(word in str(key) for word in _NO_ANSWERS)}
+        named = {key: value for key, value in returned.items() if _is_answer(str(key))}
         returned = named or dict(returned)
         parts = list(returned.values())
     else:
@@ -76,6 +80,11 @@ def _counting(returned: Any) -> Iterator[Tensor]:
     some = [part for part in parts if not type(part).__name__.endswith("Cache")]
     found = [value for part in some or parts for value in tensors_in(part)]
     yield from [value for value in found if value.ndim] or found
+
+
+def _is_answer(key: str) -> bool:
+    """Whether what a network returns by this name is an answer."""
+    return key == _STATES or not any(word in key for word in _NO_ANSWERS)
 
 
 def _part(values: Tensor, most: int) -> Tensor:

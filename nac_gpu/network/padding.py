@@ -47,3 +47,11 @@ def without_padding(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or values.ndim < 3 or values.shape[:2] != mask.shape:
         return values
     return values[torch.as_tensor(mask, device=values.device)]
+
+
+def mean_of_positions(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of outputs [batch, length, channels] over the positions that count: [batch, channels]."""
+    if mask is None or values.shape[:2] != mask.shape:
+        return values.mean(1)
+    counting = torch.as_tensor(mask, device=values.device)[..., None].to(values.dtype)
+    return (values * counting).sum(1) / counting.sum(1).clamp_min(1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nac_gpu.assembly.assignments import Assignments, Kind
 from nac_gpu.assembly.settings import MergeSettings, compensates
-from nac_gpu.assembly.untaught import tried
+from nac_gpu.assembly.untaught import is_left_untried, tried
 from nac_gpu.calibration.batches import Batches, Divided, first_batches, size_of
 from nac_gpu.calibration.evidence import Evidence
 from nac_gpu.distributed.fallbacks import StepError, attempt
@@ -230,7 +230,9 @@ class _Assembly:
         """The ways to make groups smaller that were tried, by group."""
         best, failed = tried(self._prepared, self._network, self._settings, self._ranks)
         if failed:
-            self.failures += (f"groups are merged by their weights, because trying other ways failed ({failed})",)
+            self.failures += (f"groups are merged by their weights, because other ways could not be tried: {failed}",)
+        if is_left_untried(self._network, self._prepared.subject.inputs):
+            self.told = ("groups are merged by their weights; loaded into memory, other ways would be tried, too",)
         if best:
             counts = ", ".join(f"{count} groups by {way}" for way, count in Counter(best.values()).items())
             self.told = (f"tried on random tokens: {counts}",)

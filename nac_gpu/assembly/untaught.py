@@ -25,7 +25,8 @@ from nac_gpu.distributed.ranks import Ranks
 from nac_gpu.merging.centroids import Merger
 from nac_gpu.network.copying import copied
 from nac_gpu.network.judging import all_answers, judged
-from nac_gpu.network.running import ExampleInputs
+from nac_gpu.network.reaching import tensors_in
+from nac_gpu.network.running import ExampleInputs, own_inputs
 from nac_gpu.network.state import is_open, tensors
 from nac_gpu.tracing.graph import Choice
 
@@ -59,6 +60,12 @@ def tried(
         except StepError as error:
             failed = failed or str(error)
     return {}, failed
+
+
+def is_left_untried(network: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether weights in files are why no way is tried: the network has an embedding, and gets integers."""
+    integers = any(not (leaf.is_floating_point() or leaf.is_complex()) for leaf in tensors_in(own_inputs(inputs)))
+    return is_open(network) and integers and any(isinstance(module, nn.Embedding) for module in network.modules())
 
 
 def _tried(

@@ -215,18 +215,18 @@ def test_weights_that_stay_in_their_files(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_fewer_experts_and_fewer_neurons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = ("mixtures:listed", "--inputs", "4,16,6", "--calibration", "none", "--experts", 3)
+    model = ("tinymixtures:listed", "--inputs", "4,16,6", "--calibration", "none", "--experts", 3)
     called("compress", *model, "--output", tmp_path / "experts.safetensors")
     called("compress", *model, "--width", 0.5, "--output", tmp_path / "both.safetensors")
     assert capsys.readouterr().out.count("experts: 6 experts became 3") == 2
     for name, width in (("experts", 14), ("both", 7)):
-        small = nac.load(tmp_path / f"{name}.safetensors", find("mixtures:listed").build)
+        small = nac.load(tmp_path / f"{name}.safetensors", find("tinymixtures:listed").build)
         widths = [expert[0].out_features for expert in small.experts]
         assert len(widths) == 3
         assert min(widths) == width  # of those that the inputs reach
     output = ("--width", 0.5, "--output", tmp_path / "x.safetensors")
     weights = tmp_path / "experts.safetensors"
-    found = find("mixtures:listed").build()
+    found = find("tinymixtures:listed").build()
     save_model(found, str(weights))
     assert "expected a model in memory" in failed(capsys, "compress", *model, "--weights", weights, "--open", *output)
 

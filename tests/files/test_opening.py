@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import nac_gpu as nac
 from nac_gpu.files.models import read
+from nac_gpu.files.origin import origin_of
 from nac_gpu.network.deferred import Deferred
 from nac_gpu.network.state import content, is_open, tensors
 
@@ -88,9 +89,13 @@ def test_the_result_is_that_of_the_model_in_memory(name: str, rule: Any, tmp_pat
     whole = with_statistics(factory())
     file = tmp_path / "model.safetensors"
     save_file({n: t for n, t in tensors(whole).items() if n in whole.state_dict()}, file)
-    expected = nac.compress(whole, inputs, width=0.5, rule=rule, calibration="none")
+    expected = nac.compress(whole, inputs, width=0.5, rule=rule, method="ward", calibration="none")
     opened = nac.open_model(factory, file)
     small = nac.compress(opened, inputs, width=0.5, rule=rule)
+    made_by = origin_of(small)
+    assert made_by is not None
+    untried = any("loaded into memory, other ways would be tried" in line for line in made_by.plan.changes)
+    assert untried == (inputs is IDS), "only what reads tokens"
     assert all(isinstance(p, Deferred) for p in small.parameters() if p.ndim > 1), "no weight was kept in memory"
     assert nac.plan(opened, inputs, width=0.5) == nac.plan(whole, inputs, width=0.5)
     nac.save(small, tmp_path / "small.safetensors")
@@ -133,7 +138,7 @@ def test_folders_of_hugging_face(tmp_path: Path) -> None:
     whole: Any = llama()
     whole.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
     assert len(list((tmp_path / "whole").glob("*.safetensors"))) > 3
-    expected = nac.compress(whole, IDS, width=0.5, calibration="none")
+    expected = nac.compress(whole, IDS, width=0.5, method="ward", calibration="none")
     small = nac.compress(nac.open_model(llama, tmp_path / "whole"), IDS, width=0.5)
     nac.save(small, tmp_path / "small")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()

@@ -66,7 +66,7 @@ def made(kind: str, **how: int) -> nn.Module:
 
 
 def listed() -> nn.Module:
-    """For the command line: `mixtures:listed`."""
+    """For the command line: `tinymixtures:listed`."""
     return made("listed")
 
 

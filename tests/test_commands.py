@@ -28,6 +28,7 @@ CI = ("make lint", "make test")
 TESTS = {
     "nac COMMAND --help": "test_cli.py::test_the_installed_command_explains_itself_and_its_exit_codes",
     "nac compress --finetune FOLDER": "test_cli.py::test_an_interrupted_training_goes_on",
+    "make coverage": "test_commands.py::test_coverage_is_the_tests_with_a_count",
     "pre-commit install": "test_docs.py::test_pre_commit_runs_what_make_lint_runs",
     "nac compress FOLDER --calibration text.txt --output NEW_FOLDER": "test_texts.py::"
     "test_the_folder_of_a_language_model_is_complete",
@@ -142,7 +143,7 @@ def make(target: str, folder: Path, *variables: str) -> str:
     programs.mkdir(parents=True)
     (programs / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (programs / "python").chmod(0o755)
-    for extra in ("experiments", "docs"):
+    for extra in ("experiments", "docs", "test"):
         (folder / "venv" / f".{extra}").touch()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     command = ["make", "--no-print-directory", "-C", ROOT, target, f"VENV={folder / 'venv'}", *variables]
@@ -150,6 +151,15 @@ def make(target: str, folder: Path, *variables: str) -> str:
     assert done.returncode == 0, done.stderr
     assert "pip" not in done.stdout
     return done.stdout
+
+
+def test_coverage_is_the_tests_with_a_count(tmp_path: Path) -> None:
+    """That it would run what `make test` runs, and counts lines."""
+    plain, counted = (make(target, tmp_path / target, "--dry-run") for target in ("test", "coverage"))
+    command = plain.strip().replace(f"{tmp_path}/test/", f"{tmp_path}/coverage/")
+    assert " -m pytest " in command
+    assert "--cov" not in command
+    assert counted.strip() == f"{command} --cov --cov-report=term --cov-fail-under=95"
 
 
 def test_the_demo_trains_compresses_and_fine_tunes(tmp_path: Path) -> None:

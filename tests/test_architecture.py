@@ -103,6 +103,13 @@ def test_no_module_has_the_name_of_a_public_function() -> None:
     assert not {name.rpartition(".")[2] for name in NAMES} & functions
 
 
+def test_no_name_of_a_module_is_found_twice() -> None:
+    """Experiments, tests and what supports them are imported by their bare names."""
+    folders = (ROOT / "experiments", *(folder for folder in (ROOT / "tests").rglob("*") if folder.is_dir()))
+    names = [path.stem for folder in folders for path in folder.glob("*.py") if path.stem[:2] != "__"]
+    assert sorted(set(names)) == sorted(names)
+
+
 def functions(path: Path) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]
 

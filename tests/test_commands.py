@@ -35,9 +35,12 @@ TESTS = {
     "nac compress --open": "test_cli.py::test_weights_that_stay_in_their_files",
     "nac compress --experts 0.5": "test_cli.py::test_fewer_experts_and_fewer_neurons",
     "torchrun --nproc-per-node 8": "test_experiments.py::test_two_processes_measure_what_one_does",
-    # They need texts, and a folder of weights.
+    # They need texts or inputs, and trained weights.
     "experiments/language.py --model FOLDER --calibration valid.txt --test test.txt more.txt --windows 12": (
         "test_language.py::test_every_method_is_measured_once"
+    ),
+    "experiments/any_model.py MODULE:FUNCTION --inputs inputs.npy --test test.npy": (
+        "test_any_model.py::test_every_way_is_measured_once"
     ),
     "experiments/mixtures.py --folder FOLDER --train valid.txt test.txt --test test.txt more.txt": (
         "test_mixtures_compared.py::test_every_method_is_measured_once"

@@ -31,7 +31,7 @@ from nac_gpu.network.gradients import GradientsKept
 from nac_gpu.network.judging import answers, answers_in, apart
 from nac_gpu.network.moving import sent
 from nac_gpu.network.precision import multiplies_bfloat16
-from nac_gpu.network.running import ExampleInputs, arguments, evaluating, in_small_operations, set_mode_again
+from nac_gpu.network.running import ExampleInputs, arguments, evaluating, set_mode_again
 
 BATCH = 64  # inputs
 TOKENS = 1024  # of a batch
@@ -178,7 +178,9 @@ class _Learning:
 
     def found(self, amount: Amount, rate: float, seed: int) -> Learnt | None:
         """What training brought; None if no outputs are comparable."""
-        with evaluating(self._small), evaluating(self._model), self._recurrent():
+        with evaluating(self._small), evaluating(self._model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "RNN module weights are not part of")  # those that are trained are not
+            self._prepare_recurrent()
             try:
                 before = attempt(lambda _: self._distance())
             except StepError:  # they may take batches of the original size only
@@ -208,10 +210,14 @@ class _Learning:
             return contextlib.nullcontext()
         return autocast
 
-    def _recurrent(self) -> contextlib.AbstractContextManager[None]:
-        """Unfuse recurrent layers: the fused ones have gradients only in training mode."""
-        recurrent = any(isinstance(module, nn.RNNBase) for module in self._small.modules())
-        return in_small_operations(self._small) if recurrent else contextlib.nullcontext()
+    def _prepare_recurrent(self) -> None:
+        """Recurrent layers in training mode, the only one in which those of cuDNN have gradients, without dropout.
+
+        So each runs as one operation: in bfloat16 on a CPU, that is 60 times as fast as step by step.
+        """
+        for module in (*self._small.modules(), *self._model.modules()):
+            if isinstance(module, nn.RNNBase):
+                module.training, module.dropout = True, 0.0
 
     def _steps(self, amount: Amount) -> int:
         leaf = next((leaf for leaf in pytree.tree_leaves(self._inputs[0]) if isinstance(leaf, Tensor)), None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -144,10 +145,10 @@ def test_other_types_stay_what_they_are(dtype: torch.dtype) -> None:
 class Tokens(nn.Module):
     """Reads tokens, by keyword, and gives several things."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 1, dropout: float = 0) -> None:
         super().__init__()
         self.embedding = nn.Embedding(50, 16)
-        self.lstm = nn.LSTM(16, 24, batch_first=True)
+        self.lstm = nn.LSTM(16, 24, layers, batch_first=True, dropout=dropout)
         self.hidden = nn.Linear(24, 64)
         self.out = nn.Linear(64, 3)
 
@@ -167,6 +168,26 @@ def test_batches_of_tokens_are_not_augmented_and_recurrent_layers_learn_too() ->
     assert float((b - wanted).square().mean()) < 0.9 * float((a - wanted).square().mean())
     looked = islice(augmented(batches, torch.Generator()), 12)
     assert sorted(map(id, looked)) == sorted(2 * [id(batch) for batch in batches])
+
+
+def test_a_recurrent_layer_is_one_operation_and_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA it has gradients in training mode only; step by step, bfloat16 is very slow on a CPU."""
+    torch.manual_seed(0)
+    model, descend = Tokens(2, dropout=0.9).eval(), refinement._Learning._descend
+    seen: list[tuple[bool, float]] = []
+
+    def watched(self: refinement._Learning, *given: Any) -> None:
+        layers = [module for network in (self._small, self._model) for module in network.modules()]
+        seen.extend((m.training, m.dropout) for m in layers if isinstance(m, nn.LSTM))
+        assert torch._C._get_mkldnn_enabled()
+        assert not any(m.training for m in layers if not isinstance(m, nn.LSTM))
+        descend(self, *given)
+
+    monkeypatch.setattr(refinement._Learning, "_descend", watched)
+    batches = [{"tokens": torch.randint(50, (8, 12))} for _ in range(6)]
+    refined: Any = nac.compress(model, batches[0], width=0.4, calibration=batches)
+    assert seen == [(True, 0.0)] * 2
+    assert (refined.lstm.training, refined.lstm.dropout) == (False, 0.9)
 
 
 def test_a_negative_number_of_passes_is_an_error() -> None:

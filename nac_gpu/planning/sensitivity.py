@@ -26,8 +26,8 @@ _TRIED = (0.03, 0.1, 0.3)  # errors at which the change of the outputs is measur
 _TRIED_ONCE = (0.1,)  # the same where a pass is dear
 _INPUTS, _TOKENS = 256, 4096  # enough for a measurement
 _MOST_FLOPS = 2e13  # of all passes of smaller networks: some minutes on two cores
-_NARROWEST = 4  # of so many neurons one is kept at least
-_STEEPEST, _FLATTEST = 4.0, 0.5  # bounds of the exponent of e
+_NARROWEST = 4  # where a group is measured once, one of so many neurons is kept at least
+_STEEPEST, _FLATTEST = 4.0, 1.0  # bounds of the exponent of e: both are variances
 _MOST = 12.0  # upper bound of a loss
 
 
@@ -88,9 +88,10 @@ def _measured(
     """By group, changes of the outputs by the error of the group; None if the outputs cannot be compared."""
     model = in_float32(model) if evidence.float32 else model
     amount = _amount(graph.flops, inputs, evidence.batches, len(groups))
-    batches = first_batches(evidence.batches, amount.inputs)
-    compensator = Compensator(model, graph, batches, evidence.activities, refit="alone")  # each group alone
-    run = copied(model)
+    seen = first_batches(evidence.batches, amount.inputs)
+    compensator = Compensator(model, graph, seen, evidence.activities, refit="alone")  # each group alone
+    # First those to which nothing is fitted: with few inputs, wide groups reproduce the others almost exactly.
+    batches, run = first_batches((*evidence.judged, *evidence.batches), amount.inputs), copied(model)
 
     known = attempt(lambda _: all_answers(run, batches), ranks)
 
@@ -98,7 +99,7 @@ def _measured(
         curve = curves[group.name]
         points: dict[float, float] = {}
         for error in amount.errors if group.name in evidence.activities else ():
-            kept = min(_near(curve, group), key=lambda k: abs(math.log(max(curve[k], 1e-9) / error)))
+            kept = min(_widths(curve, group, amount), key=lambda k: abs(math.log(max(curve[k], 1e-9) / error)))
             if kept < group.size and curve[kept] > 0 and curve[kept] not in points:
                 compensator.start()
                 compensator.merge(group, evidence.likely(group, kept))
@@ -116,11 +117,6 @@ def _measured(
     return result
 
 
-def _near(curve: Curve, group: Group) -> list[int]:
-    """Widths that a budget is likely to ask for: what a few neurons lose says little about half of them."""
-    return [kept for kept in curve if kept >= group.size / _NARROWEST] or list(curve)
-
-
 @dataclass(frozen=True)
 class _Amount:
     """How much is measured.
@@ -132,6 +128,15 @@ class _Amount:
 
     inputs: int
     errors: tuple[float, ...]
+
+
+def _widths(curve: Curve, group: Group, amount: _Amount) -> list[int]:
+    """Widths at which a group may be measured.
+
+    A single one is near those that budgets ask for: what a few neurons lose says little about half of them.
+    """
+    near = [kept for kept in curve if kept >= group.size / _NARROWEST]
+    return near if near and len(amount.errors) == 1 else list(curve)
 
 
 def _amount(flops: int, inputs: ExampleInputs, batches: Batches, groups: int) -> _Amount:

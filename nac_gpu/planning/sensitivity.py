@@ -26,7 +26,7 @@ _TRIED = (0.03, 0.1, 0.3)  # errors at which the change of the outputs is measur
 _TRIED_ONCE = (0.1,)  # the same where a pass is dear
 _INPUTS, _TOKENS = 256, 4096  # enough for a measurement
 _MOST_FLOPS = 2e13  # of all passes of smaller networks: some minutes on two cores
-_NARROWEST = 4  # where a group is measured once, one of so many neurons is kept at least
+_NARROWEST = 4  # budgets often keep one of so many neurons, or more
 _STEEPEST, _FLATTEST = 4.0, 1.0  # bounds of the exponent of e: both are variances
 _MOST = 12.0  # upper bound of a loss
 
@@ -98,8 +98,7 @@ def _measured(
     def measured(group: Group) -> dict[float, float] | None:
         curve = curves[group.name]
         points: dict[float, float] = {}
-        for error in amount.errors if group.name in evidence.activities else ():
-            kept = min(_widths(curve, group, amount), key=lambda k: abs(math.log(max(curve[k], 1e-9) / error)))
+        for kept in _widths(curve, group, amount) if group.name in evidence.activities else ():
             if kept < group.size and curve[kept] > 0 and curve[kept] not in points:
                 compensator.start()
                 compensator.merge(group, evidence.likely(group, kept))
@@ -131,12 +130,15 @@ class _Amount:
 
 
 def _widths(curve: Curve, group: Group, amount: _Amount) -> list[int]:
-    """Widths at which a group may be measured.
+    """Widths at which a group is measured.
 
-    A single one is near those that budgets ask for: what a few neurons lose says little about half of them.
+    One of them is near those that budgets ask for: what a few neurons lose says little about half of them.
     """
-    near = [kept for kept in curve if kept >= group.size / _NARROWEST]
-    return near if near and len(amount.errors) == 1 else list(curve)
+    near = [kept for kept in curve if kept >= group.size / _NARROWEST] or list(curve)
+    found = [min(near)] if len(amount.errors) > 1 else []
+    for error in amount.errors:
+        found.append(min(curve if found else near, key=lambda k: abs(math.log(max(curve[k], 1e-9) / error))))
+    return found
 
 
 def _amount(flops: int, inputs: ExampleInputs, batches: Batches, groups: int) -> _Amount:

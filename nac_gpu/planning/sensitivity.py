@@ -22,7 +22,7 @@ from nac_gpu.network.judging import all_answers, judged
 from nac_gpu.network.running import ExampleInputs
 from nac_gpu.tracing.graph import Graph, Group
 
-_TRIED = (0.03, 0.1, 0.3)  # errors at which the change of the outputs is measured
+_TRIED = (0.1, 0.3, 0.6)  # errors at which the change of the outputs is measured
 _TRIED_ONCE = (0.1,)  # the same where a pass is dear
 _INPUTS, _TOKENS = 256, 4096  # enough for a measurement
 _MOST_FLOPS = 2e13  # of all passes of smaller networks: some minutes on two cores

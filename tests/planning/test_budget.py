@@ -335,6 +335,22 @@ def test_losses_go_through_what_was_measured_and_never_fall() -> None:
     assert _through({0.1: 0.02}, curve)[4] == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_harsh_budget_on_few_inputs_loses_no_more_than_one_share_of_all_widths(seed: int) -> None:
+    """Ninety-six inputs of eight dimensions are reproduced almost exactly by a hundred neurons, and tell little."""
+    torch.manual_seed(seed)
+    sizes = itertools.pairwise((64, 300, 300, 800, 10))
+    model = nn.Sequential(*(layer for a, b in sizes for layer in (nn.Linear(a, b), nn.ReLU())))[:-1].eval()
+    mixing = torch.randn(8, 64)
+    inputs, fresh = torch.randn(96, 8) @ mixing, torch.randn(2000, 8) @ mixing
+    options: dict[str, Any] = {"calibration": [inputs], "refine": 0}
+    alike = nac.compress(model, inputs[:1], width=0.18, **options)
+    chosen = nac.compress(model, inputs[:1], params=nac.cost(alike, inputs[:1]).parameters, **options)
+    with torch.no_grad():
+        lost = [float((small(fresh) - model(fresh)).square().mean()) for small in (chosen, alike)]
+    assert lost[0] <= 1.02 * lost[1]
+
+
 class Picky(nn.Module):
     """Runs at two widths only, neither of which a budget of 0.3 asks for."""
 

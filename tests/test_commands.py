@@ -39,6 +39,8 @@ TESTS = {
     "experiments/language.py --model FOLDER --calibration valid.txt --test test.txt more.txt --windows 12": (
         "test_language.py::test_every_method_is_measured_once"
     ),
+    "experiments/language.py --task embeddings --model FOLDER --calibration valid.txt --test test.txt more.txt "
+    "--tokens 8192 --sentences 200": "test_language.py::test_every_method_is_measured_once",
     "experiments/any_model.py MODULE:FUNCTION --inputs inputs.npy --test test.npy": (
         "test_any_model.py::test_every_way_is_measured_once"
     ),
